@@ -1,0 +1,26 @@
+"""What a user can get wrong: `InputError`, raised by every module with one clear line, and the exit code it becomes.
+
+Its neighbours: raised by `data`, `latent_cache` and `training`; turned into exit code 2 by the scripts and the
+`python -m flower_ldm.*` commands.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """Bad input from outside. Its message is one line: the flag, file or label, and what would be right."""
+
+
+@contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """Around a command's `main`: print an `InputError` as one line on standard error and exit with code 2.
+
+    Any other exception keeps its traceback: it is a defect of ours, not of the input.
+    """
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

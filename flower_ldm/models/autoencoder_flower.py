@@ -1,0 +1,306 @@
+"""FlowerAutoencoderKL: images -> spatial latents -> images, with a classifier head on the latents.
+
+Travels to the Hub beside its weights, so it imports torch and diffusers only. Trained by `train_autoencoder.py` with
+the losses of `autoencoder_losses`; its latents feed `latent_cache`, `FlowerUNet2DModel` and `FlowerLDMPipeline`.
+
+Shapes: B images, (H, W) pixels, (h, w) = (H, W) / downsample_factor, C channels of a block, Z latent channels,
+K classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+
+@dataclass
+class FlowerAutoencoderOutput(BaseOutput):
+    """What one pass through the autoencoder gives.
+
+    Attributes:
+        sample (`torch.Tensor` `(B, 3, H, W)`): the reconstruction, in [-1, 1] up to what the decoder overshoots.
+        posterior (`DiagonalGaussianDistribution`): over raw latents `(B, Z, h, w)`.
+        class_logits (`torch.Tensor` `(B, K)` or `None`): from the posterior's mean; `None` where `num_classes=0`.
+        class_features (`torch.Tensor` `(B, head_channels)` or `None`): what the logits are a linear map of.
+    """
+
+    sample: torch.Tensor
+    posterior: DiagonalGaussianDistribution | None = None
+    class_logits: torch.Tensor | None = None
+    class_features: torch.Tensor | None = None
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalisation over the *channels* at each position (Ba et al. 2016, as in ConvNeXt, Liu et al. 2022).
+
+    Statistics never mix positions, so they don't depend on the image's size. With channels-last memory both permutes
+    are free.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ChannelAttention(nn.Module):
+    """One gate a channel, from the image's mean activations (squeeze and excitation, Hu et al. 2018)."""
+
+    def __init__(self, channels: int, reduction: int = 8):
+        super().__init__()
+        self.squeeze = nn.Linear(channels, channels // reduction)
+        self.excite = nn.Linear(channels // reduction, channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        pooled = hidden_states.mean(dim=(2, 3))                                           # (B, C)
+        gate = torch.sigmoid(self.excite(F.silu(self.squeeze(pooled))))
+        return gate[:, :, None, None]                                                     # (B, C, 1, 1)
+
+
+class SpatialAttention(nn.Module):
+    """One gate a position, from a learned mixture of its channels (spatial squeeze, Roy et al. 2018, eq. 4)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mix = nn.Linear(channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(self.mix(hidden_states.permute(0, 2, 3, 1)))                 # (B, H, W, 1)
+        return gate.permute(0, 3, 1, 2)                                                   # (B, 1, H, W)
+
+
+class ResidualBlock(nn.Module):
+    """norm -> conv -> Swish -> conv, gated by channel and by spatial attention, added to its input.
+
+    The gates act concurrently (scSE, Roy et al. 2018): the branch is multiplied by their sum, in one pass over memory.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = LayerNorm2d(channels)
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        self.channel_attention = ChannelAttention(channels)
+        self.spatial_attention = SpatialAttention(channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        branch = self.conv_out(F.silu(self.conv_in(self.norm(hidden_states))))            # (B, C, H, W)
+        gate = self.channel_attention(branch) + self.spatial_attention(branch)            # (B, C, H, W)
+        return torch.addcmul(hidden_states, branch, gate)                                 # (B, C, H, W)
+
+
+class Encoder(nn.Module):
+    """Images `(B, 3, H, W)` -> moments of the posterior `(B, 2 Z, h, w)`."""
+
+    def __init__(
+        self, in_channels: int, latent_channels: int, patch_size: int, block_out_channels: tuple, num_blocks: int
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.gradient_checkpointing = False
+        first, last = block_out_channels[0], block_out_channels[-1]
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, first, 3, padding=1)
+        self.layers = nn.ModuleList()
+        for level, channels in enumerate(block_out_channels):
+            if level > 0:
+                self.layers.append(nn.Conv2d(block_out_channels[level - 1], channels, 3, stride=2, padding=1))
+            self.layers.extend(ResidualBlock(channels) for _ in range(num_blocks))
+        self.norm_out = LayerNorm2d(last)
+        self.conv_out = nn.Conv2d(last, 2 * latent_channels, 3, padding=1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(F.pixel_unshuffle(images, self.patch_size))          # (B, C, H/p, W/p)
+        for layer in self.layers:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(layer, hidden_states)
+            else:
+                hidden_states = layer(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))                        # (B, 2 Z, h, w)
+
+
+class Decoder(nn.Module):
+    """Raw latents `(B, Z, h, w)` -> images `(B, 3, H, W)`."""
+
+    def __init__(
+        self, out_channels: int, latent_channels: int, patch_size: int, block_out_channels: tuple, num_blocks: int
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.gradient_checkpointing = False
+        channels_in = block_out_channels[-1]
+        self.conv_in = nn.Conv2d(latent_channels, channels_in, 3, padding=1)
+        self.layers = nn.ModuleList()
+        for level, channels in enumerate(reversed(block_out_channels)):
+            if level > 0:
+                self.layers.append(Upsample(channels_in, channels))
+            self.layers.extend(ResidualBlock(channels) for _ in range(num_blocks))
+            channels_in = channels
+        self.norm_out = LayerNorm2d(channels_in)
+        self.conv_out = nn.Conv2d(channels_in, out_channels * patch_size**2, 3, padding=1)
+
+    def forward(self, raw_latents: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(raw_latents)                                         # (B, C, h, w)
+        for layer in self.layers:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(layer, hidden_states)
+            else:
+                hidden_states = layer(hidden_states)
+        hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))               # (B, 3 p p, H/p, W/p)
+        return F.pixel_shuffle(hidden_states, self.patch_size)                            # (B, 3, H, W)
+
+
+class Upsample(nn.Module):
+    """Twice the size by a sub-pixel convolution (Shi et al. 2016); the residual blocks behind it do the smoothing."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 4 * out_channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(self.conv(hidden_states), 2)                               # (B, C', 2 H, 2 W)
+
+
+class ClassifierHead(nn.Module):
+    """Raw latents `(B, Z, h, w)` -> class features `(B, head_channels)` and logits `(B, K)`.
+
+    The features are what the center loss draws together; only training reads either.
+    """
+
+    def __init__(self, latent_channels: int, head_channels: int, num_classes: int):
+        super().__init__()
+        self.conv = nn.Conv2d(latent_channels, head_channels, 3, padding=1)
+        self.norm = LayerNorm2d(head_channels)
+        self.classifier = nn.Linear(head_channels, num_classes)
+
+    def forward(self, raw_latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = F.silu(self.norm(self.conv(raw_latents))).mean(dim=(2, 3))             # (B, head_channels)
+        return features, self.classifier(features)                                        # (B, K)
+
+
+class FlowerAutoencoderKL(ModelMixin, ConfigMixin):
+    """A convolutional variational autoencoder with spatial latents (Kingma & Welling 2014; Rombach et al. 2022).
+
+    Residual blocks with Swish, each with channel and spatial attention; layer normalisation over channels; a
+    classifier head on the latents. One latent position stands for `downsample_factor` pixels a side, where
+    `downsample_factor = patch_size * 2 ** (len(block_out_channels) - 1)`.
+
+    Args:
+        in_channels: channels of the images.
+        latent_channels: Z, channels of the latents.
+        patch_size: pixels a side that the first layer folds into channels; 1 keeps full resolution.
+        block_out_channels: channels at each resolution, each half the one before.
+        layers_per_block: residual blocks at each resolution of the encoder.
+        decoder_layers_per_block: residual blocks at each resolution of the decoder.
+        num_classes: K; 0 builds it without the classifier head.
+        head_channels: width of the class features.
+        sample_size: height and width of the training images; a hint for pipelines, any multiple of
+            `downsample_factor` is accepted.
+        latents_mean, latents_std: per channel over the training split, measured at the end of stage 1.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResidualBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 16,
+        patch_size: int = 2,
+        block_out_channels: tuple = (128, 256, 256),
+        layers_per_block: int = 1,
+        decoder_layers_per_block: int = 2,
+        num_classes: int = 0,
+        head_channels: int = 128,
+        sample_size: int = 64,
+        latents_mean: list | None = None,
+        latents_std: list | None = None,
+    ):
+        super().__init__()
+        block_out_channels = tuple(block_out_channels)
+        if not block_out_channels or any(channels < 8 for channels in block_out_channels):
+            raise ValueError(f"block_out_channels must be one or more numbers of at least 8, got {block_out_channels}")
+        if min(in_channels, latent_channels, patch_size) < 1:
+            raise ValueError(
+                f"in_channels, latent_channels and patch_size must be at least 1, got {in_channels}, "
+                f"{latent_channels} and {patch_size}"
+            )
+        shape = (latent_channels, patch_size, block_out_channels)
+        self.encoder = Encoder(in_channels, *shape, layers_per_block)
+        self.decoder = Decoder(in_channels, *shape, decoder_layers_per_block)
+        self.head = ClassifierHead(latent_channels, head_channels, num_classes) if num_classes > 0 else None
+        self.register_buffer("channel_mean", torch.zeros(1, latent_channels, 1, 1), persistent=False)
+        self.register_buffer("channel_std", torch.ones(1, latent_channels, 1, 1), persistent=False)
+        if latents_mean is not None and latents_std is not None:
+            self.set_latents_statistics(latents_mean, latents_std)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels a side that one latent position stands for."""
+        return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
+
+    @apply_forward_hook
+    def encode(self, images: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """Images `(B, 3, H, W)` in [-1, 1] -> posterior over raw latents `(B, Z, h, w)`.
+
+        Raises:
+            ValueError: where the height or width can't be halved often enough.
+        """
+        factor = self.downsample_factor
+        if images.shape[-2] % factor or images.shape[-1] % factor:
+            raise ValueError(
+                f"images of {images.shape[-2]} x {images.shape[-1]} can't be encoded: height and width must be "
+                f"multiples of {factor}"
+            )
+        posterior = DiagonalGaussianDistribution(self.encoder(images))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(self, raw_latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        """Raw latents `(B, Z, h, w)` -> images `(B, 3, H, W)`, about [-1, 1]."""
+        sample = self.decoder(raw_latents)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self, images: torch.Tensor, noise: torch.Tensor | None = None, return_dict: bool = True
+    ) -> FlowerAutoencoderOutput | tuple:
+        """Reconstruct, through a sample of the posterior, and classify, from its mean.
+
+        Args:
+            images: `(B, 3, H, W)` in [-1, 1].
+            noise: `(B, Z, h, w)` standard normal, the sample's (reparameterisation, Kingma & Welling 2014, eq. 4).
+                Without it the posterior's mean is decoded.
+        """
+        posterior = self.encode(images).latent_dist
+        raw_latents = posterior.mean if noise is None else torch.addcmul(posterior.mean, posterior.std, noise)
+        sample = self.decode(raw_latents).sample                                          # (B, 3, H, W)
+        features, logits = (None, None) if self.head is None else self.head(posterior.mean)
+        if not return_dict:
+            return sample, posterior, logits, features
+        return FlowerAutoencoderOutput(
+            sample=sample, posterior=posterior, class_logits=logits, class_features=features
+        )
+
+    def set_latents_statistics(self, latents_mean: list[float], latents_std: list[float]) -> None:
+        """Keep the per-channel mean and standard deviation of the training split's raw latents, in the config too."""
+        latent_channels = self.config.latent_channels
+        if len(latents_mean) != latent_channels or len(latents_std) != latent_channels:
+            raise ValueError(f"latents_mean and latents_std must have {latent_channels} values each, one a channel")
+        self.register_to_config(latents_mean=list(latents_mean), latents_std=list(latents_std))
+        self.channel_mean.copy_(torch.tensor(latents_mean).view(1, -1, 1, 1))
+        self.channel_std.copy_(torch.tensor(latents_std).view(1, -1, 1, 1))
+
+    @apply_forward_hook
+    def normalize(self, raw_latents: torch.Tensor) -> torch.Tensor:
+        """Raw latents, as the encoder gives them -> latents of unit variance, as the denoiser sees them."""
+        return (raw_latents - self.channel_mean) / self.channel_std
+
+    @apply_forward_hook
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalize`."""
+        return latents * self.channel_std + self.channel_mean

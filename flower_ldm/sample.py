@@ -1,0 +1,181 @@
+"""Images from a pipeline, on the command line: `python -m flower_ldm.sample --pipeline results/flower-ldm`.
+
+Reads what `train_latent_diffusion.py` writes, or any repository on the Hub that `FlowerLDMPipeline` loads; writes
+one PNG per image and `grid.png`.
+"""
+
+import argparse
+import re
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from flower_ldm import FlowerLDMPipeline
+from flower_ldm.errors import InputError, exit_on_input_error
+
+DEFAULT_NUM_LABELS = 10
+
+SCHEDULERS = {
+    "ddpm": diffusers.DDPMScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m flower_ldm.sample", description="Draw images from a pipeline.")
+    # what is drawn, by which model
+    parser.add_argument("--pipeline", required=True, help="folder of a pipeline, or its id on the Hub")
+    parser.add_argument(
+        "--labels", nargs="+", help=f"class names or 0-based indices (default: the first {DEFAULT_NUM_LABELS} classes)"
+    )
+    parser.add_argument("--num_images", type=int, default=4, help="per label")
+    parser.add_argument("--seed", type=int, default=0, help="image i, counted over all labels, has the seed SEED + i")
+    # how it is drawn
+    parser.add_argument("--num_inference_steps", "--steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 means off")
+    parser.add_argument(
+        "--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("BEGIN", "END"),
+        help="from where to where guidance acts, in fractions of the trajectory; 0 is pure noise",
+    )  # fmt: skip
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the pipeline's own")
+    # where it is computed
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--batch_size", type=int, default=32, help="images drawn at once")
+    # where it goes
+    parser.add_argument(
+        "--output", type=Path, default=Path("samples"), help="folder; where it isn't empty, NAME-2, NAME-3 ... is made"
+    )
+    return parser.parse_args(argv)
+
+
+def load_pipeline(name: str, scheduler: str | None, device: str, dtype: str) -> FlowerLDMPipeline:
+    """Load a pipeline from a folder or the Hub, with another scheduler where one is named.
+
+    Raises:
+        InputError: where there is no such pipeline or no such device.
+    """
+    if Path(name).exists() and not (Path(name) / FlowerLDMPipeline.config_name).is_file():
+        raise InputError(f"--pipeline {name} is not the folder of a pipeline: it has no model_index.json")
+    try:
+        pipe = FlowerLDMPipeline.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--pipeline {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error
+    if scheduler is not None:
+        pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
+    try:
+        pipe.to(torch.device(device))
+        if dtype != "float32":  # what it is loaded as
+            pipe.to(getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise InputError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from error
+    return pipe
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Make `folder`, or `folder-2`, `folder-3` ... where there is something already: what is there stays as it was."""
+    folder = folder.expanduser().resolve()  # "." gets a name to number
+    candidate, number = folder, 1
+    while candidate.exists() and not (candidate.is_dir() and not any(candidate.iterdir())):
+        number += 1
+        candidate = folder.parent / f"{folder.name}-{number}"
+    try:
+        candidate.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder} can't be made: {error.strerror}") from error
+    return candidate
+
+
+def file_names(names: list[str]) -> list[str]:
+    """A PNG's name for each image by the name of its class: `<file-safe class name>_<n>.png`, no two the same."""
+    count: Counter[str] = Counter()
+    files = []
+    for name in names:
+        stem = re.sub(r"[^\w-]+", "_", name).strip("_")[:80] or "class"
+        # counted without case, since some file systems don't tell "Rose_0.png" from "rose_0.png"
+        files.append(f"{stem}_{count[stem.lower()]}.png")
+        count[stem.lower()] += 1
+    return files
+
+
+def label_grid(columns: list[list[Image.Image]], names: list[str], min_cell: int = 96, gap: int = 4) -> Image.Image:
+    """One column of images per label, its name below; images narrower than `min_cell` pixels are enlarged."""
+    width, height = columns[0][0].size
+    scale = -(-min_cell // width)
+    cell = (width * scale, height * scale)
+    font = ImageFont.load_default(size=12)
+    captions = ["\n".join(textwrap.wrap(name, max(1, cell[0] // 7))) for name in names]
+    caption_height = 16 * max(caption.count("\n") + 1 for caption in captions)
+    grid_size = (
+        len(columns) * (cell[0] + gap) + gap,
+        len(columns[0]) * (cell[1] + gap) + gap + caption_height,
+    )
+    grid = Image.new("RGB", grid_size, "white")
+    draw = ImageDraw.Draw(grid)
+    for column, (images, caption) in enumerate(zip(columns, captions, strict=True)):
+        left = gap + column * (cell[0] + gap)
+        for row, image in enumerate(images):
+            grid.paste(image.resize(cell, Image.Resampling.BICUBIC), (left, gap + row * (cell[1] + gap)))
+        top = gap + len(images) * (cell[1] + gap)
+        draw.multiline_text((left + cell[0] / 2, top), caption, "black", font, anchor="ma", align="center")
+    return grid
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    for flag, value in {"--num_images": args.num_images, "--batch_size": args.batch_size}.items():
+        if value < 1:
+            raise InputError(f"{flag} must be at least 1, got {value}")
+    pipe = load_pipeline(args.pipeline, args.scheduler, args.device, args.dtype)
+    options = {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "guidance_interval": tuple(args.guidance_interval),
+    }
+    try:
+        labels = pipe.get_label_ids(args.labels or range(min(pipe.num_classes, DEFAULT_NUM_LABELS)))
+        pipe.check_inputs(len(labels), **options)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    try:
+        pipe.scheduler.set_timesteps(args.num_inference_steps)
+    except ValueError as error:  # some schedulers take no more steps than in training, some no fewer than their order
+        kind = type(pipe.scheduler).__name__
+        raise InputError(f"{kind} can't take --num_inference_steps {args.num_inference_steps}: {error}") from error
+
+    labels_of_images = [label for label in labels for _ in range(args.num_images)]
+    names = [pipe.class_names[label] for label in labels_of_images]
+    files = file_names(names)
+    folder = fresh_folder(args.output)
+    pipe.set_progress_bar_config(desc="denoising", leave=False)
+    images: list[Image.Image] = []
+    with tqdm(total=len(names), desc="sampling", unit="image") as progress_bar:
+        for start in range(0, len(names), args.batch_size):
+            batch = range(start, min(start + args.batch_size, len(names)))
+            # one generator an image: the same picture whatever the batch size
+            generators = [torch.Generator("cpu").manual_seed(args.seed + number) for number in batch]
+            images += pipe([labels_of_images[number] for number in batch], generator=generators, **options).images
+            for number in batch:
+                images[number].save(folder / files[number])
+            progress_bar.update(len(batch))
+
+    columns = [images[start : start + args.num_images] for start in range(0, len(images), args.num_images)]
+    label_grid(columns, names[:: args.num_images]).save(folder / "grid.png")
+    print(f"{len(images)} images and grid.png are in {folder}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

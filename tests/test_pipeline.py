@@ -1,0 +1,534 @@
+"""pipelines/pipeline_flower_ldm.py: labels, guidance, noise, schedulers, outputs, saving so that it loads anywhere."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines import pipeline_utils
+from diffusers.utils import BaseOutput, hub_utils
+from huggingface_hub import ModelCard
+
+from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel
+from pipelines.pipeline_flower_ldm import FlowerLDMPipeline
+
+NAMES = {0: "rose", 1: "sunflower", 2: "7", 3: "Tulip"}
+STEPS = 4
+
+
+def stock_parts() -> tuple[AutoencoderKL, UNet2DModel]:
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=len(NAMES) + 1,
+    )
+    return vae, unet
+
+
+def flower_parts() -> tuple[FlowerAutoencoderKL, FlowerUNet2DModel]:
+    vae = FlowerAutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        decoder_layers_per_block=1,
+        num_classes=len(NAMES),
+        latents_mean=[0.1, 0.2, -0.3, 0.0],
+        latents_std=[1.0, 2.0, 0.5, 3.0],
+    )
+    unet = FlowerUNet2DModel(
+        sample_size=8, in_channels=4, hidden_size=32, num_layers=3, num_attention_heads=2, num_classes=len(NAMES)
+    )
+    for parameter in unet.parameters():  # untrained it predicts zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    return vae, unet
+
+
+def make_pipeline(parts=stock_parts, id2label=NAMES) -> FlowerLDMPipeline:
+    torch.manual_seed(0)
+    vae, unet = parts()
+    pipe = FlowerLDMPipeline(vae.eval(), unet.eval(), DDIMScheduler(clip_sample=False), id2label=id2label)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(params=[stock_parts, flower_parts], ids=["stock", "flower"])
+def pipe(request) -> FlowerLDMPipeline:
+    return make_pipeline(request.param)
+
+
+@pytest.fixture
+def stock_pipe() -> FlowerLDMPipeline:
+    return make_pipeline()
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def sample(pipe: FlowerLDMPipeline, labels=("rose",), output_type="latent", **options) -> torch.Tensor:
+    options = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0), **options}
+    return pipe(labels, output_type=output_type, **options).images
+
+
+def record_forwards(pipe: FlowerLDMPipeline) -> list[list[int]]:
+    """The class labels of every forward of the unet from here on."""
+    calls: list[list[int]] = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: calls.append(args[2].tolist()))
+    return calls
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "ids"),
+    [
+        ("sunflower", [1]),
+        (1, [1]),
+        (["sunflower", 0], [1, 0]),
+        (("Tulip", "rose"), [3, 0]),
+        (torch.tensor([3, 1]), [3, 1]),
+        (torch.tensor(2), [2]),
+        (np.array([0, 2]), [0, 2]),
+        ([np.int64(3), torch.tensor(1)], [3, 1]),
+        (range(2), [0, 1]),
+        ("3", [3]),
+        ("7", [2]),  # a name that looks like an index is a name
+    ],
+)
+def test_labels_are_names_or_indices_one_or_many(stock_pipe, labels, ids):
+    assert stock_pipe.get_label_ids(labels) == ids
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("sunflwer", "nearest names are 'sunflower'"),
+        ("TULIP", "nearest names are 'Tulip'"),
+        (["rose", "zzz"], "unknown label 'zzz': the nearest names are"),
+        (4, "label 4 is out of range: the labels are 0 to 3"),
+        (-1, "label -1 is out of range"),
+        ("-1", "label '-1' is out of range"),
+        (torch.tensor([0, 9]), "label 9 is out of range"),
+        (1.0, "label 1.0 is neither a class name nor an index"),
+        ([True], "label True is neither"),
+        (None, "label None is neither"),
+        ([["rose"]], "neither a class name nor an index"),
+        ([], "labels is empty"),
+    ],
+)
+def test_bad_label_is_one_clear_line(stock_pipe, labels, message):
+    calls = record_forwards(stock_pipe)
+    with pytest.raises(ValueError, match=message) as error:
+        sample(stock_pipe, labels)
+    assert "\n" not in str(error.value)
+    assert not calls
+
+
+def test_without_names_indices_still_work():
+    pipe = make_pipeline(id2label=None)
+    assert pipe.class_names == ["0", "1", "2", "3"]
+    assert pipe.get_label_ids(["3", 1]) == [3, 1]
+    with pytest.raises(ValueError, match="unknown label 'rose'"):
+        pipe.get_label_ids("rose")
+
+
+@pytest.mark.parametrize("id2label", [{0: "rose"}, {0: "a", 1: "b", 2: "c", 4: "d"}, {0: "a", 1: "a", 2: "b", 3: "c"}])
+def test_id2label_names_each_class_once(id2label):
+    with pytest.raises(ValueError, match="id2label must name each of the labels 0 to 3 once"):
+        make_pipeline(id2label=id2label)
+
+
+def test_unconditional_unet_is_refused():
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="takes no class labels"):
+        FlowerLDMPipeline(stock_parts()[0], unet, DDIMScheduler(), id2label=NAMES)
+
+
+def test_images_come_label_by_label(pipe):
+    calls = record_forwards(pipe)
+    images = sample(pipe, ["sunflower", 0], "pt", num_images_per_label=2, guidance_scale=1)
+    assert images.shape[0] == 4
+    assert calls == [[1, 1, 0, 0]] * STEPS
+
+
+# Bad arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": None}, "guidance_scale must be a finite number"),
+        ({"num_images_per_label": 0}, "num_images_per_label must be a whole number of at least 1"),
+        ({"num_images_per_label": 1.5}, "num_images_per_label must be a whole number"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1"),
+        ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must have the shape \(2, 4, 8, 8\), got \(1, 4, 8, 8\)"),
+        ({"latents": torch.zeros(2, 4, 8, 8).long()}, "latents must be a tensor of floats"),
+        ({"generator": generators(0)}, "must have one for each of 2 images, got 1"),
+        ({"generator": [0, 1]}, "generator must be a torch.Generator"),
+        ({"generator": 0}, "generator must be a torch.Generator"),
+        ({"guidance_interval": (0.5, 0.5)}, "0 <= begin < end <= 1"),
+        ({"guidance_interval": (0.8, 0.1)}, "0 <= begin < end <= 1"),
+        ({"guidance_interval": (-0.1, 1.0)}, "0 <= begin < end <= 1"),
+        ({"guidance_interval": (0.0, 1.1)}, "0 <= begin < end <= 1"),
+        ({"guidance_interval": (float("nan"), 1.0)}, "0 <= begin < end <= 1"),
+        ({"guidance_interval": (0.5,)}, "0 <= begin < end <= 1"),
+        ({"guidance_interval": 0.5}, "0 <= begin < end <= 1"),
+        ({"eta": -1.0}, "eta must be a finite number of at least 0"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "must be among"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_bad_argument_is_one_clear_line_before_any_computation(stock_pipe, options, message):
+    calls = record_forwards(stock_pipe)
+    with pytest.raises(ValueError, match=message) as error:
+        sample(stock_pipe, ["rose", 1], **{"output_type": "pt", **options})
+    assert "\n" not in str(error.value)
+    assert not calls
+
+
+# Guidance
+
+
+def test_guidance_scale_one_is_one_forward_a_step_without_the_null_label(pipe):
+    calls = record_forwards(pipe)
+    sample(pipe, ["rose", 1], guidance_scale=1)
+    assert calls == [[0, 1]] * STEPS
+
+
+def test_guidance_is_one_batched_forward_with_the_null_label(pipe):
+    calls = record_forwards(pipe)
+    sample(pipe, ["rose", 1], guidance_scale=2.0)
+    assert calls == [[0, 1, 4, 4]] * STEPS
+
+
+def test_guidance_interval_counts_from_pure_noise(pipe):
+    calls = record_forwards(pipe)
+    sample(pipe, "rose", guidance_scale=2.0, guidance_interval=(0.1, 0.8), num_inference_steps=10)
+    assert [len(labels) for labels in calls] == [1] + [2] * 7 + [1] * 2
+
+
+def test_guided_prediction_extrapolates_from_null_to_label(pipe):
+    latents = torch.randn(2, *pipe.latents_shape)
+    timestep, labels = torch.tensor(500), torch.tensor([0, 3])
+    with torch.no_grad():
+        conditional = pipe.unet(latents, timestep, labels).sample
+        unconditional = pipe.unet(latents, timestep, torch.full_like(labels, pipe.null_label)).sample
+        guided = pipe.predict(latents, timestep, labels, guidance_scale=3.0)
+    assert (conditional - unconditional).abs().max() > 1e-4
+    torch.testing.assert_close(guided, 3 * conditional - 2 * unconditional, rtol=1e-4, atol=1e-5)
+
+
+# Noise, batches, outputs
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_batch_equals_single_images_with_a_list_of_generators(pipe, scheduler):
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    together = sample(pipe, ["rose", 3], generator=generators(5, 6))
+    alone = torch.cat([sample(pipe, "rose", generator=generators(5)), sample(pipe, 3, generator=generators(6)[0])])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_given_latents_replace_the_noise(pipe):
+    noise = torch.randn(1, *pipe.latents_shape, generator=torch.Generator().manual_seed(7))
+    drawn = sample(pipe, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(sample(pipe, latents=noise), drawn, rtol=0, atol=0)
+    assert not torch.equal(sample(pipe, latents=noise + 1), drawn)
+
+
+def test_eta_reaches_the_scheduler(stock_pipe):
+    assert not torch.equal(sample(stock_pipe, eta=1.0), sample(stock_pipe, eta=0.0))
+
+
+def test_output_types_agree(pipe):
+    latents = sample(pipe, output_type="latent")
+    tensor, array, pictures = (sample(pipe, output_type=kind) for kind in ("pt", "np", "pil"))
+    assert latents.shape == (1, *pipe.latents_shape)
+    assert tensor.dtype == torch.float32 and tensor.shape[:2] == (1, 3)
+    assert 0 <= tensor.min() < tensor.max() <= 1
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    assert isinstance(pictures, list) and isinstance(pictures[0], PIL.Image.Image)
+    np.testing.assert_array_equal(np.asarray(pictures[0]), (array[0] * 255).round().astype(np.uint8))
+
+
+def test_default_output_is_pil_and_tuple_on_request(pipe):
+    images = pipe("rose", num_inference_steps=1, return_dict=False)
+    assert isinstance(images, tuple) and isinstance(images[0][0], PIL.Image.Image)
+
+
+def test_stock_vae_is_decoded_through_its_factors(stock_pipe):
+    latents = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = stock_pipe.vae.decode(latents / 0.5 + 0.25).sample
+        torch.testing.assert_close(stock_pipe.decode_latents(latents, "pt"), (expected / 2 + 0.5).clamp(0, 1))
+        stock_pipe.vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[3.0] * 4)
+        expected = stock_pipe.vae.decode(latents / 0.5 * 3 + 1).sample
+        torch.testing.assert_close(stock_pipe.decode_latents(latents, "pt"), (expected / 2 + 0.5).clamp(0, 1))
+
+
+def test_flower_vae_is_decoded_through_its_statistics():
+    pipe = make_pipeline(flower_parts)
+    latents = torch.randn(1, 4, 8, 8)
+    mean, std = (torch.tensor(pipe.vae.config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    raw_latents = latents * std + mean
+    with torch.no_grad():
+        expected = pipe.vae.decode(raw_latents).sample
+        torch.testing.assert_close(pipe.decode_latents(latents, "pt"), (expected / 2 + 0.5).clamp(0, 1))
+
+
+def test_bfloat16_draws_the_same_noise_and_stays_near(pipe):
+    reference = sample(pipe, output_type="latent")
+    pipe.to(torch.bfloat16)
+    latents = sample(pipe, output_type="latent")
+    assert latents.dtype == torch.float32
+    assert (latents - reference).abs().max() < 0.1 * reference.abs().max()
+    assert sample(pipe, output_type="pt").dtype == torch.float32
+
+
+# Callback, interrupt, progress bar
+
+
+def test_callback_sees_each_step_and_may_replace_the_latents(pipe):
+    seen = []
+
+    def callback(given_pipe, step_index, timestep, inputs):
+        seen.append((step_index, int(timestep), list(inputs)))
+        assert given_pipe is pipe
+        return {"latents": torch.zeros_like(inputs["latents"])} if step_index == STEPS - 1 else {}
+
+    latents = sample(pipe, callback_on_step_end=callback)
+    assert [step for step, *_ in seen] == list(range(STEPS))
+    assert [timestep for _, timestep, _ in seen] == pipe.scheduler.timesteps.tolist()
+    assert seen[0][2] == ["latents"]
+    assert not latents.any()
+
+
+def test_interrupt_ends_the_denoising(pipe):
+    calls = record_forwards(pipe)
+
+    def stop(given_pipe, step_index, timestep, inputs):
+        given_pipe._interrupt = step_index == 1
+
+    assert len(sample(pipe, output_type="pil", callback_on_step_end=stop)) == 1
+    assert len(calls) == 2
+    sample(pipe)
+    assert len(calls) == 2 + STEPS  # the next call starts afresh
+
+
+def test_progress_bar_counts_forwards_and_can_be_configured(stock_pipe, capsys):
+    stock_pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(stock_pipe.scheduler.config)
+    stock_pipe.set_progress_bar_config(desc="drawing")
+    sample(stock_pipe)
+    assert "drawing: 100%" in (shown := capsys.readouterr().err) and f"{2 * STEPS - 1}/{2 * STEPS - 1}" in shown
+    stock_pipe.set_progress_bar_config(disable=True)
+    sample(stock_pipe)
+    assert capsys.readouterr().err == ""
+
+
+# Schedulers
+
+
+class DenoiserOutput(BaseOutput):
+    sample: torch.Tensor
+
+
+class GaussianDenoiser(ModelMixin, ConfigMixin):
+    """The exact noise prediction where latents of class k are drawn from N(means[k], std^2)."""
+
+    @register_to_config
+    def __init__(self, means: list, std: float, num_classes: int, sample_size: int = 4, in_channels: int = 1):
+        super().__init__()
+        self.class_means = torch.nn.Parameter(torch.tensor(means))
+        alphas_cumprod = DDPMScheduler().alphas_cumprod
+        self.register_buffer("sigmas", ((1 - alphas_cumprod) / alphas_cumprod).sqrt())
+
+    def forward(self, sample, timestep, class_labels):
+        below = timestep.floor().long()
+        above = (below + 1).clamp(max=len(self.sigmas) - 1)
+        sigma = torch.lerp(self.sigmas[below], self.sigmas[above], (timestep - below).float()).view(-1, 1, 1, 1)
+        alpha = (1 + sigma**2).rsqrt()
+        mean = self.class_means[class_labels].view(-1, 1, 1, 1)
+        variance = alpha**2 * (self.config.std**2 + sigma**2)
+        return DenoiserOutput(sample=(sample - alpha * mean) * alpha * sigma / variance)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [
+        ("DDPMScheduler", 200),
+        ("DDIMScheduler", 200),
+        ("PNDMScheduler", 50),
+        ("EulerDiscreteScheduler", 200),
+        ("EulerAncestralDiscreteScheduler", 200),
+        ("HeunDiscreteScheduler", 25),
+        ("DPMSolverMultistepScheduler", 25),
+        ("UniPCMultistepScheduler", 25),
+    ],
+)
+def test_schedulers_reproduce_a_gaussian_through_its_exact_denoiser(scheduler, steps):
+    # betas spelled out: `from_config` doesn't hand on what was left to the defaults, and Heun has others
+    training = DDPMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="trailing")
+    pipe = FlowerLDMPipeline(stock_parts()[0], GaussianDenoiser([-1.0, 2.0], std=0.5, num_classes=2), training)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(training.config)
+    pipe.set_progress_bar_config(disable=True)
+    latents = sample(pipe, [0, 1], num_images_per_label=1000, num_inference_steps=steps, guidance_scale=1)
+    for of_class, mean in zip(latents.chunk(2), (-1.0, 2.0), strict=True):
+        assert of_class.mean().item() == pytest.approx(mean, abs=0.03)
+        assert of_class.std().item() == pytest.approx(0.5, abs=0.03)
+
+
+# Saving and loading
+
+
+def read_index(folder):
+    return json.loads((folder / "model_index.json").read_text())
+
+
+def test_saved_pipeline_loads_as_the_installed_class(pipe, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    pipe.save_pretrained(tmp_path)
+    loaded = FlowerLDMPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is FlowerLDMPipeline
+    assert type(loaded.vae) is type(pipe.vae) and type(loaded.unet) is type(pipe.unet)
+    assert loaded.config.id2label == pipe.config.id2label == {str(label): name for label, name in NAMES.items()}
+    torch.testing.assert_close(sample(loaded, "Tulip", "pt"), sample(pipe, "Tulip", "pt"), rtol=0, atol=0)
+    assert not caplog.records  # such as "Expected types for vae" or "config attributes are not expected"
+
+
+def test_saved_index_names_files_beside_it(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = read_index(tmp_path)
+    assert index["_class_name"] == ["pipeline_flower_ldm", "FlowerLDMPipeline"]
+    assert (tmp_path / "pipeline_flower_ldm.py").is_file()
+    for name in ("vae", "unet", "scheduler"):
+        module, class_name = index[name]
+        assert class_name == type(getattr(pipe, name)).__name__
+        assert module == "diffusers" or (tmp_path / name / f"{module}.py").is_file()
+
+
+def test_saving_again_tells_no_local_path(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "first")
+    loaded = FlowerLDMPipeline.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = ({file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*")
+                      if file.is_file()} for name in ("first", "second"))  # fmt: skip
+    assert first == second
+    assert not any(str(tmp_path).encode() in content for content in second.values())
+
+
+def test_variant_and_shards_load_again(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    assert list(tmp_path.glob("unet/*fp16-00001-of-*.safetensors"))
+    loaded = FlowerLDMPipeline.from_pretrained(tmp_path, variant="fp16")
+    torch.testing.assert_close(sample(loaded), sample(pipe), rtol=0, atol=0)
+
+
+def test_components_can_be_passed_to_from_pretrained(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = FlowerLDMPipeline.from_pretrained(tmp_path, vae=pipe.vae, id2label=None)
+    assert loaded.vae is pipe.vae
+    assert loaded.config.id2label is None
+
+
+def test_from_the_hub_the_installed_class_needs_no_trust(tmp_path, monkeypatch):
+    """The Hub client's two calls find a downloaded snapshot, as after a first download."""
+    pipe = make_pipeline(flower_parts)
+    pipe.save_pretrained(tmp_path)
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    info = SimpleNamespace(sha="0" * 40, siblings=[SimpleNamespace(rfilename=file) for file in files])
+    monkeypatch.setattr(pipeline_utils, "_resolve_revision", lambda *_, **__: info.sha)
+    monkeypatch.setattr(pipeline_utils, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(pipeline_utils, "hf_hub_download", lambda _, file, **__: str(tmp_path / file))
+    loaded = FlowerLDMPipeline.from_pretrained("me/flowers")
+    assert type(loaded) is FlowerLDMPipeline and type(loaded.vae) is FlowerAutoencoderKL
+    torch.testing.assert_close(sample(loaded, "rose", "pt"), sample(pipe, "rose", "pt"), rtol=0, atol=0)
+
+
+def test_push_to_hub_uploads_a_loadable_folder_and_nothing_else(stock_pipe, tmp_path, monkeypatch):
+    """The Hub client's three calls stand in for the Hub; what it would be sent is kept and looked at."""
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-1" / "state.bin").write_bytes(b"not for the Hub")
+
+    def upload_folder(*, repo_id, folder_path, **_):
+        shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: ModelCard("---\n{}\n---\n"))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
+    stock_pipe.save_pretrained(tmp_path / "run", push_to_hub=True, repo_id="me/flowers", private=True)
+    uploaded = tmp_path / "hub" / "me" / "flowers"
+    assert not list(uploaded.glob("checkpoint-*"))
+    assert read_index(uploaded) == read_index(tmp_path / "run")
+    torch.testing.assert_close(sample(FlowerLDMPipeline.from_pretrained(uploaded)), sample(stock_pipe), rtol=0, atol=0)
+
+
+ELSEWHERE = """
+import sys, torch
+from diffusers import DiffusionPipeline
+
+try:
+    DiffusionPipeline.from_pretrained("saved")
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise AssertionError("remote code ran without trust")
+for folder, folder_again in (("saved", "saved-again"), ("saved-again", "and-again")):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe("Tulip", num_inference_steps=4, generator=generator, output_type="pt").images
+    torch.save(images, f"{folder}.pt")
+    pipe.save_pretrained(folder_again)
+assert "flower_ldm" not in sys.modules and "pipelines" not in sys.modules
+"""
+
+
+def test_loads_and_saves_again_where_the_package_is_not_installed(tmp_path):
+    pipe = make_pipeline(flower_parts)
+    expected = sample(pipe, "Tulip", "pt")
+    pipe.save_pretrained(tmp_path / "saved")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=tmp_path, env=environment, check=True, timeout=300)
+    for folder in ("saved", "saved-again"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{folder}.pt"), expected, rtol=0, atol=0)
+    assert read_index(tmp_path / "saved") == read_index(tmp_path / "saved-again") == read_index(tmp_path / "and-again")
+    loaded = FlowerLDMPipeline.from_pretrained(tmp_path / "and-again")
+    torch.testing.assert_close(sample(loaded, "Tulip", "pt"), expected, rtol=0, atol=0)

@@ -1,0 +1,173 @@
+"""flower_ldm/sample.py: what it writes, that it writes over nothing, and what it says about bad input."""
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel
+from flower_ldm.errors import InputError
+from flower_ldm.sample import SCHEDULERS, file_names, fresh_folder, label_grid, main
+
+NAMES = ["rose", "bird of paradise", "7"]
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    vae = FlowerAutoencoderKL(latent_channels=4, block_out_channels=(8, 16), layers_per_block=1)
+    unet = FlowerUNet2DModel(
+        sample_size=4, in_channels=4, hidden_size=32, num_layers=3, num_attention_heads=2, num_classes=len(NAMES)
+    )
+    for parameter in [*unet.parameters(), *vae.decoder.parameters()]:  # untrained it predicts zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("pipeline")
+    FlowerLDMPipeline(vae, unet, DDIMScheduler(), dict(enumerate(NAMES))).save_pretrained(folder)
+    return folder
+
+
+def run(pipeline_folder, output, *flags):
+    main(["--pipeline", str(pipeline_folder), "--output", str(output), "--device", "cpu", "--steps", "2", *flags])
+
+
+def pixels(folder):
+    return {file.name: np.asarray(Image.open(file)).astype(int) for file in folder.glob("*.png")}
+
+
+def test_writes_one_file_an_image_and_a_grid(pipeline_folder, tmp_path, capsys):
+    run(pipeline_folder, tmp_path / "out", "--labels", "bird of paradise", "0", "--num_images", "2")
+    images = pixels(tmp_path / "out")
+    assert sorted(images) == [
+        "bird_of_paradise_0.png",
+        "bird_of_paradise_1.png",
+        "grid.png",
+        "rose_0.png",
+        "rose_1.png",
+    ]
+    grid = images.pop("grid.png")
+    assert {image.shape for image in images.values()} == {(16, 16, 3)}
+    assert grid.shape[0] > 2 * 96 and grid.shape[1] > 2 * 96
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].endswith(str(tmp_path / "out"))
+    assert "sampling: 100%" in captured.err and "image/s" in captured.err
+
+
+def test_every_class_by_default(pipeline_folder, tmp_path):
+    run(pipeline_folder, tmp_path / "out", "--num_images", "1")
+    assert sorted(pixels(tmp_path / "out")) == ["7_0.png", "bird_of_paradise_0.png", "grid.png", "rose_0.png"]
+
+
+def test_what_is_on_disk_stays_as_it_was(pipeline_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rose_0.png").write_bytes(b"precious")
+    for _ in range(2):
+        run(pipeline_folder, out, "--labels", "rose", "--num_images", "1")
+    assert [file.name for file in out.iterdir()] == ["rose_0.png"]
+    assert (out / "rose_0.png").read_bytes() == b"precious"
+    first, second = pixels(tmp_path / "out-2"), pixels(tmp_path / "out-3")
+    np.testing.assert_array_equal(first["rose_0.png"], second["rose_0.png"])
+
+
+def test_pictures_depend_on_the_seed_and_not_on_the_batch_size(pipeline_folder, tmp_path):
+    for name, flags in {"one": ("--batch_size", "1"), "all": (), "other": ("--seed", "1")}.items():
+        run(pipeline_folder, tmp_path / name, "--labels", "rose", "7", "--num_images", "2", *flags)
+    one, together, other = (pixels(tmp_path / name) for name in ("one", "all", "other"))
+    for file in ("rose_0.png", "rose_1.png", "7_0.png", "7_1.png"):
+        assert abs(one[file] - together[file]).max() <= 1  # rounding
+    assert abs(one["rose_0.png"] - other["rose_0.png"]).max() > 1
+    np.testing.assert_allclose(one["rose_1.png"], other["rose_0.png"], atol=1)  # seed 0 + image 1 = seed 1 + image 0
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_draws(pipeline_folder, tmp_path, scheduler):
+    flags = ("--labels", "rose", "--num_images", "1", "--scheduler", scheduler, "--steps", "4")
+    run(pipeline_folder, tmp_path / "out", *flags)
+    assert pixels(tmp_path / "out")["rose_0.png"].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--labels", "rse"), "unknown label 'rse': the nearest names are 'rose'"),
+        (("--labels", "3"), "label '3' is out of range"),
+        (("--num_images", "0"), "--num_images must be at least 1"),
+        (("--batch_size", "0"), "--batch_size must be at least 1"),
+        (("--num_inference_steps", "0"), "num_inference_steps must be"),
+        (("--num_inference_steps", "1001"), "DDIMScheduler can't take --num_inference_steps 1001"),
+        (("--guidance_scale", "nan"), "guidance_scale must be a finite number"),
+        (("--guidance_interval", "0.8", "0.1"), "guidance_interval must be two fractions"),
+        (("--device", "toaster"), "--device toaster can't be used"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_bad_input_is_one_line_and_writes_nothing(pipeline_folder, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message) as error:
+        run(pipeline_folder, tmp_path / "out", *flags)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_without_a_pipeline(tmp_path):
+    with pytest.raises(InputError, match="is not the folder of a pipeline: it has no model_index.json"):
+        run(tmp_path, tmp_path / "out")
+
+
+def test_unknown_hub_id(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("nobody/no-such-flowers", "a/path/that/is/not"):
+        with pytest.raises(InputError, match=f"--pipeline {name} is neither a folder nor a Hub id"):
+            run(name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="--output .*file/out can't be made"):
+        fresh_folder(tmp_path / "file" / "out")
+
+
+def test_file_names_are_safe_and_never_the_same():
+    names = ["rose", "Rose", "rose", "a/b", "a b", "../up", "???", "edelweiß", "x" * 300]
+    files = file_names(names)
+    assert files == [
+        "rose_0.png", "Rose_1.png", "rose_2.png", "a_b_0.png", "a_b_1.png", "up_0.png", "class_0.png",
+        "edelweiß_0.png", f"{'x' * 80}_0.png",
+    ]  # fmt: skip
+
+
+def test_grid_has_a_column_a_label_with_its_name_below():
+    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+    grid = np.asarray(
+        label_grid([[red, red], [blue, blue]], ["rose", "a name so long that it takes two lines"], gap=4)
+    )
+    assert grid.shape[1] == 4 + 2 * (128 + 4)
+    for row in (4, 4 + 128 + 4):
+        assert (grid[row : row + 128, 4 : 4 + 128] == (255, 0, 0)).all()
+        assert (grid[row : row + 128, 136 : 136 + 128] == (0, 0, 255)).all()
+    below = grid[4 + 2 * (128 + 4) :]
+    first, second = below[:, :134], below[:, 134:]
+    assert (first < 128).any() and (second < 128).any()
+    assert (second[16:] < 128).any() and not (first[18:] < 128).any()  # one line here, two lines there
+
+
+def test_half_precision_draws_nearly_the_same(pipeline_folder, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        run(pipeline_folder, tmp_path / dtype, "--labels", "rose", "--dtype", dtype)
+    single, half = (pixels(tmp_path / dtype)["rose_0.png"] for dtype in ("float32", "bfloat16"))
+    assert 0 < abs(single - half).max() < 32
+
+
+def test_as_a_command_bad_input_is_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample", "--pipeline", str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "flower_ldm.sample")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("flower_ldm.sample", run_name="__main__")
+    assert end.value.code == 2
+    reason = "is not the folder of a pipeline: it has no model_index.json"
+    assert capsys.readouterr().err == f"error: --pipeline {tmp_path} {reason}\n"
