@@ -1,0 +1,655 @@
+"""Labelled images in, batches in [-1, 1] out: flowers102, synthetic, an image folder or any Hub data set.
+
+Every image is decoded once, at the start, and kept as small uint8 pixels; training only crops, flips and scales those,
+by random numbers that depend on nothing but (seed, epoch, image index). First box of the data flow: `synthetic` draws
+the offline flowers, `train_autoencoder.py` trains on the images, `latent_cache` encodes them once for stage 2.
+"""
+
+import difflib
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
+
+from flower_ldm.errors import InputError
+from flower_ldm.synthetic import CLASS_NAMES, synthetic_flower
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+VAL_SPLIT_NAMES = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
+HELD_OUT = "held-out 10 %"  # the name of the split we make where there is none
+SYNTHETIC_VAL_START = 1_000_000  # held-out synthetic flowers are the same ones, however many are trained on
+
+# The names of the data set's authors, by label. torchvision carries them too, since 2024.
+_FLOWERS102_NAMES = """
+    pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid,
+    bird of paradise, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow iris,
+    globe-flower, purple coneflower, peruvian lily, balloon flower, giant white arum lily, fire lily,
+    pincushion flower, fritillary, red ginger, grape hyacinth, corn poppy, prince of wales feathers, stemless gentian,
+    artichoke, sweet william, carnation, garden phlox, love in the mist, mexican aster, alpine sea holly,
+    ruby-lipped cattleya, cape flower, great masterwort, siam tulip, lenten rose, barbeton daisy, daffodil, sword lily,
+    poinsettia, bolero deep blue, wallflower, marigold, buttercup, oxeye daisy, common dandelion, petunia, wild pansy,
+    primula, sunflower, pelargonium, bishop of llandaff, gaura, geranium, orange dahlia, pink-yellow dahlia?,
+    cautleya spicata, japanese anemone, black-eyed susan, silverbush, californian poppy, osteospermum, spring crocus,
+    bearded iris, windflower, tree poppy, gazania, azalea, water lily, rose, thorn apple, morning glory,
+    passion flower, lotus, toad lily, anthurium, frangipani, clematis, hibiscus, columbine, desert-rose, tree mallow,
+    magnolia, cyclamen, watercress, canna lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia,
+    mallow, mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily
+"""
+FLOWERS102_CLASSES = tuple(re.split(r",\s+", _FLOWERS102_NAMES.strip()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness: everything random about a training sample comes from (seed, epoch, image index), never from a rank, a
+# worker or a running generator. So a resumed run, and a run in several processes, draws exactly the same.
+
+
+def image_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Return the random generator of one image in one epoch; `index` counts within the data set, below 2**32."""
+    return np.random.Generator(np.random.Philox(key=[seed, (epoch << 32) | index]))
+
+
+class TrainingSampler(Sampler):
+    """Yields the training keys `(epoch, index)` of a whole run, or of the rest of it, without a seam between epochs.
+
+    Every epoch holds every index once, in an order that (seed, epoch) alone decide. A resumed run starts at the number
+    of images it has seen already and goes on as if it had never stopped.
+
+    Args:
+        num_images: length of the data set.
+        seed: decides the order together with the epoch.
+        start, stop: images seen before the first key and after the last, counted from the beginning of the run.
+    """
+
+    def __init__(self, num_images: int, seed: int, start: int, stop: int) -> None:
+        self.num_images = num_images
+        self.seed = seed
+        self.start = start
+        self.stop = stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position = self.start
+        while position < self.stop:
+            epoch, first = divmod(position, self.num_images)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+            for index in order[first : first + self.stop - position].tolist():
+                yield epoch, index
+            position += self.num_images - first
+
+
+def keep_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`collate_fn` for data sets whose `__getitems__` already returns the whole batch."""
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels: any image file -> 8-bit RGB, upright, short side = resolution.
+
+_UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF_ORIENTATION = 0x0112
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB: 16-bit grey is scaled and not clipped, transparency lies on white.
+
+    Raises:
+        ValueError: for pixels without a known range (floats, or integers beyond 16 bits).
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixels of mode {image.mode} are not in the range 0 to 65535")
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
+    """Scale the short side to `resolution`, antialiased and not squashed; what is beyond 2:1 is cut off evenly."""
+    width, height = image.size
+    short = min(width, height)
+    cut_x, cut_y = max(0, width - 2 * short) / 2, max(0, height - 2 * short) / 2
+    box = (cut_x, cut_y, width - cut_x, height - cut_y)
+    size = tuple(round(side * resolution / short) for side in (width - 2 * cut_x, height - 2 * cut_y))
+    return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def small_pixels(image: Image.Image, resolution: int) -> np.ndarray:
+    """Decode an opened image to `(height, width, 3)` uint8, upright, with the short side equal to `resolution`."""
+    image.draft(None, (3 * resolution, 3 * resolution))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size
+    orientation = image.getexif().get(_EXIF_ORIENTATION)
+    image = resize_short_side(to_rgb(image), resolution)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return np.array(image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set: small uint8 pixels of varied aspect in one flat buffer, which forked and spawned workers share.
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image that has not been decoded yet: its place below the data set's location, its label, how to open it."""
+
+    name: str
+    label: int
+    open: Callable[[], Image.Image]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _decode(record: Record, resolution: int) -> np.ndarray | str:
+    """Return the record's small pixels, or in one line why it has none."""
+    try:
+        with record.open() as image:
+            return small_pixels(image, resolution)
+    except InputError:  # an option is wrong, not the file
+        raise
+    except Exception as error:  # Pillow's readers raise OSError, ValueError, SyntaxError, struct.error and more
+        return _one_line(error)
+
+
+class ImageDataset(Dataset):
+    """Labelled images, decoded once.
+
+    A key is an `int` (evaluation: centre crop, no flip, no noise) or `(epoch, index)` (training: a random crop along
+    the long side, a horizontal flip with probability 1/2 and, where `noise_shape` is set, standard normal noise).
+
+    Attributes:
+        class_names: one name a label. `num_classes` is their number.
+        labels: `(N,)` int64.
+        splits: the splits of the source that the images come from.
+        fingerprint: sha256 (hex) of all small pixels, labels, class names and the resolution.
+        num_bad_images: how many unreadable images were left out.
+        noise_shape: None, or the shape of the noise that each training image shall carry; may be set at any time.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        class_names: Sequence[str],
+        *,
+        resolution: int,
+        name: str,
+        splits: Sequence[str],
+        location: str = "",
+        seed: int = 0,
+        skip_bad_images: bool = False,
+        max_memory_gib: float = 8.0,
+        show_progress: bool = True,
+    ) -> None:
+        self.class_names = list(class_names)
+        self.num_classes = len(self.class_names)
+        self.resolution = resolution
+        self.name = name
+        self.splits = tuple(splits)
+        self.seed = seed
+        self.noise_shape: tuple[int, ...] | None = None
+        self._location = location
+        self._records = self._decode_all(records, skip_bad_images, max_memory_gib, show_progress)
+
+        self.num_bad_images = len(records) - len(self._records)
+        self.labels = torch.tensor([record.label for record in self._records], dtype=torch.int64)
+        if self._pixels is not None:
+            self._records = None  # a million small objects would be copied into every worker
+
+    def _decode_all(
+        self, records: Sequence[Record], skip_bad_images: bool, max_memory_gib: float, show_progress: bool
+    ) -> list[Record]:
+        """Decode every image, fill the buffer and the fingerprint, and return the records that could be read."""
+        # The largest that these images can be (2:1). Pages that are not written to cost no memory.
+        capacity = min(len(records) * 6 * self.resolution**2, int(max_memory_gib * 2**30))
+        self._pixels = torch.empty(capacity, dtype=torch.uint8)
+        layout, kept, filled = [], [], 0  # layout: height, width, offset in the buffer
+        fingerprint = hashlib.sha256(json.dumps([self.resolution, self.class_names]).encode())
+        title = f"{self.name} {'+'.join(self.splits)}, {self.resolution} px"
+        with (
+            ThreadPool() as pool,  # Pillow decodes and resizes outside of Python's lock
+            tqdm(desc=title, total=len(records), unit=" images", disable=not show_progress) as progress,
+        ):
+            decoded = pool.imap(partial(_decode, resolution=self.resolution), records, chunksize=8)
+            for record, pixels in zip(records, decoded, strict=True):
+                progress.update()
+                if isinstance(pixels, str):
+                    problem = f"{self._path(record)} cannot be read: {pixels}"
+                    if not skip_bad_images:
+                        raise InputError(f"{problem} (repair or remove it, or pass --skip_bad_images)")
+                    if show_progress:
+                        tqdm.write(f"left out: {problem}", file=sys.stderr)
+                    continue
+                fingerprint.update(json.dumps([record.label, pixels.shape]).encode())
+                fingerprint.update(pixels)
+                if self._pixels is not None and filled + pixels.size > capacity:
+                    self._pixels = None  # too much for the memory allowed: decode on access instead
+                if self._pixels is not None:
+                    self._pixels.numpy()[filled : filled + pixels.size] = pixels.reshape(-1)
+                layout.append((pixels.shape[0], pixels.shape[1], filled))
+                filled += pixels.size
+                kept.append(record)
+        self._layout = np.array(layout, dtype=np.int64)
+        self.fingerprint = fingerprint.hexdigest()
+        if show_progress and len(kept) < len(records):
+            print(f"{title}: left out {len(records) - len(kept)} of {len(records)} images", file=sys.stderr)
+        return kept
+
+    def _path(self, record: Record) -> str:
+        return f"{self._location}/{record.name}"
+
+    def _small_pixels(self, index: int) -> torch.Tensor:
+        """The whole image `index` before cropping: `(height, width, 3)` uint8."""
+        if self._pixels is not None:
+            height, width, offset = self._layout[index].tolist()
+            return self._pixels[offset : offset + height * width * 3].view(height, width, 3)
+        pixels = _decode(self._records[index], self.resolution)
+        if isinstance(pixels, str):
+            raise InputError(f"{self._path(self._records[index])} can no longer be read: {pixels}")
+        return torch.from_numpy(pixels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        """One sample: the batch of `__getitems__` without its first dimension."""
+        return {name: value[0] for name, value in self.__getitems__([key]).items()}
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """Return a whole batch, as torch's `DataLoader` asks for it; all keys of one kind.
+
+        Returns:
+            `images` `(B, 3, resolution, resolution)` float32 in [-1, 1], channels last in memory; `class_labels` and
+            `index` `(B,)` int64; for training keys with a `noise_shape` also `noise` `(B, *noise_shape)` float32.
+        """
+        size = self.resolution
+        training = isinstance(keys[0], tuple)
+        indices = [key[1] if training else int(key) for key in keys]
+        crops = torch.empty(len(keys), size, size, 3, dtype=torch.uint8)
+        noise = np.empty((len(keys), *(self.noise_shape or ())), dtype=np.float32)
+        for row, (key, index) in enumerate(zip(keys, indices, strict=True)):
+            pixels = self._small_pixels(index)
+            slack_y, slack_x = pixels.shape[0] - size, pixels.shape[1] - size  # one of them is 0
+            if not training:
+                top, left = slack_y // 2, slack_x // 2
+                crops[row] = pixels[top : top + size, left : left + size]
+                continue
+            rng = image_rng(self.seed, *key)  # the order of the draws is fixed: crop, flip, noise
+            along, flip = rng.random(2)
+            top, left = int(along * (slack_y + 1)), int(along * (slack_x + 1))
+            crop = pixels[top : top + size, left : left + size]
+            crops[row] = crop.flip(1) if flip < 0.5 else crop
+            if self.noise_shape is not None:
+                noise[row] = rng.standard_normal(self.noise_shape, dtype=np.float32)
+        index = torch.tensor(indices, dtype=torch.int64)
+        batch = {
+            "images": crops.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0),
+            "class_labels": self.labels[index],
+            "index": index,
+        }
+        if training and self.noise_shape is not None:
+            batch["noise"] = torch.from_numpy(noise)
+        return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: each lists its class names and, for every split that is used, its records.
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source offers. `val_splits` is empty where nothing is held out yet: then part of the rest will be."""
+
+    location: str
+    class_names: Sequence[str]
+    train_splits: tuple[str, ...]
+    val_splits: tuple[str, ...]
+    records: dict[str, list[Record]]
+
+
+def _resolve_splits(
+    available: Sequence[str],
+    train_splits: Sequence[str] | None,
+    val_splits: Sequence[str] | None,
+    default_train: tuple[str, ...] = ("train",),
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    train = tuple(train_splits or default_train)
+    val = tuple(val_splits or [split for split in VAL_SPLIT_NAMES if split in available and split not in train][:1])
+    for flag, splits in (("--train_splits", train), ("--val_splits", val)):
+        for split in splits:
+            if split not in available:
+                raise InputError(f"{flag}: there is no split {split!r}, only {', '.join(available)}")
+            if splits.count(split) > 1:
+                raise InputError(f"{flag}: {split!r} is given twice")
+    if shared := set(train) & set(val):
+        raise InputError(f"--train_splits and --val_splits share {min(shared)!r}: held-out images are not trained on")
+    return train, val
+
+
+def _list_flowers102(
+    data_dir: Path, train_splits: Sequence[str] | None, val_splits: Sequence[str] | None, download: bool
+) -> Listing:
+    """Oxford 102 Flowers (Nilsback and Zisserman, 2008) through torchvision, downloaded where it is absent."""
+    from torchvision.datasets import Flowers102  # a second of imports that the other sources can do without
+
+    train, val = _resolve_splits(("train", "val", "test"), train_splits, val_splits, default_train=("train", "test"))
+    if data_dir.name == "flowers-102" and (data_dir / "jpg").is_dir():
+        raise InputError(f"--data_dir {data_dir}: give the folder that holds flowers-102/, here {data_dir.parent}")
+    ways_out = "pass a --data_dir that holds flowers-102/, or --dataset synthetic"
+    created = [folder for folder in (data_dir / "flowers-102", data_dir) if not folder.exists()]
+    try:
+        Flowers102(str(data_dir), download=False)
+    except RuntimeError:  # torchvision found no images, or not the two .mat files it knows
+        if not download:
+            raise InputError(f"--data_dir {data_dir}: no complete flowers-102/ in it; {ways_out}") from None
+        try:
+            Flowers102(str(data_dir), download=True)
+        except (OSError, RuntimeError) as error:
+            for folder in created:
+                with suppress(OSError):  # absent, or no longer empty
+                    folder.rmdir()
+            reason = f"cannot be downloaded to --data_dir {data_dir} ({_one_line(error)})"
+            raise InputError(f"flowers102 {reason}; {ways_out}") from None
+
+    records = {}
+    for split in train + val:
+        source = Flowers102(str(data_dir), split=split, download=False)
+        records[split] = [
+            Record(path.relative_to(data_dir).as_posix(), int(label), partial(Image.open, path))
+            for path, label in zip(source._image_files, source._labels, strict=True)  # its only way to the paths
+        ]
+    return Listing(str(data_dir), FLOWERS102_CLASSES, train, val, records)
+
+
+def _open_synthetic(class_index: int, index: int, resolution: int) -> Image.Image:
+    return Image.fromarray(synthetic_flower(class_index, index, resolution=resolution))
+
+
+def _list_synthetic(
+    train_splits: Sequence[str] | None, val_splits: Sequence[str] | None, images_per_class: int, resolution: int
+) -> Listing:
+    """The procedural flowers of `synthetic`: always the same ones, whatever the training seed."""
+    if images_per_class < 1:
+        raise InputError(f"images_per_class must be at least 1, not {images_per_class}")
+    train, val = _resolve_splits(("train", "val"), train_splits, val_splits)
+    indices = {
+        "train": range(images_per_class),
+        "val": range(SYNTHETIC_VAL_START, SYNTHETIC_VAL_START + max(8, images_per_class // 10)),
+    }
+    records = {
+        split: [
+            Record(f"{split}/{name}/{i}", label, partial(_open_synthetic, label, i, resolution))
+            for label, name in enumerate(CLASS_NAMES)
+            for i in indices[split]
+        ]
+        for split in train + val
+    }
+    return Listing("synthetic", CLASS_NAMES, train, val, records)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _list_imagefolder(data_dir: Path, train_splits: Sequence[str] | None, val_splits: Sequence[str] | None) -> Listing:
+    """`DIR/<split>/<class>/*` where DIR/train (or a split asked for) holds folders, else `DIR/<class>/*`."""
+    if not data_dir.is_dir():
+        raise InputError(f"--data_dir {data_dir}: there is no such folder")
+    folders = _subfolders(data_dir)
+    if not folders:
+        raise InputError(f"--data_dir {data_dir}: no class folder in it; expected {data_dir}/<class>/*.jpg")
+    split_folders = {folder.name: folder for folder in folders if _subfolders(folder)}
+    if not split_folders.keys() & set(train_splits or ("train",)):
+        split_folders = {"train": data_dir}
+    train, val = _resolve_splits(tuple(split_folders), train_splits, val_splits)
+
+    class_names = sorted({folder.name for split in train for folder in _subfolders(split_folders[split])})
+    records = {}
+    for split in train + val:
+        records[split] = []
+        for folder in _subfolders(split_folders[split]):
+            if folder.name not in class_names:
+                raise InputError(f"{folder}: no class of this name in --train_splits {' '.join(train)}")
+            label = class_names.index(folder.name)
+            for path in sorted(folder.iterdir()):
+                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+                    name = path.relative_to(data_dir).as_posix()
+                    records[split].append(Record(name, label, partial(Image.open, path)))
+    return Listing(str(data_dir), class_names, train, val, records)
+
+
+def _open_hub_image(rows, column: str, row: int) -> Image.Image:
+    encoded = rows[row][column]
+    if encoded is None:
+        raise ValueError("the row has no image")
+    return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
+
+
+def _list_hub(
+    dataset: str,
+    train_splits: Sequence[str] | None,
+    val_splits: Sequence[str] | None,
+    image_column: str,
+    label_column: str,
+) -> Listing:
+    """Any data set of the Hugging Face Hub, or a local folder of Parquet and the like, through `datasets`."""
+    import datasets  # seconds of imports that the other sources can do without
+
+    try:
+        loaded = datasets.load_dataset(dataset)
+    except Exception as error:  # network, name, format: `datasets` raises a dozen kinds
+        known = "neither flowers102, synthetic or imagefolder nor a data set that can be loaded"
+        raise InputError(f"--dataset {dataset!r} is {known} ({_one_line(error)})") from None
+    train, val = _resolve_splits(tuple(loaded), train_splits, val_splits)
+    for split in train + val:
+        for flag, column in (("--image_column", image_column), ("--label_column", label_column)):
+            if column not in loaded[split].column_names:
+                columns = ", ".join(loaded[split].column_names)
+                raise InputError(f"{flag} {column!r} is not in split {split!r} of {dataset}; it has {columns}")
+
+    labels = {split: list(loaded[split][label_column]) for split in train + val}
+    feature = loaded[train[0]].features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        values, class_names = range(feature.num_classes), feature.names
+    elif isinstance(feature, datasets.Value) and not feature.dtype.startswith("float"):
+        values = sorted({label for split in train for label in labels[split] if label is not None})
+        class_names = [str(value).strip() for value in values]
+    else:
+        raise InputError(f"--label_column {label_column!r} of {dataset} must hold class labels, text or integers")
+    label_of = {value: label for label, value in enumerate(values)}
+
+    records = {}
+    for split in train + val:
+        try:
+            rows = loaded[split].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
+            raise InputError(
+                f"--image_column {image_column!r} of {dataset} does not hold images ({_one_line(error)})"
+            ) from None
+        unknown = [value for value in labels[split] if value not in label_of]
+        if unknown:
+            raise InputError(
+                f"--label_column {label_column!r}: {len(unknown)} rows of split {split!r} have a label that is not in"
+                f" the training splits, such as {unknown[0]!r}; choose other --train_splits or --val_splits"
+            )
+        records[split] = [
+            Record(f"{split}/{row}", label_of[value], partial(_open_hub_image, rows, image_column, row))
+            for row, value in enumerate(labels[split])
+        ]
+    return Listing(dataset, [name.strip() for name in class_names], train, val, records)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a source to a training and a held-out data set.
+
+
+def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | None) -> list[int]:
+    """Return the labels that `--classes` picks, in the order given; all of them for None.
+
+    `classes` holds 0-based indices (also as text, "3") or names, in any case.
+
+    Raises:
+        InputError: for an unknown name (the nearest names are offered), an index out of range, or a class given twice.
+    """
+    if classes is None:
+        return list(range(len(class_names)))
+    if not classes:
+        raise InputError("--classes names no class")
+    by_name = {name.casefold(): label for label, name in enumerate(class_names)}
+    chosen = []
+    for item in classes:
+        text = str(item).strip()
+        if text.lstrip("-").isdecimal():
+            label = int(text)
+            if not 0 <= label < len(class_names):
+                raise InputError(f"--classes {text}: an index is 0 to {len(class_names) - 1}")
+        elif text in class_names:
+            label = list(class_names).index(text)
+        elif text.casefold() in by_name:
+            label = by_name[text.casefold()]
+        else:
+            near = difflib.get_close_matches(text.casefold(), by_name, n=3, cutoff=0.5)
+            names = ", ".join(repr(class_names[by_name[name]]) for name in near)
+            hint = f"did you mean {names}?" if near else f"names are such as {class_names[0]!r}"
+            raise InputError(f"--classes: there is no class {text!r}; {hint}")
+        if label in chosen:
+            raise InputError(f"--classes: {class_names[label]!r} is given twice")
+        chosen.append(label)
+    return chosen
+
+
+def _hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Split off 10 % of each class, at least 1 of 2 images: those whose names have the smallest hashes.
+
+    The choice depends on names alone, so it is the same on every machine, and one more image moves at most one other.
+    """
+    by_class: dict[int, list[Record]] = {}
+    for record in records:
+        by_class.setdefault(record.label, []).append(record)
+    held_out = set()
+    for members in by_class.values():
+        members.sort(key=lambda record: hashlib.sha256(record.name.encode()).digest())
+        count = max(1, round(len(members) / 10)) if len(members) >= 2 else 0
+        held_out.update(record.name for record in members[:count])
+    return (
+        [record for record in records if record.name not in held_out],
+        [record for record in records if record.name in held_out],
+    )
+
+
+def load_datasets(
+    dataset: str,
+    data_dir: str | Path | None = None,
+    *,
+    resolution: int,
+    train_splits: Sequence[str] | None = None,
+    val_splits: Sequence[str] | None = None,
+    classes: Sequence[int | str] | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    skip_bad_images: bool = False,
+    images_per_class: int = 100,
+    seed: int = 0,
+    download: bool = True,
+    max_memory_gib: float = 8.0,
+    show_progress: bool | None = None,
+) -> tuple[ImageDataset, ImageDataset]:
+    """Load the training images and the held-out ones, decoded and relabelled.
+
+    Args:
+        dataset: "flowers102", "synthetic", "imagefolder", or what `datasets.load_dataset` takes: a Hub id or a folder.
+        data_dir: the folder that holds `flowers-102/` (default `data`), or the class folders.
+        resolution: short side of the images in pixels, at least 8.
+        train_splits: default "train", for flowers102 "train" and "test" (7,169 images).
+        val_splits: default the first of "val", "validation", "valid", "dev", "test" that exists and is not trained on;
+            where there is none, 10 % of each class are held out.
+        classes: a subset by index or name, relabelled 0..k-1 in the order given.
+        images_per_class: synthetic only, for training; a tenth of it, at least 8, is held out.
+        seed: of crops, flips and noise. It changes neither the synthetic images nor the splits.
+        download: fetch flowers102 where it is absent. With several processes, let the first one do it alone.
+        max_memory_gib: pixels above this, in either data set, are not kept but decoded on every access.
+        show_progress: None means in the first process of each machine.
+
+    Raises:
+        InputError: for whatever the user can put right, in one line.
+    """
+    if resolution < 8:
+        raise InputError(f"--resolution must be at least 8, not {resolution}")
+    if seed < 0:
+        raise InputError(f"--seed must not be negative, but is {seed}")
+    if dataset == "flowers102":
+        listing = _list_flowers102(Path(data_dir or "data").expanduser(), train_splits, val_splits, download)
+    elif dataset == "synthetic":
+        listing = _list_synthetic(train_splits, val_splits, images_per_class, resolution)
+    elif dataset == "imagefolder":
+        if data_dir is None:
+            raise InputError("--dataset imagefolder needs --data_dir, the folder that holds the class folders")
+        listing = _list_imagefolder(Path(data_dir).expanduser(), train_splits, val_splits)
+    else:
+        listing = _list_hub(dataset, train_splits, val_splits, image_column, label_column)
+
+    chosen = select_classes(listing.class_names, classes)
+    class_names = [listing.class_names[label] for label in chosen]
+    new_label = {label: new for new, label in enumerate(chosen)}
+
+    def records_of(splits: tuple[str, ...]) -> list[Record]:
+        records = [record for split in splits for record in listing.records[split] if record.label in new_label]
+        return [replace(record, label=new_label[record.label]) for record in records]
+
+    train_names, val_names = listing.train_splits, listing.val_splits
+    train_records, val_records = records_of(train_names), records_of(val_names)
+    if not val_names:
+        train_records, val_records = _hold_out(train_records)
+        val_names = (HELD_OUT,)
+    if missing := set(range(len(class_names))) - {record.label for record in train_records}:
+        ways_out = "add some, or leave it out with --classes"
+        raise InputError(
+            f"class {class_names[min(missing)]!r} has no training image in {listing.location}: {ways_out}"
+        )
+    if not val_records:
+        raise InputError(f"{listing.location} has no image to hold out: add some, or choose other --val_splits")
+
+    shown = os.environ.get("LOCAL_RANK", "0") == "0" if show_progress is None else show_progress
+    build = partial(
+        ImageDataset,
+        class_names=class_names,
+        resolution=resolution,
+        name=dataset,
+        location=listing.location,
+        seed=seed,
+        skip_bad_images=skip_bad_images,
+        max_memory_gib=max_memory_gib,
+        show_progress=shown,
+    )
+    train, val = build(train_records, splits=train_names), build(val_records, splits=val_names)
+    if missing := set(range(len(class_names))) - set(train.labels.tolist()):
+        raise InputError(f"class {class_names[min(missing)]!r} of {listing.location} has no readable image")
+    if len(val) == 0:
+        raise InputError(f"{listing.location} has no readable image in split {'+'.join(val_names)}")
+    return train, val

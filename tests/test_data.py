@@ -1,0 +1,598 @@
+"""flower_ldm/data.py: pixels of every kind of file, randomness, splits, classes, sources, bad input."""
+
+import hashlib
+import itertools
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+
+from flower_ldm import data
+from flower_ldm.errors import InputError
+from flower_ldm.synthetic import CLASS_NAMES
+
+RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+
+load_folder = partial(data.load_datasets, "imagefolder", show_progress=False)
+
+
+def all_images(dataset: data.ImageDataset) -> dict[str, torch.Tensor]:
+    return dataset.__getitems__(list(range(len(dataset))))
+
+
+def ramp_folder(root: Path, size: tuple[int, int] = (32, 16)) -> Path:
+    """One class of two images in which the red value, 7 times the column, tells where a crop lies."""
+    folder = root / "ramps" / "ramp"
+    folder.mkdir(parents=True)
+    pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    pixels[..., 0] = 7 * np.arange(size[0])
+    for i in range(2):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder.parent
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def palette_half_transparent() -> Image.Image:
+    image = Image.new("P", (16, 16), 0)
+    image.putpalette([*RED, *GREEN])
+    image.paste(1, (8, 0, 16, 16))
+    image.info["transparency"] = 1
+    return image
+
+
+def half_transparent(mode: str, opaque: tuple[int, ...], clear: tuple[int, ...]) -> Image.Image:
+    image = Image.new(mode, (16, 16), opaque)
+    image.paste(clear, (8, 0, 16, 16))
+    return image
+
+
+def sixteen_bits(mode: str) -> Image.Image:
+    values = np.full((16, 16), 200 * 257, dtype={"I;16": "<u2", "I;16B": ">u2", "I": "i4"}[mode])
+    values[:, 8:] = 3 * 257
+    return Image.fromarray(values)
+
+
+MODES = {  # file name -> image, colour of its left half, colour of its right half
+    "grey.jpg": (Image.new("L", (16, 16), 90), (90,) * 3, (90,) * 3),
+    "bits.png": (Image.new("1", (16, 16), 1), WHITE, WHITE),
+    "cmyk.jpg": (Image.new("CMYK", (16, 16), (55, 195, 225, 0)), (200, 60, 30), (200, 60, 30)),
+    "grey_alpha.png": (half_transparent("LA", (90, 255), (10, 0)), (90,) * 3, WHITE),
+    "half_alpha.png": (Image.new("RGBA", (16, 16), (0, 0, 0, 128)), (127,) * 3, (127,) * 3),
+    "rgb_alpha.png": (half_transparent("RGBA", (*RED, 255), (*GREEN, 0)), RED, WHITE),
+    "palette.gif": (Image.new("RGB", (16, 16), GREEN).quantize(4), GREEN, GREEN),
+    "palette_clear.png": (palette_half_transparent(), RED, WHITE),
+    "palette_clear.gif": (palette_half_transparent(), RED, WHITE),
+    "sixteen.png": (sixteen_bits("I;16"), (200,) * 3, (3,) * 3),
+    "sixteen.tif": (sixteen_bits("I;16B"), (200,) * 3, (3,) * 3),
+    "thirty_two.tif": (sixteen_bits("I"), (200,) * 3, (3,) * 3),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_gives_its_colours(name: str, tmp_path: Path) -> None:
+    image, left, right = MODES[name]
+    image.save(tmp_path / name, quality=95)
+    with Image.open(tmp_path / name) as opened:
+        pixels = data.small_pixels(opened, 16).astype(int)
+    assert pixels.shape == (16, 16, 3)
+    assert abs(pixels[:, :8] - left).max() <= 4
+    assert abs(pixels[:, 8:] - right).max() <= 4
+
+
+@pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[70000]]), np.int32([[-1]])], ids=str)
+def test_pixels_of_unknown_range_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="range 0 to 65535"):
+        data.to_rgb(Image.fromarray(values))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "image.png", exif=exif)
+    with Image.open(tmp_path / "image.png") as opened:
+        upright = np.asarray(ImageOps.exif_transpose(opened))
+        assert np.array_equal(data.small_pixels(opened, 8), upright)
+    assert upright.shape == ((8, 12, 3) if orientation <= 4 else (12, 8, 3))
+
+
+def test_the_short_side_is_scaled_and_nothing_is_squashed() -> None:
+    image = Image.new("RGB", (96, 64), GREEN)
+    image.paste(RED, (32, 16, 64, 48))  # a centred square of half the height
+    pixels = data.small_pixels(image, 16)
+    assert pixels.shape == (16, 24, 3)
+    is_red = pixels[..., 0] > 127
+    assert is_red.any(axis=0).sum() == is_red.any(axis=1).sum() == 8
+    assert data.small_pixels(image.rotate(90, expand=True), 16).shape == (24, 16, 3)
+    assert data.small_pixels(image, 128).shape == (128, 192, 3)  # enlarged, too
+
+
+@pytest.mark.parametrize("size", [(100, 20), (20, 100)])
+def test_beyond_two_to_one_the_ends_are_cut_off_evenly(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, RED)
+    width, height = min(size[0], 40), min(size[1], 40)
+    image.paste(
+        GREEN, ((size[0] - width) // 2, (size[1] - height) // 2, (size[0] + width) // 2, (size[1] + height) // 2)
+    )
+    pixels = data.small_pixels(image, 10)
+    assert pixels.shape == ((10, 20, 3) if size[0] > size[1] else (20, 10, 3))
+    assert (pixels[..., 1] > 230).all()  # next to the cut, antialiasing looks a little beyond it
+    assert abs(pixels.astype(int) - pixels[::-1, ::-1]).max() <= 1
+
+
+def test_scaling_is_antialiased() -> None:
+    board = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    assert abs(data.small_pixels(Image.fromarray(board), 16).astype(int) - 127).max() <= 4
+
+
+def test_a_large_jpeg_is_decoded_small(tmp_path: Path) -> None:
+    image = Image.new("RGB", (1600, 1200), RED)
+    image.paste(GREEN, (800, 0, 1600, 1200))
+    image.save(tmp_path / "large.jpg", quality=95)
+    with Image.open(tmp_path / "large.jpg") as opened:
+        pixels = data.small_pixels(opened, 48).astype(int)
+        assert opened.size == (200, 150)  # 1/8 of it was decoded, which is still three times what is wanted
+    assert pixels.shape == (48, 64, 3)
+    assert abs(pixels[:, :31] - RED).max() <= 8
+    assert abs(pixels[:, 33:] - GREEN).max() <= 8
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+
+
+def test_crops_stay_inside_and_reach_both_ends(tmp_path: Path) -> None:
+    train, _ = load_folder(ramp_folder(tmp_path), resolution=16)
+    lefts, flips = set(), []
+    for epoch in range(300):
+        columns = ((train[epoch, 0]["images"][0, 0] + 1) * 127.5 / 7).round().int()
+        flips.append(bool(columns[0] > columns[-1]))
+        columns = columns.flip(0) if flips[-1] else columns
+        assert torch.equal(columns, torch.arange(16) + columns[0])
+        lefts.add(int(columns[0]))
+    assert lefts == set(range(17))
+    assert 110 < sum(flips) < 190
+
+
+def test_evaluation_takes_the_centre_and_is_the_same_every_time(tmp_path: Path) -> None:
+    _, val = load_folder(ramp_folder(tmp_path), resolution=16)
+    val.noise_shape = (4, 2, 2)
+    sample = val[0]
+    assert sample.keys() == {"images", "class_labels", "index"}
+    assert torch.equal(((sample["images"][0] + 1) * 127.5 / 7).round()[0], torch.arange(8.0, 24.0))
+    assert torch.equal(val[0]["images"], sample["images"])
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(image_folder: Path) -> None:
+    train, _ = load_folder(image_folder, resolution=16)
+    train.noise_shape = (4, 2, 2)
+    alone = train[3, 5]
+    batch = train.__getitems__([(3, 7), (3, 5), (0, 5)])
+    for name, value in alone.items():
+        assert torch.equal(batch[name][1], value), name
+    again, _ = load_folder(image_folder, resolution=16)
+    again.noise_shape = (4, 2, 2)
+    assert torch.equal(again[3, 5]["noise"], alone["noise"])
+    other_seed, _ = load_folder(image_folder, resolution=16, seed=1)
+    other_seed.noise_shape = (4, 2, 2)
+    draws = [batch["noise"][0], batch["noise"][1], batch["noise"][2], other_seed[3, 5]["noise"]]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+
+
+def test_the_draw_order_is_crop_flip_noise(tmp_path: Path) -> None:
+    train, _ = load_folder(ramp_folder(tmp_path), resolution=16, seed=5)
+    image = train[2, 0]["images"]
+    train.noise_shape = (4, 8, 8)
+    sample = train[2, 0]
+    assert torch.equal(sample["images"], image)  # asking for noise changes no crop
+    rng = data.image_rng(5, 2, 0)
+    along, flip = rng.random(2)
+    columns = torch.arange(16) + int(along * 17)
+    columns = columns.flip(0) if flip < 0.5 else columns
+    assert torch.equal(((image[0, 0] + 1) * 127.5 / 7).round().int(), columns.int())
+    assert np.array_equal(sample["noise"].numpy(), rng.standard_normal((4, 8, 8), dtype=np.float32))
+    assert sample["noise"].dtype == torch.float32
+
+
+def test_image_rng_is_philox_keyed_by_seed_epoch_and_index() -> None:
+    expected = np.random.Generator(np.random.Philox(key=[7, 3 * 2**32 + 11])).random(4)
+    assert np.array_equal(data.image_rng(7, 3, 11).random(4), expected)
+
+
+def epoch_order(num_images: int, seed: int, epoch: int) -> list[tuple[int, int]]:
+    return list(data.TrainingSampler(num_images, seed, epoch * num_images, (epoch + 1) * num_images))
+
+
+def test_training_sampler_shuffles_by_seed_and_epoch() -> None:
+    first = epoch_order(20, seed=1, epoch=0)
+    assert epoch_order(20, seed=1, epoch=0) == first
+    assert sorted(first) == [(0, i) for i in range(20)] != first
+    fifth = epoch_order(20, seed=1, epoch=4)
+    assert sorted(fifth) == [(4, i) for i in range(20)]
+    assert [i for _, i in fifth] != [i for _, i in first] != [i for _, i in epoch_order(20, seed=2, epoch=0)]
+
+
+def test_training_sampler_strings_epochs_together_and_resumes() -> None:
+    epochs = [key for epoch in range(3) for key in epoch_order(10, seed=1, epoch=epoch)]
+    for start, stop in ((0, 30), (0, 7), (3, 10), (9, 11), (14, 27), (20, 20)):
+        sampler = data.TrainingSampler(10, seed=1, start=start, stop=stop)
+        assert list(sampler) == epochs[start:stop] and len(sampler) == stop - start
+
+
+def test_workers_deliver_the_same_batches(image_folder: Path) -> None:
+    train, _ = load_folder(image_folder, resolution=16)
+    train.noise_shape = (2, 2, 2)
+    batches = []
+    for num_workers in (0, 2):
+        sampler = data.TrainingSampler(len(train), seed=0, start=len(train), stop=2 * len(train))
+        loader = DataLoader(train, 8, sampler=sampler, num_workers=num_workers, collate_fn=data.keep_batch)
+        batches.append(list(loader))
+    assert [len(batch["index"]) for batch in batches[0]] == [8, 8, 8, 3]
+    for one, two in zip(*batches, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in ("images", "class_labels", "index", "noise"))
+        assert two["images"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batch_has_the_promised_types_and_range(tmp_path: Path) -> None:
+    for name, colour in (("black", 0), ("white", 255)):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("L", (20, 24), colour).save(tmp_path / name / f"{i}.png")
+    train, _ = load_folder(tmp_path, resolution=16)
+    batch = train.__getitems__([(0, 0), (0, 1)])
+    assert batch["images"].shape == (2, 3, 16, 16) and batch["images"].dtype == torch.float32
+    assert batch["images"][0].unique().tolist() == [-1.0] and batch["images"][1].unique().tolist() == [1.0]
+    assert batch["class_labels"].tolist() == batch["index"].tolist() == train.labels.tolist() == [0, 1]
+    assert batch["class_labels"].dtype == batch["index"].dtype == train.labels.dtype == torch.int64
+
+
+# --- the data set ----------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_follows_the_data_and_not_the_place(image_folder: Path, tmp_path: Path) -> None:
+    def fingerprint(folder: Path = image_folder, **options) -> str:
+        return load_folder(folder, **{"resolution": 16, **options})[0].fingerprint
+
+    original = fingerprint()
+    shutil.copytree(image_folder, tmp_path / "copy")
+    assert fingerprint() == fingerprint(tmp_path / "copy") == fingerprint(seed=3) == original
+    changed = [
+        original,
+        load_folder(image_folder, resolution=16)[1].fingerprint,
+        fingerprint(resolution=24),
+        fingerprint(classes=["daisy", "rose"]),
+        fingerprint(classes=["rose", "daisy"]),
+    ]
+    (image_folder / "rose").rename(image_folder / "crocus")
+    changed.append(fingerprint())
+    (image_folder / "crocus").rename(image_folder / "rose")
+    assert fingerprint() == original
+    for i in range(10):
+        with Image.open(image_folder / "rose" / f"{i}.jpg") as image:
+            pixels = np.array(image)
+        pixels[10, 10] ^= 128
+        Image.fromarray(pixels).save(image_folder / "rose" / f"{i}.jpg", quality=95)
+    changed.append(fingerprint())
+    assert len(set(changed)) == len(changed)
+
+
+def test_fingerprint_covers_labels_class_names_and_resolution() -> None:
+    def fingerprint(labels: tuple[int, ...] = (0, 1), names: str = "ab", resolution: int = 8) -> str:
+        records = [data.Record(str(i), label, partial(Image.new, "L", (8, 8), 0)) for i, label in enumerate(labels)]
+        options = {"resolution": resolution, "name": "test", "splits": ("train",), "show_progress": False}
+        return data.ImageDataset(records, list(names), **options).fingerprint
+
+    variants = [fingerprint(), fingerprint(labels=(1, 0)), fingerprint(names="ac"), fingerprint(resolution=9)]
+    assert len(set(variants)) == 4 and fingerprint() == variants[0]
+
+
+def test_what_does_not_fit_in_memory_is_decoded_on_access(image_folder: Path) -> None:
+    kept, _ = load_folder(image_folder, resolution=16)
+    decoded, _ = load_folder(image_folder, resolution=16, max_memory_gib=0)
+    assert decoded.fingerprint == kept.fingerprint
+    keys = [(1, i) for i in range(len(kept))]
+    assert torch.equal(decoded.__getitems__(keys)["images"], kept.__getitems__(keys)["images"])
+    shutil.rmtree(image_folder)
+    assert kept[0]["images"].shape == (3, 16, 16)
+    with pytest.raises(InputError, match=r"daisy/\d.jpg can no longer be read"):
+        decoded[0]
+
+
+# --- image folders and splits ----------------------------------------------------------------------------------------
+
+
+def test_a_tenth_of_each_class_is_held_out_by_name(tmp_path: Path) -> None:
+    counts = {"four": 4, "one": 1, "thirty": 30, "two": 2}
+    for name, count in counts.items():
+        (tmp_path / "a" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), 8 * i).save(tmp_path / "a" / name / f"{i}.png")
+    (tmp_path / "a" / "four" / "notes.txt").write_text("not an image")
+    (tmp_path / "a" / ".cache").mkdir()
+    train, val = load_folder(tmp_path / "a", resolution=8)
+    assert train.class_names == val.class_names == ["four", "one", "thirty", "two"]
+    assert torch.bincount(train.labels, minlength=4).tolist() == [3, 1, 27, 1]
+    assert torch.bincount(val.labels, minlength=4).tolist() == [1, 0, 3, 1]
+    assert (train.name, train.splits, val.splits) == ("imagefolder", ("train",), ("held-out 10 %",))
+
+    def shades(dataset: data.ImageDataset) -> set[float]:
+        return set(all_images(dataset)["images"][dataset.labels == 2, 0, 0, 0].tolist())
+
+    assert len(shades(train) | shades(val)) == 30  # none of them in both
+    by_hash = sorted(range(30), key=lambda i: hashlib.sha256(f"thirty/{i}.png".encode()).digest())
+    assert {round((shade + 1) * 127.5 / 8) for shade in shades(val)} == set(by_hash[:3])
+    subset = load_folder(tmp_path / "a", resolution=8, classes=["thirty"])
+    assert set(all_images(subset[1])["images"][:, 0, 0, 0].tolist()) == shades(val)
+    Image.new("L", (8, 8), 255).save(tmp_path / "a" / "thirty" / "new.png")
+    assert len(shades(load_folder(tmp_path / "a", resolution=8)[1]) & shades(val)) >= 2
+
+
+def test_folders_with_splits(tmp_path: Path) -> None:
+    for folder, count in {"train/ash": 3, "train/elm": 2, "test/elm": 1, "more/ash": 1}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), i).save(tmp_path / folder / f"{i}.png")
+    train, val = load_folder(tmp_path, resolution=8)
+    assert (train.splits, val.splits) == (("train",), ("test",))
+    assert (train.labels.tolist(), val.labels.tolist()) == ([0, 0, 0, 1, 1], [1])
+    train, val = load_folder(tmp_path, resolution=8, train_splits=["train", "test"], val_splits=["more"])
+    assert (train.labels.tolist(), val.labels.tolist()) == ([0, 0, 0, 1, 1, 1], [0])
+    with pytest.raises(InputError, match="--val_splits: there is no split 'dev', only more, test, train"):
+        load_folder(tmp_path, resolution=8, val_splits=["dev"])
+    with pytest.raises(InputError, match="share 'test'"):
+        load_folder(tmp_path, resolution=8, train_splits=["train", "test"], val_splits=["test"])
+    (tmp_path / "test" / "oak").mkdir()
+    with pytest.raises(InputError, match="test/oak: no class of this name in --train_splits train"):
+        load_folder(tmp_path, resolution=8)
+
+
+def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
+    for name in ("train", "tram"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("L", (8, 8), i).save(tmp_path / name / f"{i}.png")
+    assert load_folder(tmp_path, resolution=8)[0].class_names == ["train", "tram"]
+
+
+def test_missing_and_empty_folders(tmp_path: Path, image_folder: Path) -> None:
+    with pytest.raises(InputError, match="needs --data_dir"):
+        load_folder(resolution=8)
+    with pytest.raises(InputError, match="nowhere: there is no such folder"):
+        load_folder(tmp_path / "nowhere", resolution=8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no class folder in it"):
+        load_folder(tmp_path / "empty", resolution=8)
+    (image_folder / "lily").mkdir()
+    with pytest.raises(InputError, match="class 'lily' has no training image in .*flowers"):
+        load_folder(image_folder, resolution=8)
+    assert load_folder(image_folder, resolution=8, classes=["rose", "tulip"])[0].class_names == ["rose", "tulip"]
+
+
+def test_a_single_image_cannot_be_held_out(tmp_path: Path) -> None:
+    (tmp_path / "rose").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "rose" / "0.png")
+    with pytest.raises(InputError, match="no image to hold out"):
+        load_folder(tmp_path, resolution=8)
+
+
+def test_unreadable_images_are_named_or_left_out(image_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(image_folder / "rose" / "torn.jpg")
+    whole = (image_folder / "rose" / "torn.jpg").read_bytes()
+    (image_folder / "rose" / "torn.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"rose/torn.jpg cannot be read: .*truncated.*--skip_bad_images") as caught:
+        load_folder(image_folder, resolution=16)
+    assert "\n" not in str(caught.value)
+    (image_folder / "tulip" / "page.png").write_text("<html>404</html>")
+
+    train, val = load_folder(image_folder, resolution=16, skip_bad_images=True, show_progress=True)
+    assert train.num_bad_images + val.num_bad_images == 2
+    assert len(train) + len(val) == 30
+    printed = capsys.readouterr().err
+    assert all(
+        f"left out: {image_folder}/{name} cannot be read" in printed for name in ("rose/torn.jpg", "tulip/page.png")
+    )
+    assert f"left out {train.num_bad_images} of {len(train) + train.num_bad_images} images" in printed
+
+    for path in (image_folder / "rose").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="class 'rose' of .* has no readable image"):
+        load_folder(image_folder, resolution=16, skip_bad_images=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"resolution": 4}, "--resolution must be at least 8"), ({"resolution": 8, "seed": -1}, "--seed must not")],
+)
+def test_bad_numbers(options: dict, message: str, image_folder: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load_folder(image_folder, **options)
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+def test_subset_is_relabelled_in_the_order_given(image_folder: Path) -> None:
+    full, _ = load_folder(image_folder, resolution=16)
+    assert full.class_names == ["daisy", "rose", "tulip"] and full.num_classes == 3
+    subset, val = load_folder(image_folder, resolution=16, classes=["tulip", "0"])
+    assert subset.class_names == val.class_names == ["tulip", "daisy"]
+    for new, old in ((0, 2), (1, 0)):
+        images, of_full = all_images(subset)["images"], all_images(full)["images"]
+        assert torch.equal(images[subset.labels == new], of_full[full.labels == old])
+    assert sorted(val.labels.tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["sunflowr"], "no class 'sunflowr'; did you mean 'sunflower'"),
+        (["zzz"], "no class 'zzz'; names are such as 'pink primrose'"),
+        ([102], "--classes 102: an index is 0 to 101"),
+        (["-1"], "--classes -1: an index is 0 to 101"),
+        (["sunflower", 53], "'sunflower' is given twice"),
+        ([], "names no class"),
+    ],
+)
+def test_bad_classes(classes: list, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        data.select_classes(data.FLOWERS102_CLASSES, classes)
+
+
+def test_select_classes_by_index_and_name() -> None:
+    assert data.select_classes(data.FLOWERS102_CLASSES, [3, "17", " Sunflower"]) == [3, 17, 53]
+    assert data.select_classes(["rose", "Rose"], ["Rose"]) == [1]
+    assert data.select_classes(["a", "b"], None) == [0, 1]
+
+
+# --- Hub data sets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_parquet(folder: Path, split: str, labels: list, label_feature, **columns) -> str:
+    """A repository as the Hub holds it, of images whose grey value is ten times their row."""
+    folder.mkdir(exist_ok=True)
+    images = [Image.new("L", (20, 16), 10 * row) for row in range(len(labels))]
+    features = datasets.Features({"photo": datasets.Image(), "species": label_feature})
+    rows = datasets.Dataset.from_dict({"photo": images, "species": labels}, features=features)
+    rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+load_hub = partial(data.load_datasets, image_column="photo", label_column="species", show_progress=False)
+
+
+def test_hub_dataset_with_class_labels(tmp_path: Path, hub_cache: None) -> None:
+    names = datasets.ClassLabel(names=["oak", "ash "])
+    write_parquet(tmp_path / "trees", "train", [1, 0, 1], names)
+    repository = write_parquet(tmp_path / "trees", "validation", [0], names)
+    train, val = load_hub(repository, resolution=8)
+    assert train.class_names == ["oak", "ash"] and train.splits == ("train",) and val.splits == ("validation",)
+    assert (train.labels.tolist(), val.labels.tolist()) == ([1, 0, 1], [0])
+    shades = ((all_images(train)["images"][:, 0, 0, 0] + 1) * 127.5).round().tolist()
+    assert shades == [0, 10, 20]
+    on_access, _ = load_hub(repository, resolution=8, max_memory_gib=0)
+    assert torch.equal(all_images(on_access)["images"], all_images(train)["images"])
+    with pytest.raises(InputError, match="--image_column 'image' is not in split 'train' .* it has photo, species"):
+        load_hub(repository, resolution=8, image_column="image")
+    with pytest.raises(InputError, match="--image_column 'species' .* does not hold images"):
+        load_hub(repository, resolution=8, image_column="species")
+    with pytest.raises(InputError, match="--label_column 'photo' .* must hold class labels"):
+        load_hub(repository, resolution=8, label_column="photo")
+
+
+def test_hub_dataset_without_held_out_split_and_with_text_labels(tmp_path: Path, hub_cache: None) -> None:
+    repository = write_parquet(tmp_path / "trees", "train", ["oak"] * 20 + ["ash"] * 3, datasets.Value("string"))
+    train, val = load_hub(repository, resolution=8, classes=["oak", "ash"])
+    assert train.class_names == ["oak", "ash"]
+    assert torch.bincount(train.labels).tolist() == [18, 2] and torch.bincount(val.labels).tolist() == [2, 1]
+    again = load_hub(repository, resolution=8, classes=["oak", "ash"])
+    assert (again[0].fingerprint, again[1].fingerprint) == (train.fingerprint, val.fingerprint)
+
+
+def test_hub_dataset_with_unlabelled_rows(tmp_path: Path, hub_cache: None) -> None:
+    write_parquet(tmp_path / "trees", "train", [12, 7, 101], datasets.Value("int64"))
+    repository = write_parquet(tmp_path / "trees", "test", [7, -1], datasets.Value("int64"))
+    with pytest.raises(InputError, match="'species': 1 rows of split 'test' .* such as -1"):
+        load_hub(repository, resolution=8)
+
+
+def test_hub_dataset_of_a_csv_with_file_names(image_folder: Path, tmp_path: Path, hub_cache: None) -> None:
+    (tmp_path / "table").mkdir()
+    lines = [f"{path},{path.parent.name}" for path in sorted(image_folder.glob("*/*.jpg"))]
+    (tmp_path / "table" / "train.csv").write_text("\n".join(["photo,species", *lines]))
+    train, val = load_hub(str(tmp_path / "table"), resolution=16)
+    assert train.class_names == ["daisy", "rose", "tulip"] and len(train) == 27 and len(val) == 3
+
+
+def test_unknown_dataset(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither flowers102, synthetic or imagefolder nor a data set") as caught:
+        load_hub(str(tmp_path / "nothing"), resolution=8)
+    assert "\n" not in str(caught.value)
+
+
+# --- synthetic flowers -----------------------------------------------------------------------------------------------
+
+
+def test_synthetic_flowers() -> None:
+    load = partial(data.load_datasets, "synthetic", resolution=16, show_progress=False)
+    train, val = load(classes=[2, 5], images_per_class=9)
+    assert train.class_names == [CLASS_NAMES[2], CLASS_NAMES[5]]
+    assert train.labels.tolist() == [0] * 9 + [1] * 9 and val.labels.tolist() == [0] * 8 + [1] * 8
+    more, same_val = load(classes=[2, 5], images_per_class=12, seed=7)  # the training seed changes no flower
+    assert same_val.fingerprint == val.fingerprint
+    assert torch.equal(all_images(more)["images"][:9], all_images(train)["images"][:9])
+    images = torch.cat([all_images(train)["images"], all_images(val)["images"]])
+    assert len(images.flatten(1).unique(dim=0)) == 34
+    with pytest.raises(InputError, match="images_per_class"):
+        load(images_per_class=0)
+    with pytest.raises(InputError, match="resolution") as caught:
+        load(resolution=8)
+    assert "--skip_bad_images" not in str(caught.value)  # the option is wrong, not an image
+
+
+# --- Oxford 102 Flowers ----------------------------------------------------------------------------------------------
+
+
+def test_flowers102_names_are_those_of_torchvision() -> None:
+    from torchvision.datasets import Flowers102
+
+    assert len(data.FLOWERS102_CLASSES) == len(set(data.FLOWERS102_CLASSES)) == 102
+    assert data.FLOWERS102_CLASSES[53] == "sunflower"
+    if hasattr(Flowers102, "classes"):  # older ones have none
+        assert list(data.FLOWERS102_CLASSES) == Flowers102.classes
+
+
+def test_flowers102_that_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import Flowers102
+
+    with pytest.raises(
+        InputError, match="no complete flowers-102/ in it; pass a --data_dir .* or --dataset synthetic"
+    ):
+        data.load_datasets("flowers102", tmp_path, resolution=8, download=False)
+    monkeypatch.setattr(Flowers102, "_download_url_prefix", "http://127.0.0.1:9/")  # nobody listens there
+    with pytest.raises(InputError, match="cannot be downloaded .* or --dataset synthetic") as caught:
+        data.load_datasets("flowers102", tmp_path / "new", resolution=8)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []  # what is on disk is as it was
+    (tmp_path / "flowers-102" / "jpg").mkdir(parents=True)
+    with pytest.raises(InputError, match="give the folder that holds flowers-102/"):
+        data.load_datasets("flowers102", tmp_path / "flowers-102", resolution=8)
+
+
+@pytest.mark.skipif("FLOWERS102_ROOT" not in os.environ, reason="FLOWERS102_ROOT names no folder with flowers-102/")
+def test_real_flowers102() -> None:
+    root = os.environ["FLOWERS102_ROOT"]
+    train, val = data.load_datasets("flowers102", root, resolution=16, show_progress=False)
+    assert (len(train), len(val)) == (7169, 1020)
+    assert (train.splits, val.splits) == (("train", "test"), ("val",))
+    assert train.class_names == list(data.FLOWERS102_CLASSES)
+    assert torch.bincount(val.labels).tolist() == [10] * 102
+    counts = torch.bincount(train.labels) + 10
+    assert (counts.min(), counts.max()) == (40, 258)
+
+    subset, val_subset = data.load_datasets(
+        "flowers102", root, resolution=16, classes=["sunflower", 3], show_progress=False
+    )
+    assert subset.class_names == ["sunflower", "sweet pea"]
+    assert len(val_subset) == 20
+    assert torch.equal(
+        all_images(subset)["images"][subset.labels == 0], all_images(train)["images"][train.labels == 53]
+    )
+    small, _ = data.load_datasets(
+        "flowers102", root, resolution=16, train_splits=["train"], classes=[3], show_progress=False
+    )
+    assert len(small) == 10
