@@ -1,0 +1,570 @@
+"""What both training scripts share and nobody reads twice: flags and recipes, set-up, checkpoints, EMA, the loss log.
+
+Its neighbours: `train_autoencoder.py` and `train_latent_diffusion.py`, which hold the training steps themselves.
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    set_seed,
+)
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
+from .errors import InputError
+
+CHECKPOINT_PREFIX = "checkpoint-"
+# What decides which images, in which order, and which noise a step sees. A resumed run must agree in all of it.
+TRAJECTORY_FLAGS = ("dataset", "train_splits", "classes", "images_per_class", "resolution", "seed",
+                    "train_batch_size", "gradient_accumulation_steps", "model_config", "ema_decay")  # fmt: skip
+
+
+# --- flags and recipes -----------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, and whose flags can't be abbreviated."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def common_parser(description: str) -> OneLineParser:
+    """The flags that both scripts have; each script adds its own."""
+    parser = OneLineParser(description=description)
+    flag = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument_group("recipe")
+    flag("--config", help="YAML recipe with sections common, autoencoder, latent_diffusion; flags given here win")
+    # data
+    flag("--dataset", default="flowers102", help="flowers102, synthetic, imagefolder, or a Hub data set id")
+    flag("--data_dir", help="the folder that holds flowers-102/, or the class folders")
+    flag("--image_column", default="image", help="of a Hub data set")
+    flag("--label_column", default="label", help="of a Hub data set")
+    flag("--skip_bad_images", action=switch, default=False, help="count unreadable images and go on without them")
+    flag("--train_splits", nargs="+", help="splits to train on")
+    flag("--val_splits", nargs="+", help="splits held out")
+    flag("--classes", nargs="+", help="0-based indices or names; relabelled 0..k-1 in this order")
+    flag("--images_per_class", type=int, default=100, help="training images of each synthetic class")
+    flag("--resolution", type=int, default=64, help="pixels a side")
+    flag("--dataloader_num_workers", type=int, default=2)
+    # run
+    flag("--output_dir", help="results/autoencoder or results/flower-ldm unless set")
+    flag("--overwrite_output_dir", action=switch, default=False, help="replace the run that is there")
+    flag("--seed", type=int, default=0)
+    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="unset: what accelerate is configured for")
+    flag("--torch_compile", action=switch, default=False)
+    flag("--gradient_checkpointing", action=switch, default=False, help="less memory, slower")
+    # optimisation
+    flag("--train_batch_size", type=int, default=64, help="per process and micro-batch")
+    flag("--gradient_accumulation_steps", type=int, default=1)
+    flag("--max_train_steps", type=int, help="optimizer updates; wins over --num_train_epochs")
+    flag("--num_train_epochs", "--total_epochs", type=int, default=100)
+    flag("--learning_rate", type=float, default=3e-4)
+    flag("--lr_scheduler", default="cosine", help="any of diffusers' schedules")
+    flag("--lr_warmup_steps", type=int, default=100, help="optimizer updates")
+    flag("--max_grad_norm", type=float, default=1.0)
+    flag("--ema_decay", type=float, default=0.999)
+    flag("--model_config", help="JSON file with arguments of the model's class")
+    # checkpoints, validation, logs
+    flag("--checkpointing_steps", type=int, default=1000)
+    flag("--checkpoints_total_limit", type=int, help="keep only the newest; unset: all")
+    flag("--resume_from_checkpoint", "--checkpoint_path", help="latest, or a checkpoint folder")
+    flag("--validation_steps", "--visualize_every", type=int, default=1000)
+    flag("--logging_steps", type=int, default=50)
+    flag("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, all or none")
+    return parser
+
+
+def parse_arguments(parser: OneLineParser, section: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags over recipe over defaults.
+
+    Raises:
+        InputError: for an unknown flag or recipe key, or a value that can't be right.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    recipe_parser = OneLineParser(add_help=False)
+    recipe_parser.add_argument("--config")
+    recipe = recipe_parser.parse_known_args(argv)[0].config
+    args = parser.parse_args((read_recipe(parser, Path(recipe), section) if recipe else []) + argv)
+    positive = ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps",
+                "validation_steps", "checkpointing_steps", "images_per_class", "learning_rate")  # fmt: skip
+    for name in positive:
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
+    if args.max_train_steps is not None and args.max_train_steps < 0:
+        raise InputError(f"--max_train_steps must not be negative, got {args.max_train_steps}")
+    return args
+
+
+def read_recipe(parser: OneLineParser, path: Path, section: str) -> list[str]:
+    """A recipe's sections `common` and `section` as the command-line words they stand for."""
+    if not path.is_file():
+        raise InputError(f"--config {path} is no file")
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    sections = ("common", "autoencoder", "latent_diffusion")
+    if not isinstance(recipe, dict) or any(not isinstance(part or {}, dict) for part in recipe.values()):
+        raise InputError(f"--config {path} must hold sections {', '.join(sections)}, each with flags and values")
+    for key in recipe:
+        if key not in sections:
+            raise InputError(f"{path}: unknown section '{key}'; there are {', '.join(sections)}")
+    flags = {option.removeprefix("--"): action for option, action in parser._option_string_actions.items()}
+    words = []
+    for key, value in {**(recipe.get("common") or {}), **(recipe.get(section) or {})}.items():
+        if key not in flags or key in ("config", "help"):
+            nearest = difflib.get_close_matches(key, flags, n=1)
+            raise InputError(f"{path}: unknown key '{key}'" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
+        if isinstance(flags[key], argparse.BooleanOptionalAction) and isinstance(value, bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, bool):  # YAML's reading of a bare yes or no, as in `mixed_precision: no`
+            words.append(f"--{key}={'yes' if value else 'no'}")
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def read_model_config(path: str | None) -> dict:
+    """The JSON object of `--model_config`; empty without one."""
+    if path is None:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_config {path} can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"--model_config {path} must be one JSON object with arguments of the model")
+    return config
+
+
+def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module:
+    """A model from `--model_config`, with the arguments that follow from the run.
+
+    Raises:
+        InputError: for an argument that the model doesn't have, that the run sets otherwise, or that can't be built.
+    """
+    config = {key: value for key, value in read_model_config(path).items() if not key.startswith("_")}
+    known = inspect.signature(model_class.__init__).parameters
+    for key, value in config.items():
+        if key not in known:
+            raise InputError(f"--model_config {path}: {model_class.__name__} has no '{key}'")
+        if value != of_this_run.get(key, value):
+            raise InputError(f"--model_config {path}: '{key}' must be {of_this_run[key]} in this run, or be left out")
+    try:
+        return model_class(**(config | of_this_run))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{model_class.__name__} can't be built: {error}") from error
+
+
+# --- set-up ----------------------------------------------------------------------------------------------------------
+
+
+def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Accelerator:
+    """The accelerator and the seed."""
+    output_dir = Path(args.output_dir)
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        # Accumulation runs across epochs, so that every update sees the same number of images.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
+            )
+        ],
+    )
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    set_seed(args.seed)
+    return accelerator
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """Refuse an output folder that holds another run, or something else, and change nothing.
+
+    Raises:
+        InputError: unless this run goes on with the one there, or `--overwrite_output_dir` allows to replace it.
+    """
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file: name a folder")
+    if not output_dir.is_dir() or not any(output_dir.iterdir()) or resumes_in_place(args):
+        return
+    if not args.overwrite_output_dir:
+        raise InputError(
+            f"--output_dir {output_dir} is not empty: name another, go on with the run there by "
+            "--resume_from_checkpoint latest, or replace it by --overwrite_output_dir"
+        )
+    if not (output_dir / "args.yaml").is_file():
+        raise InputError(f"--overwrite_output_dir: {output_dir} has no args.yaml, so it is no run of ours to replace")
+
+
+def resumes_in_place(args: argparse.Namespace) -> bool:
+    """Whether the run goes on in the folder of the checkpoint that it starts from."""
+    checkpoint, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    return checkpoint is not None and (
+        checkpoint == "latest" or output_dir.resolve() == Path(checkpoint).resolve().parent
+    )
+
+
+def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Make the output folder this run's, with its `args.yaml`, and start the trackers in it.
+
+    Called when nothing else can be wrong any more, so that a mistake neither costs the run that is replaced nor leaves
+    a folder behind that the next try would stumble over.
+    """
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        if output_dir.is_dir() and not resumes_in_place(args):
+            shutil.rmtree(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
+    accelerator.wait_for_everyone()
+    if args.report_to != "none":
+        accelerator.init_trackers("logs")
+
+
+def load_images(accelerator: Accelerator, args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+    """Training and held-out images. One process downloads, the others wait for it."""
+    with accelerator.main_process_first():
+        return load_datasets(
+            args.dataset,
+            args.data_dir,
+            resolution=args.resolution,
+            train_splits=args.train_splits,
+            val_splits=args.val_splits,
+            classes=args.classes,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            skip_bad_images=args.skip_bad_images,
+            images_per_class=args.images_per_class,
+            seed=args.seed,
+        )
+
+
+def total_steps(accelerator: Accelerator, args: argparse.Namespace, num_images: int) -> int:
+    """Optimizer updates of the whole run."""
+    if args.max_train_steps is not None:
+        return args.max_train_steps
+    return max(1, args.num_train_epochs * num_images // images_per_step(accelerator, args))
+
+
+def images_per_step(accelerator: Accelerator, args: argparse.Namespace) -> int:
+    """Images that one optimizer update sees, over all processes and micro-batches."""
+    return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+
+
+def training_batches(
+    accelerator: Accelerator, args: argparse.Namespace, dataset: Dataset, first_step: int, last_step: int
+) -> DataLoader:
+    """The run's remaining micro-batches, from one optimizer update to another, shared out over the processes."""
+    per_step = images_per_step(accelerator, args)
+    sampler = TrainingSampler(len(dataset), args.seed, first_step * per_step, last_step * per_step)
+    dataloader = DataLoader(
+        dataset,
+        batch_size=args.train_batch_size,
+        sampler=sampler,
+        collate_fn=keep_batch,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        drop_last=True,
+    )
+    return accelerator.prepare_data_loader(dataloader)
+
+
+def validation_batches(accelerator: Accelerator, args: argparse.Namespace, dataset: Dataset) -> DataLoader:
+    """The held-out split in order, shared out over the processes."""
+    return accelerator.prepare_data_loader(DataLoader(dataset, args.train_batch_size, collate_fn=keep_batch))
+
+
+def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
+    """One of diffusers' schedules. Don't prepare it: accelerate would step it once a process."""
+    try:
+        return get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+    except ValueError as error:
+        raise InputError(f"--lr_scheduler {args.lr_scheduler}: {error}") from error
+
+
+# --- moving average --------------------------------------------------------------------------------------------------
+
+
+def build_ema(model: nn.Module, decay: float) -> EMAModel:
+    """diffusers' moving average of a model's parameters, warmed up by its own (1 + step) / (10 + step)."""
+    return EMAModel(model.parameters(), decay=decay, foreach=True)
+
+
+@contextmanager
+def ema_weights(ema: EMAModel, model: nn.Module) -> Iterator[nn.Module]:
+    """The model with its averaged weights and in evaluation mode, for as long as the context lasts."""
+    parameters = list(model.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    model.eval()
+    try:
+        yield model
+    finally:
+        ema.restore(parameters)
+        model.train()
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Where a run stands: optimizer updates done, images in each, seconds spent, the best held-out score so far."""
+
+    def __init__(self, images_per_step: int):
+        self.global_step = 0
+        self.images_per_step = images_per_step
+        self.seconds = 0.0
+        self.best_score = float("inf")
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        vars(self).update(state_dict)
+
+
+class Clock:
+    """Adds the seconds spent on training, validation and saving apart, to a run's progress."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.started = time.perf_counter()
+
+    def read(self) -> float:
+        """Bring `progress.seconds` up to date and return it."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.started
+        self.started = now
+        return self.progress.seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in this context doesn't count."""
+        self.read()
+        yield
+        self.started = time.perf_counter()
+
+
+def progress_bar(accelerator: Accelerator, first_step: int, last_step: int, name: str) -> tqdm:
+    """Optimizer updates done, their rate, and the time left; in the main process only."""
+    return tqdm(
+        initial=first_step, total=last_step, desc=name, unit="step", disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, global_step: int) -> Path:
+    """Write `checkpoint-<step>/`, complete or not at all, then drop the oldest beyond the limit."""
+    output_dir = Path(args.output_dir)
+    target, unfinished = output_dir / f"{CHECKPOINT_PREFIX}{global_step}", output_dir / f"unfinished-{global_step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (unfinished / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+        if args.checkpoints_total_limit is not None:
+            for old in list_checkpoints(output_dir)[: -max(1, args.checkpoints_total_limit)]:
+                shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """A run's complete checkpoints, oldest first."""
+    found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if path.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The folder that `--resume_from_checkpoint` names, checked against this run's flags; `None` without the flag."""
+    if args.resume_from_checkpoint is None:
+        return None
+    checkpoints = list_checkpoints(Path(args.output_dir))
+    if args.resume_from_checkpoint != "latest":
+        checkpoint = Path(args.resume_from_checkpoint)
+        if not (checkpoint / "args.yaml").is_file():
+            raise InputError(f"--resume_from_checkpoint {checkpoint} is no checkpoint folder")
+    elif checkpoints:
+        checkpoint = checkpoints[-1]
+    else:
+        raise InputError(f"--resume_from_checkpoint latest: {args.output_dir} holds no checkpoint; leave the flag out")
+    saved = yaml.safe_load((checkpoint / "args.yaml").read_text())
+    for name in TRAJECTORY_FLAGS:
+        if saved.get(name) != getattr(args, name):
+            raise InputError(
+                f"--{name} is {getattr(args, name)}, but {checkpoint} was made with {saved.get(name)}: "
+                "a resumed run must have the same"
+            )
+    return checkpoint
+
+
+def resume(accelerator: Accelerator, args: argparse.Namespace, checkpoint: Path | None, progress: Progress) -> None:
+    """Load a checkpoint, if there is one, into all that has been prepared or registered."""
+    if checkpoint is not None:
+        try:
+            accelerator.load_state(str(checkpoint))
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--resume_from_checkpoint {checkpoint} doesn't fit this run: {reason}") from error
+    if progress.images_per_step != images_per_step(accelerator, args):
+        raise InputError(
+            f"{checkpoint} was made with {progress.images_per_step} images per update, this run would have "
+            f"{images_per_step(accelerator, args)}: processes x --train_batch_size x --gradient_accumulation_steps"
+        )
+    if progress.global_step > args.max_train_steps:
+        raise InputError(
+            f"{checkpoint} is at step {progress.global_step}, beyond the {args.max_train_steps} of this run: "
+            "raise --max_train_steps"
+        )
+
+
+# --- logs and ends ---------------------------------------------------------------------------------------------------
+
+
+class LossLog:
+    """Means of the losses since the last line, kept on the device so that no step waits for one.
+
+    The first step and term that is not finite is kept there too, and found when the means are read: at every log line
+    and before every checkpoint, so that no bad weights are ever saved.
+    """
+
+    def __init__(self, accelerator: Accelerator, path: Path, first_step: int):
+        self.accelerator = accelerator
+        self.path = path
+        # By the names that are measured together: their sums, the first bad step of each, and how many were added.
+        self.groups: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor, list[int]]] = {}
+        self.last_step, self.last_time = first_step, time.perf_counter()
+
+    def update(self, global_step: int, losses: dict[str, torch.Tensor]) -> None:
+        """Add one micro-batch's scalars. Which ones are measured may change from step to step."""
+        values = torch.stack([value.detach().float().reshape(()) for value in losses.values()])
+        if tuple(losses) not in self.groups:
+            self.groups[tuple(losses)] = torch.zeros_like(values), torch.full_like(values, torch.inf), [0]
+        sums, bad_steps, count = self.groups[tuple(losses)]
+        sums += values
+        bad_steps.copy_(torch.where(values.isfinite(), bad_steps, bad_steps.clamp(max=global_step)))
+        count[0] += 1
+
+    def check(self) -> None:
+        """Raise where any process has met a loss that is not finite.
+
+        Raises:
+            InputError: with the step and the term.
+        """
+        for names, (_, bad_steps, _) in self.groups.items():
+            steps = self.accelerator.gather(bad_steps).view(-1, len(names)).amin(dim=0).tolist()
+            step, name = min(zip(steps, names, strict=True), key=lambda pair: pair[0])
+            if step != float("inf"):
+                raise InputError(
+                    f"{name} is not finite at step {step:.0f}: the run stops here, earlier checkpoints are kept; "
+                    "try a lower --learning_rate, or --mixed_precision bf16 in place of fp16"
+                )
+
+    def write(self, global_step: int, **more: float) -> dict[str, float]:
+        """Check, average over processes, and append one line to `log.jsonl` and to the trackers."""
+        self.check()
+        line = {}
+        for names, (sums, _, count) in self.groups.items():
+            means = self.accelerator.reduce(sums / count[0], reduction="mean").tolist()
+            line |= dict(zip(names, means, strict=True))
+        now = time.perf_counter()
+        line |= more | {"steps_per_second": (global_step - self.last_step) / (now - self.last_time)}
+        self.append(global_step, line)
+        self.groups.clear()
+        self.last_step, self.last_time = global_step, now
+        return line
+
+    def append(self, global_step: int, line: dict) -> None:
+        """One line of scalars: `log.jsonl` and the trackers."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": global_step, **line}) + "\n")
+        self.accelerator.log({key: value for key, value in line.items() if isinstance(value, float)}, step=global_step)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a `log.jsonl`, in order of steps; of a step logged twice, by a resumed run, the later line."""
+    lines = {}
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # a killed run's last words
+            continue
+        lines[line["step"], "steps_per_second" not in line] = line  # held-out values stand behind the training losses
+    return [lines[key] for key in sorted(lines)]
+
+
+class StopSignal:
+    """Remembers SIGINT or SIGTERM, so that a run saves a checkpoint before it ends. A second one ends it at once."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame) -> None:
+        self.number = number
+        for restored in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(restored, signal.SIG_DFL)
+
+    def agreed(self, global_step: int, every: int) -> bool:
+        """Whether any process was told to stop. Several processes agree on it only every so many steps."""
+        if self.accelerator.num_processes == 1:
+            return self.number > 0
+        if global_step % every:
+            return False
+        number = torch.tensor(self.number, device=self.accelerator.device)
+        self.number = int(self.accelerator.gather(number).max())
+        return self.number > 0
+
+    def exit(self, checkpoint: Path) -> None:
+        """End the run as a signal does, saying how to go on."""
+        self.accelerator.print(f"stopped: go on with --resume_from_checkpoint {checkpoint}")
+        self.accelerator.end_training()
+        sys.exit(128 + self.number)

@@ -1,0 +1,363 @@
+"""Stage 1: train FlowerAutoencoderKL, the autoencoder of the latent diffusion model, as a VAE-GAN.
+
+    data -> autoencoder_losses -> FlowerAutoencoderKL -> latent_cache -> diffusion -> FlowerUNet2DModel -> EMA
+         -> FlowerLDMPipeline -> evaluation + visualization -> report + model_card
+
+    accelerate launch --config_file accelerate_config.yaml train_autoencoder.py --config configs/flowers102_64_cpu.yaml
+
+Reads from top to bottom: flags, one training step, validation, the end of a run, the loop. What this script shares
+with `train_latent_diffusion.py` is in `flower_ldm/training.py`; the losses are in `flower_ldm/autoencoder_losses.py`.
+"""
+
+import json
+import math
+from argparse import BooleanOptionalAction
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from tqdm import tqdm
+
+from flower_ldm import training
+from flower_ldm.autoencoder_losses import (
+    AdaptiveAdversarialWeight,
+    CenterLoss,
+    PerceptualLoss,
+    adversarial_loss,
+    classification_loss,
+    discriminator_loss,
+    kl_loss,
+    loss_ramp,
+    pixel_loss,
+)
+from flower_ldm.data import ImageDataset
+from flower_ldm.discriminator import PatchDiscriminator
+from flower_ldm.errors import InputError, exit_on_input_error
+from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
+from flower_ldm.visualization import save_loss_curves, save_reconstructions
+
+LOSS_NAMES = ["pixel_loss", "perceptual_loss", "kl_loss", "adversarial_loss", "discriminator_loss",
+              "classification_loss", "center_loss", "repulsion_loss", "psnr", "ssim"]  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = training.common_parser(__doc__.splitlines()[0])
+    flag = parser.add_argument
+    parser.set_defaults(output_dir="results/autoencoder")
+    # loss weights: 0 means that the part is never built or run
+    flag("--pixel_weight", type=float, default=1.0)
+    flag("--perceptual_weight", type=float, default=0.5)
+    flag("--kl_weight", type=float, default=1e-4, help="of nats per latent element")
+    flag("--adversarial_weight", type=float, default=0.1)
+    flag("--classification_weight", type=float, default=0.01)
+    flag("--center_weight", type=float, default=0.01)
+    flag("--repulsion_weight", type=float, default=0.01)
+    # how they are used
+    flag("--adaptive_weight", action=BooleanOptionalAction, default=True,
+         help="balance the adversarial loss by gradient norms before its weight")  # fmt: skip
+    flag("--adaptive_weight_steps", type=int, default=16, help="updates between two measurements of that balance")
+    flag("--disc_start", type=int, default=1000, help="update at which the discriminator starts")
+    flag("--loss_ramp_steps", type=int, default=500, help="updates over which a loss other than pixel and KL rises")
+    flag("--disc_learning_rate", type=float, default=3e-4)
+    flag("--perceptual_every", type=int, default=1, help="every how many-th image of a batch VGG16 sees")
+    flag("--vgg_weights", help="a local file with torchvision's VGG16")
+    args = training.parse_arguments(parser, "autoencoder", argv)
+    for name, value in vars(args).items():
+        if name.endswith("_weight") and not isinstance(value, bool) and not 0 <= value < float("inf"):
+            raise InputError(f"--{name} must be a number of at least 0, got {value}")
+    if args.pixel_weight == args.perceptual_weight == 0:
+        raise InputError(
+            "--pixel_weight and --perceptual_weight are both 0: nothing would tell the decoder what to draw"
+        )
+    if args.perceptual_every < 1 or args.train_batch_size % args.perceptual_every:
+        raise InputError(f"--perceptual_every {args.perceptual_every} must divide --train_batch_size")
+    return args
+
+
+# --- one training step -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Parts:
+    """What is trained and what judges it. A part whose weight is 0 is `None`."""
+
+    vae: nn.Module
+    perceptual: PerceptualLoss | None
+    discriminator: nn.Module | None
+    adaptive: AdaptiveAdversarialWeight | None
+    centers: nn.Module | None
+
+
+def autoencoder_step(accelerator: Accelerator, args, parts: Parts, batch: dict, global_step: int) -> tuple:
+    """One micro-batch through the autoencoder: its weighted loss, each loss unweighted, and the reconstruction."""
+    images, class_labels = batch["images"], batch["class_labels"]
+    ramp = loss_ramp(global_step, 0, args.loss_ramp_steps)
+    with accelerator.autocast():
+        output = parts.vae(images, noise=batch["noise"])
+        losses = {"pixel_loss": pixel_loss(output.sample, images), "kl_loss": kl_loss(output.posterior)}
+        loss = args.pixel_weight * losses["pixel_loss"]
+        if parts.perceptual is not None:
+            seen = slice(None, None, args.perceptual_every)
+            losses["perceptual_loss"] = parts.perceptual(output.sample[seen], images[seen])
+            loss = loss + args.perceptual_weight * ramp * losses["perceptual_loss"]
+        if parts.discriminator is not None and global_step >= args.disc_start:
+            loss = loss + weighted_adversarial_loss(accelerator, args, parts, output.sample, loss, losses, global_step)
+        loss = loss + args.kl_weight * losses["kl_loss"]
+        if args.classification_weight > 0:
+            losses["classification_loss"] = classification_loss(output.class_logits, class_labels)
+            loss = loss + args.classification_weight * ramp * losses["classification_loss"]
+        if parts.centers is not None:
+            losses["center_loss"], losses["repulsion_loss"] = parts.centers(output.class_features, class_labels)
+            loss = loss + args.center_weight * ramp * losses["center_loss"]
+            loss = loss + args.repulsion_weight * ramp * losses["repulsion_loss"]
+    return loss, losses, output.sample.detach()
+
+
+def weighted_adversarial_loss(accelerator, args, parts, reconstruction, reconstruction_loss, losses, global_step):
+    """The adversarial term as it is added; unweighted it goes into `losses`, and its adaptive weight with it."""
+    discriminator = accelerator.unwrap_model(parts.discriminator)
+    # The discriminator as a fixed function: this pass must leave no gradients in it.
+    fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    losses["adversarial_loss"] = adversarial_loss(functional_call(discriminator, fixed, (reconstruction,)))
+    weight = args.adversarial_weight * loss_ramp(global_step, args.disc_start, args.loss_ramp_steps)
+    if parts.adaptive is None:
+        return weight * losses["adversarial_loss"]
+    if (global_step - args.disc_start) % args.adaptive_weight_steps == 0:
+        norms = parts.adaptive.squared_gradient_norms(reconstruction_loss, losses["adversarial_loss"], reconstruction)
+        parts.adaptive.update(accelerator.reduce(norms, reduction="sum"))
+    losses["adaptive_weight"] = parts.adaptive().clone()
+    return weight * losses["adaptive_weight"] * losses["adversarial_loss"]
+
+
+def discriminator_step(accelerator: Accelerator, discriminator: nn.Module, images, reconstruction) -> torch.Tensor:
+    """The discriminator's loss on one micro-batch of images and their reconstructions."""
+    with accelerator.autocast():
+        real_logits, fake_logits = discriminator(torch.cat([images, reconstruction])).chunk(2)
+        return discriminator_loss(real_logits, fake_logits)
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def validate(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptual, batches: DataLoader) -> dict:
+    """Held-out means over images: PSNR (dB) and SSIM of the reconstruction from the posterior's mean, and losses."""
+    measured = []
+    for batch in batches:
+        images, class_labels = batch["images"], batch["class_labels"]
+        with accelerator.autocast():
+            output = vae(images)
+        reconstruction = output.sample.float().clamp(-1, 1)
+        unit_range = (reconstruction + 1) / 2, (images + 1) / 2
+        rows = {
+            "psnr": peak_signal_noise_ratio(*unit_range, data_range=1.0, reduction="none", dim=(1, 2, 3)),
+            "ssim": structural_similarity_index_measure(*unit_range, data_range=1.0, reduction="none"),
+            "val_pixel_loss": (reconstruction - images).abs().mean(dim=(1, 2, 3)),
+            "mean_squared_error": (unit_range[0] - unit_range[1]).square().mean(dim=(1, 2, 3)),
+        }
+        if args.classification_weight > 0:
+            rows["val_accuracy"] = (output.class_logits.argmax(dim=1) == class_labels).float()
+        if perceptual is not None:
+            with accelerator.autocast():
+                rows["val_perceptual_loss"] = perceptual.per_image(reconstruction, images)
+        measured.append(accelerator.gather_for_metrics(rows))
+    means = {name: torch.cat([rows[name] for rows in measured]).mean().item() for name in measured[0]}
+    # Beside the mean of each image's PSNR, that of the mean squared error, which is never higher.
+    return means | {"psnr_of_mean_squared_error": -10 * math.log10(means["mean_squared_error"])}
+
+
+@torch.inference_mode()
+def draw_reconstructions(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, images: ImageDataset, step: int):
+    """16 held-out images, spread over all classes, above what the autoencoder makes of them."""
+    keys = np.linspace(0, len(images) - 1, min(16, len(images))).astype(int).tolist()
+    originals = images.__getitems__(keys)["images"].to(accelerator.device)
+    with accelerator.autocast():
+        reconstructions = vae(originals).sample
+    path = Path(args.output_dir) / "reconstructions" / f"step-{step:08d}.png"
+    save_reconstructions(originals, reconstructions, path)
+
+
+def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: training.LossLog, progress) -> dict:
+    """`validate`, logged; the weights go to `best/` where held-out pixel + perceptual loss is the lowest so far."""
+    metrics = validate(accelerator, args, vae, perceptual, batches)
+    if accelerator.is_main_process:
+        draw_reconstructions(accelerator, args, vae, batches.dataset, progress.global_step)
+    log.append(progress.global_step, metrics)
+    score = metrics["val_pixel_loss"] + metrics.get("val_perceptual_loss", 0.0)
+    best_dir = Path(args.output_dir) / "best"
+    if score < progress.best_score or not best_dir.is_dir():
+        progress.best_score = score
+        if accelerator.is_main_process:
+            vae.save_pretrained(best_dir)
+        accelerator.wait_for_everyone()
+    return metrics
+
+
+@torch.inference_mode()
+def measure_latents(
+    accelerator: Accelerator, vae: FlowerAutoencoderKL, dataset: ImageDataset, batch_size: int
+) -> None:
+    """Keep per-channel mean and standard deviation of the training split's raw latents in the model's config.
+
+    Total variance: of the posterior means, plus the mean posterior variance. Every process measures the whole split,
+    in the same order, so that all end with the same figures.
+    """
+    sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)
+    starts = range(0, len(dataset), batch_size)
+    for start in tqdm(starts, desc="latent statistics", disable=not accelerator.is_main_process):
+        keys = list(range(start, min(start + batch_size, len(dataset))))
+        with accelerator.autocast():
+            posterior = vae.encode(dataset.__getitems__(keys)["images"].to(accelerator.device)).latent_dist
+        mean, variance = posterior.mean.double(), posterior.var.double()
+        weight = len(keys) / len(dataset)
+        moments = torch.stack([values.mean(dim=(0, 2, 3)) for values in (mean, mean.square(), variance)])
+        sums += weight * moments.cpu()
+    variance = sums[1] - sums[0].square() + sums[2]
+    vae.set_latents_statistics(sums[0].tolist(), variance.sqrt().tolist())
+
+
+# --- the end of a run ------------------------------------------------------------------------------------------------
+
+
+def save_results(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, train_images: ImageDataset, results: dict):
+    """Measure the latents, then write the weights that `vae` holds, `best/`, the metrics and the loss curves."""
+    output_dir = Path(args.output_dir)
+    measure_latents(accelerator, vae, train_images, args.train_batch_size)
+    best = FlowerAutoencoderKL.from_pretrained(output_dir / "best").to(accelerator.device).eval()
+    measure_latents(accelerator, best, train_images, args.train_batch_size)
+    if not accelerator.is_main_process:
+        return
+    vae.save_pretrained(output_dir)
+    best.save_pretrained(output_dir / "best")
+    (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    save_loss_curves(training.read_log(output_dir / "log.jsonl"), LOSS_NAMES, output_dir / "autoencoder_losses.png")
+    print(f"autoencoder in {output_dir}, its reconstructions of held-out images in {output_dir / 'reconstructions'}")
+
+
+def build_parts(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptual: PerceptualLoss | None) -> tuple:
+    """All that is trained or judges, on its device and prepared, with both optimizers and the rate's schedule."""
+    centers = discriminator = adaptive = disc_optimizer = None
+    parameters = list(vae.parameters())
+    if args.center_weight > 0 or args.repulsion_weight > 0:
+        centers = CenterLoss(vae.config.num_classes, vae.config.head_channels)
+        parameters += centers.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    lr_scheduler = training.build_lr_scheduler(args, optimizer)
+    vae, optimizer = accelerator.prepare(vae, optimizer)
+    if centers is not None:
+        centers = accelerator.prepare(centers)
+    if perceptual is not None:
+        perceptual = perceptual.to(accelerator.device, memory_format=torch.channels_last)
+    if args.adversarial_weight > 0:
+        discriminator = PatchDiscriminator().to(memory_format=torch.channels_last)
+        disc_optimizer = torch.optim.AdamW(
+            discriminator.parameters(), lr=args.disc_learning_rate, betas=(0.5, 0.9), weight_decay=0.0, fused=True
+        )
+        discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
+        if args.adaptive_weight:
+            adaptive = AdaptiveAdversarialWeight().to(accelerator.device)
+            accelerator.register_for_checkpointing(adaptive)
+    return Parts(vae, perceptual, discriminator, adaptive, centers), optimizer, disc_optimizer, lr_scheduler
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    output_dir = Path(args.output_dir)
+    training.check_output_dir(args)
+    checkpoint = training.find_checkpoint(args)
+    needs_head = args.classification_weight > 0 or args.center_weight > 0 or args.repulsion_weight > 0
+    perceptual = PerceptualLoss(args.vgg_weights) if args.perceptual_weight > 0 else None
+    accelerator = training.set_up(args, find_unused_parameters=needs_head and args.classification_weight == 0)
+    train_images, val_images = training.load_images(accelerator, args)
+    args.max_train_steps = last_step = training.total_steps(accelerator, args, len(train_images))
+
+    vae = training.build_model(
+        FlowerAutoencoderKL,
+        args.model_config,
+        num_classes=train_images.num_classes if needs_head else 0,
+        sample_size=args.resolution,
+    )
+    if args.resolution % vae.downsample_factor:
+        raise InputError(
+            f"--resolution {args.resolution} must be a multiple of {vae.downsample_factor} for this model"
+        )
+    latent_size = args.resolution // vae.downsample_factor
+    train_images.noise_shape = (vae.config.latent_channels, latent_size, latent_size)
+    vae = vae.to(accelerator.device, memory_format=torch.channels_last)
+    if args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    if args.torch_compile:
+        vae.compile()
+    ema = training.build_ema(vae, args.ema_decay)
+    parts, optimizer, disc_optimizer, lr_scheduler = build_parts(accelerator, args, vae, perceptual)
+    progress = training.Progress(training.images_per_step(accelerator, args))
+    accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
+    training.resume(accelerator, args, checkpoint, progress)
+    training.claim_output_dir(accelerator, args)
+
+    train_batches = training.training_batches(accelerator, args, train_images, progress.global_step, last_step)
+    val_batches = training.validation_batches(accelerator, args, val_images)
+    trained = [module for module in (parts.vae, parts.centers, parts.discriminator) if module is not None]
+    log = training.LossLog(accelerator, output_dir / "log.jsonl", progress.global_step)
+    stop = training.StopSignal(accelerator)
+    bar = training.progress_bar(accelerator, progress.global_step, last_step, "autoencoder")
+    clock = training.Clock(progress)
+    parts.vae.train()
+
+    for batch in train_batches:
+        with accelerator.accumulate(*trained):
+            loss, losses, reconstruction = autoencoder_step(accelerator, args, parts, batch, progress.global_step)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+                if accelerator.scaler is None:  # fp16's scaler meets infinite gradients by itself
+                    log.update(progress.global_step + 1, {"grad_norm": grad_norm})
+            optimizer.step()
+            optimizer.zero_grad()
+            if parts.discriminator is not None and progress.global_step >= args.disc_start:
+                disc_loss = discriminator_step(accelerator, parts.discriminator, batch["images"], reconstruction)
+                accelerator.backward(disc_loss)
+                disc_optimizer.step()
+                disc_optimizer.zero_grad()
+                losses["discriminator_loss"] = disc_loss
+        log.update(progress.global_step + 1, losses)
+        if not accelerator.sync_gradients:
+            continue
+
+        lr_scheduler.step()
+        ema.step(vae.parameters())
+        progress.global_step += 1
+        bar.update()
+        step, at_end = progress.global_step, progress.global_step == last_step
+        if step % args.logging_steps == 0 or at_end:
+            line = log.write(step, learning_rate=lr_scheduler.get_last_lr()[0])
+            bar.set_postfix(pixel_loss=f"{line['pixel_loss']:.4f}")
+        if step % args.validation_steps == 0 and not at_end:
+            with training.ema_weights(ema, vae), clock.paused():
+                validate_and_keep_best(accelerator, args, vae, parts.perceptual, val_batches, log, progress)
+        stopping = stop.agreed(step, args.logging_steps)
+        if step % args.checkpointing_steps == 0 or at_end or stopping:
+            log.check()
+            clock.read()
+            saved = training.save_checkpoint(accelerator, args, step)
+            if stopping and not at_end:
+                stop.exit(saved)
+    bar.close()
+
+    with training.ema_weights(ema, vae):
+        results = validate_and_keep_best(accelerator, args, vae, parts.perceptual, val_batches, log, progress)
+        results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
+        results |= {"dataset": train_images.name, "splits": val_images.splits, "vgg_weights": args.vgg_weights}
+        save_results(accelerator, args, vae, train_images, results)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
