@@ -1,0 +1,162 @@
+"""The diffusion process in training, as pure functions: timesteps, label dropout, targets, weights, loss by timestep.
+
+Its neighbours: `latent_cache` brings latents, noise and uniforms; `train_latent_diffusion.py` strings these functions
+together around `FlowerUNet2DModel`. Everything runs on the device of its inputs and never makes the host wait for it.
+
+Shapes: B batch, C channels, H W latent height and width, T num_train_timesteps.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from flower_ldm.errors import InputError
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+# Where the schedule ends in pure noise, min-SNR weights vanish with the SNR, and the step that sampling starts from
+# would never be trained. Signal this faint counts as this much.
+SNR_FLOOR = 0.01
+
+
+def check_schedule(prediction_type: str, beta_schedule: str, zero_terminal_snr: bool) -> None:
+    """Refuse what no scheduler can do.
+
+    Raises:
+        InputError: an unknown name, or noise prediction where the last step holds nothing but noise: the model would
+            learn to copy its input there, and sampling would divide by a signal of zero (Lin et al. 2023).
+    """
+    if prediction_type not in PREDICTION_TYPES:
+        raise InputError(f"--prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}.")
+    if beta_schedule not in BETA_SCHEDULES:
+        raise InputError(f"--beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, not {beta_schedule!r}.")
+    if zero_terminal_snr and prediction_type == "epsilon":
+        raise InputError(
+            "--zero_terminal_snr cannot go with --prediction_type epsilon, which is undefined at pure noise; "
+            "choose --prediction_type v_prediction or sample."
+        )
+
+
+def make_noise_scheduler(
+    prediction_type: str, beta_schedule: str, zero_terminal_snr: bool, num_train_timesteps: int = 1000
+) -> DDPMScheduler:
+    """The scheduler of training, whose config the pipeline's schedulers are made from.
+
+    Nothing is clipped, for latents have no bounds. Timesteps are spaced from the end backwards ("trailing"), so that
+    sampling starts at the noisiest step the model was trained on (Lin et al. 2023, section 3.3).
+
+    Raises:
+        InputError: see `check_schedule`.
+    """
+    check_schedule(prediction_type, beta_schedule, zero_terminal_snr)
+    # Stable Diffusion's betas for scaled_linear, and Ho et al. 2020's for linear; the cosine schedule has its own.
+    beta_start, beta_end = (0.00085, 0.012) if beta_schedule == "scaled_linear" else (0.0001, 0.02)
+    # All explicit: `from_config` leaves out what was left at its default, and other schedulers have other defaults.
+    return DDPMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def sample_timesteps(uniforms: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """Map `uniforms` `(B,)` in [0, 1) evenly to timesteps `(B,)` int64 in 0 ... T - 1."""
+    timesteps = (uniforms * num_train_timesteps).long()
+    return timesteps.clamp(max=num_train_timesteps - 1)  # a float64 just below 1 becomes 1 in float32
+
+
+def drop_labels(
+    class_labels: torch.Tensor, uniforms: torch.Tensor, label_dropout: float, null_label: int
+) -> torch.Tensor:
+    """Replace the labels `(B,)` whose uniform `(B,)` in [0, 1) is below `label_dropout` by `null_label`.
+
+    The model so learns the unconditional prediction that classifier-free guidance needs (Ho & Salimans 2022).
+    """
+    return torch.where(uniforms < label_dropout, null_label, class_labels)
+
+
+def diffusion_target(
+    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the model shall predict, `(B, C, H, W)`: the noise, the latents, or their velocity (Salimans & Ho 2022).
+
+    Raises:
+        ValueError: the scheduler's `prediction_type` is none of the three.
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return latents
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}.")
+
+
+def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor:
+    """Loss weights `(B,)` that keep any one noise level from dominating (Hang et al. 2023, "Min-SNR", section 3.4).
+
+    In terms of the error of the denoised latents the weight is min(SNR, gamma). That of the noise is SNR times as
+    large, and that of the velocity SNR + 1 times, so the weight is divided by as much. `gamma=None` weighs all alike.
+
+    Raises:
+        ValueError: the scheduler's `prediction_type` is none of the three.
+    """
+    if gamma is None:
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    # Kept there, as `add_noise` does too: the copy makes the host wait, so it must happen once and not at every step.
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)
+    snr = compute_snr(scheduler, timesteps)
+    if scheduler.config.rescale_betas_zero_snr:
+        snr = snr.clamp(min=SNR_FLOOR)
+    weights = snr.clamp(max=gamma)
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return weights / snr
+    if prediction_type == "sample":
+        return weights
+    if prediction_type == "v_prediction":
+        return weights / (snr + 1)
+    raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}.")
+
+
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean squared error of each sample, `(B,)` float32, from `(B, C, H, W)` twice and weights `(B,)`."""
+    squared_error = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    return squared_error.mean(dim=(1, 2, 3)) * weights
+
+
+class LossByTimestep:
+    """Mean loss in equal bins of the timestep, summed up on the device until someone reads it.
+
+    `sums` and `counts`, each `(num_bins,)`, are plain tensors: all-reduce them before reading to cover all processes.
+    """
+
+    def __init__(self, num_train_timesteps: int, num_bins: int = 10, device: torch.device | str = "cpu") -> None:
+        self.num_train_timesteps = num_train_timesteps
+        self.sums = torch.zeros(num_bins, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(num_bins, dtype=torch.float64, device=device)
+
+    def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Add the `losses` `(B,)` of `timesteps` `(B,)`, without a host synchronisation."""
+        bins = timesteps * len(self.sums) // self.num_train_timesteps
+        losses = losses.detach().to(self.sums.dtype)
+        self.sums.index_add_(0, bins, losses)
+        self.counts.index_add_(0, bins, torch.ones_like(losses))
+
+    def read_and_reset(self) -> list[tuple[int, int, float | None]]:
+        """`(first timestep, last timestep, mean loss or None where none fell)` of each bin. Waits for the device."""
+        sums, counts = self.sums.tolist(), self.counts.tolist()
+        num_bins = len(sums)
+        # The first timestep whose bin is b is the ceiling of b T / num_bins.
+        starts = [-(-b * self.num_train_timesteps // num_bins) for b in range(num_bins + 1)]
+        means = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+        self.sums.zero_()
+        self.counts.zero_()
+        return [(starts[b], starts[b + 1] - 1, means[b]) for b in range(num_bins)]

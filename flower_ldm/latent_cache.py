@@ -1,0 +1,251 @@
+"""What stage 2 trains on: the autoencoder's posterior for every image and its horizontal flip, encoded once.
+
+One safetensors file, keyed by autoencoder, data and size; never used when the key differs or the file is torn. It
+keeps mean and std, not samples: `LatentDataset` draws a fresh sample each epoch, as EDM2 does. Made from
+`data.ImageDataset`; read by `train_latent_diffusion.py`.
+
+Shapes: N images, B of them in a batch; C latent channels of h x w; axis 1 of (N, 2, C, h, w) is image, flipped image.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from flower_ldm.data import ImageDataset, image_rng, keep_batch
+from flower_ldm.errors import InputError
+
+FORMAT_VERSION = "1"
+NOT_ENCODER_CONFIG = ("latents_mean", "latents_std")  # measured from the latents: they don't change them
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """The posteriors of a data set's raw latents.
+
+    Attributes:
+        mean, std (`torch.Tensor` `(N, 2, C, h, w)` float16): raw latents, as the autoencoder gives them.
+        labels (`torch.Tensor` `(N,)` int64): classes of the images.
+        class_names (`list[str]`): the name of each class.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    labels: torch.Tensor
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What goes into the file, by name."""
+        return {"mean": self.mean, "std": self.std, "labels": self.labels}
+
+
+class UnusableCacheError(Exception):
+    """Why a cache file must not be used; its message continues the sentence "<file> ..."."""
+
+
+def cache_key(vae: torch.nn.Module, dataset: ImageDataset) -> str:
+    """Hex digest of all that the latents depend on: the autoencoder's config and weights, the data and their size."""
+    config = {
+        name: value
+        for name, value in dict(vae.config).items()
+        if not name.startswith("_") and name not in NOT_ENCODER_CONFIG
+    }
+    about = [FORMAT_VERSION, type(vae).__name__, config, dataset.fingerprint, dataset.resolution]
+    return _digest(vae.state_dict(), json.dumps(about, sort_keys=True, default=str))
+
+
+def cache_path(cache_dir: str | Path, dataset: ImageDataset) -> Path:
+    """The cache's file: one for each combination of data set and splits."""
+    name = "-".join([dataset.name, "+".join(dataset.splits)])
+    return Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name).strip('-.')}.safetensors"
+
+
+def load_or_build_latent_cache(
+    vae: torch.nn.Module,
+    dataset: ImageDataset,
+    cache_dir: str | Path,
+    *,
+    device: torch.device | str,
+    batch_size: int = 64,
+    autocast_dtype: torch.dtype | None = None,
+    num_workers: int = 0,
+) -> LatentCache:
+    """Read the cache of `dataset`'s latents from `cache_dir`, or encode them and write it there.
+
+    With several processes call it under `accelerator.main_process_first()`: the others then find the file.
+
+    Args:
+        vae: anything with diffusers' `encode(images).latent_dist`; moved to `device`, channels last, evaluation mode.
+        dataset: images `(B, 3, H, W)` in [-1, 1]; read by plain indices, so centre-cropped and not flipped.
+        batch_size: images encoded at a time, each together with its flip.
+        autocast_dtype: `torch.bfloat16`, `torch.float16`, or `None` to encode in the weights' own precision. It is no
+            part of the key: a cache made in another precision is used.
+        num_workers: processes that decode images ahead; 0 suits a data set held in memory.
+
+    Raises:
+        InputError: latents that are not finite, or too large for 16-bit storage; a folder that can't be written.
+    """
+    path = cache_path(cache_dir, dataset)
+    key = cache_key(vae, dataset)
+    if path.exists():
+        try:
+            return read_latent_cache(path, key)
+        except UnusableCacheError as reason:
+            print(f"latent cache {path} {reason}: encoding the images again", flush=True)
+    vae = vae.to(device=device, memory_format=torch.channels_last).eval()
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=keep_batch, num_workers=num_workers)
+    cache = _encode(vae, loader, torch.device(device), autocast_dtype)
+    _write(cache, path, key)
+    return cache
+
+
+def read_latent_cache(path: Path, key: str) -> LatentCache:
+    """Read a cache file, the key from its header before anything else.
+
+    Raises:
+        UnusableCacheError: another key, a torn or damaged file, latents that are not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                raise UnusableCacheError("belongs to another autoencoder, other images or another size")
+            cache = LatentCache(
+                **{name: file.get_tensor(name) for name in ("mean", "std", "labels")},
+                class_names=json.loads(metadata["class_names"]),
+            )
+    except (SafetensorError, OSError, LookupError, ValueError) as error:
+        raise UnusableCacheError(f"can't be read ({error})") from error
+    if metadata.get("digest") != _digest(cache.tensors()):
+        raise UnusableCacheError("is damaged")
+    if not _is_finite(cache.mean, cache.std):
+        raise UnusableCacheError("holds latents that are not finite")
+    return cache
+
+
+class LatentDataset(Dataset):
+    """Normalised latents and all the randomness of a denoising step, from (seed, epoch, image index) alone.
+
+    A key is `(epoch, index)`; neither the batch it comes in nor process or worker changes what it gives. Feed it with
+    `data.TrainingSampler` and `collate_fn=data.keep_batch`.
+
+    Args:
+        cache: the posteriors.
+        latents_mean, latents_std: per channel, C of each, from the autoencoder's config.
+        seed: the run's.
+    """
+
+    def __init__(self, cache: LatentCache, latents_mean: Sequence[float], latents_std: Sequence[float], seed: int):
+        channels = cache.mean.shape[2]
+        self.cache = cache
+        self.latents_mean = torch.tensor(latents_mean, dtype=torch.float32).view(channels, 1, 1)
+        self.latents_std = torch.tensor(latents_std, dtype=torch.float32).view(channels, 1, 1)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """The items of a batch, each tensor already batched.
+
+        Returns:
+            "latents" `(B, C, h, w)`: a sample of the posterior of image or flip, normalised by the statistics;
+            "noise" `(B, C, h, w)`: standard normal, for the diffusion; "uniforms" `(B, 2)` in [0, 1): for the timestep
+            and for label dropout; "class_labels" and "index" `(B,)` int64; all else float32.
+        """
+        shape = (len(keys), *self.cache.mean.shape[2:])
+        posterior_noise, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        uniforms = np.empty((len(keys), 3), np.float32)
+        for row, (epoch, index) in enumerate(keys):
+            rng = image_rng(self.seed, epoch, index)
+            rng.random(out=uniforms[row], dtype=np.float32)
+            rng.standard_normal(out=posterior_noise[row], dtype=np.float32)
+            rng.standard_normal(out=noise[row], dtype=np.float32)
+        index = torch.tensor([index for _, index in keys])
+        uniforms = torch.from_numpy(uniforms)
+        flip = (uniforms[:, 0] < 0.5).long()
+        mean, std = self.cache.mean[index, flip].float(), self.cache.std[index, flip].float()  # (B, C, h, w)
+        raw_latents = torch.addcmul(mean, std, torch.from_numpy(posterior_noise))
+        return {
+            "latents": (raw_latents - self.latents_mean) / self.latents_std,
+            "class_labels": self.cache.labels[index],
+            "index": index,
+            "noise": torch.from_numpy(noise),
+            "uniforms": uniforms[:, 1:],
+        }
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """The same for one key, without the batch dimension."""
+        return {name: value[0] for name, value in self.__getitems__([key]).items()}
+
+
+def _encode(
+    vae: torch.nn.Module, loader: DataLoader, device: torch.device, autocast_dtype: torch.dtype | None
+) -> LatentCache:
+    """Posteriors of all the images and their flips, as float16 on the CPU; refuses what float16 can't hold."""
+    dataset = loader.dataset
+    autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
+    means, stds = [], []
+    with tqdm(total=len(dataset), desc="Encoding images", unit=" images") as progress:
+        for batch in loader:
+            images = batch["images"].to(device)
+            pairs = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, H, W)
+            with torch.inference_mode(), autocast:
+                posterior = vae.encode(pairs.contiguous(memory_format=torch.channels_last)).latent_dist
+            for parts, moments in ((means, posterior.mean), (stds, posterior.std)):
+                parts.append(moments.half().cpu().contiguous().unflatten(0, (-1, 2)))  # (B, 2, C, h, w)
+            if not _is_finite(means[-1], stds[-1]):
+                raise InputError(
+                    f"--autoencoder: its latents of images {progress.n} to {progress.n + len(images) - 1} of "
+                    f"{dataset.name} are not finite or too large for 16 bits; try --mixed_precision no, or train it "
+                    "with a larger --kl_weight"
+                )
+            progress.update(len(images))
+    return LatentCache(torch.cat(means), torch.cat(stds), dataset.labels, list(dataset.class_names))
+
+
+def _write(cache: LatentCache, path: Path, key: str) -> None:
+    """Write the whole file beside its place, then move it there: a reader sees the old one or the new one."""
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "class_names": json.dumps(cache.class_names),
+        "digest": _digest(cache.tensors()),
+    }
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(cache.tensors(), unfinished, metadata=metadata)
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"can't write the latent cache {path} ({error}); is there space, and permission?") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+def _is_finite(*tensors: torch.Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of tensors with their names, types and shapes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

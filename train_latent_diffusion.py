@@ -1,0 +1,304 @@
+"""Stage 2: train FlowerUNet2DModel, the denoiser, on the cached latents of stage 1; the result is a FlowerLDMPipeline.
+
+    data -> autoencoder_losses -> FlowerAutoencoderKL -> latent_cache -> diffusion -> FlowerUNet2DModel -> EMA
+         -> FlowerLDMPipeline -> evaluation + visualization -> report + model_card
+
+    accelerate launch --config_file accelerate_config.yaml train_latent_diffusion.py \\
+        --config configs/flowers102_64_cpu.yaml
+
+Reads from top to bottom: flags, one training step, validation and previews, the end of a run, the loop. What this
+script shares with `train_autoencoder.py` is in `flower_ldm/training.py`, the mathematics in `flower_ldm/diffusion.py`.
+"""
+
+import json
+from argparse import BooleanOptionalAction
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import nn
+from torch.utils.data import DataLoader
+
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel, training
+from flower_ldm.data import ImageDataset, keep_batch
+from flower_ldm.diffusion import (
+    BETA_SCHEDULES,
+    PREDICTION_TYPES,
+    LossByTimestep,
+    check_schedule,
+    denoising_loss,
+    diffusion_target,
+    drop_labels,
+    make_noise_scheduler,
+    min_snr_weights,
+    sample_timesteps,
+)
+from flower_ldm.errors import InputError, exit_on_input_error
+from flower_ldm.latent_cache import LatentDataset, load_or_build_latent_cache
+from flower_ldm.visualization import save_class_grid, save_diffusion_loss
+
+PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 4  # a class grid's columns and rows
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = training.common_parser(__doc__.splitlines()[0])
+    flag = parser.add_argument
+    parser.set_defaults(output_dir="results/flower-ldm", train_batch_size=128)
+    flag("--autoencoder", default="results/autoencoder", help="stage 1's output folder, or a Hub id")
+    flag("--latent_cache_dir", help="<output_dir>/latent_cache unless set; share it between runs on the same latents")
+    # the diffusion
+    flag("--prediction_type", choices=PREDICTION_TYPES, default="v_prediction")
+    flag("--beta_schedule", choices=BETA_SCHEDULES, default="squaredcos_cap_v2")
+    flag("--zero_terminal_snr", action=BooleanOptionalAction, default=False, help="the last timestep is pure noise")
+    flag("--snr_gamma", type=float, default=5.0, help="min-SNR loss weights; 0: all timesteps weigh alike")
+    flag("--label_dropout", type=float, default=0.1, help="share of labels dropped, for classifier-free guidance")
+    # previews
+    flag("--guidance_scale", type=float, default=2.0, help="of the previews; 1 means off")
+    args = training.parse_arguments(parser, "latent_diffusion", argv)
+    if not 0 <= args.label_dropout < 1:
+        raise InputError(f"--label_dropout must be at least 0 and below 1, got {args.label_dropout}")
+    if args.snr_gamma < 0:
+        raise InputError(f"--snr_gamma must be at least 0, got {args.snr_gamma}")
+    check_schedule(args.prediction_type, args.beta_schedule, args.zero_terminal_snr)
+    return args
+
+
+# --- one training step -----------------------------------------------------------------------------------------------
+
+
+def denoising_step(args, unet: nn.Module, noise_scheduler: DDPMScheduler, batch: dict, null_label: int) -> tuple:
+    """One micro-batch: the loss of each sample `(B,)`, weighted and not, and its timestep `(B,)`."""
+    latents, noise, uniforms = batch["latents"], batch["noise"], batch["uniforms"]  # (B, C, h, w) twice, (B, 2)
+    timesteps = sample_timesteps(uniforms[:, 0], noise_scheduler.config.num_train_timesteps)
+    class_labels = drop_labels(batch["class_labels"], uniforms[:, 1], args.label_dropout, null_label)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy_latents, timesteps, class_labels).sample
+    target = diffusion_target(noise_scheduler, latents, noise, timesteps)
+    weights = min_snr_weights(noise_scheduler, timesteps, args.snr_gamma or None)
+    losses = denoising_loss(prediction, target, weights)
+    return losses, losses / weights, timesteps
+
+
+# --- validation and previews -----------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def validate(accelerator: Accelerator, args, unet: nn.Module, noise_scheduler, batches: DataLoader) -> dict:
+    """The held-out loss, weighted and not; noise and timesteps are the same at every validation."""
+    rows = []
+    for batch in batches:
+        with accelerator.autocast():
+            losses, unweighted_losses, _ = denoising_step(args, unet, noise_scheduler, batch, unet.null_label)
+        rows.append(accelerator.gather_for_metrics(torch.stack([losses, unweighted_losses], dim=1)))
+    loss, unweighted_loss = torch.cat(rows).mean(dim=0).tolist()
+    return {"val_loss": loss, "val_unweighted_loss": unweighted_loss}
+
+
+def build_pipeline(vae: nn.Module, unet: nn.Module, noise_scheduler: DDPMScheduler, class_names: list[str]):
+    """The pipeline, with a fast sampler of the same noise schedule (DPM-Solver++, Lu et al. 2022)."""
+    scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config, timestep_spacing="trailing")
+    pipeline = FlowerLDMPipeline(vae=vae, unet=unet, scheduler=scheduler, id2label=dict(enumerate(class_names)))
+    pipeline.set_progress_bar_config(leave=False, desc="preview")
+    return pipeline
+
+
+def draw_class_grid(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, path: Path) -> None:
+    """Up to 10 classes, spread over all of them, 4 images each, always from the same noise."""
+    num_classes = pipeline.num_classes
+    labels = np.linspace(0, num_classes - 1, min(num_classes, PREVIEW_CLASSES)).round().astype(int).tolist()
+    generators = [torch.Generator("cpu").manual_seed(args.seed + i) for i in range(len(labels) * PREVIEW_IMAGES)]
+    with accelerator.autocast():
+        images = pipeline(
+            labels,
+            num_images_per_label=PREVIEW_IMAGES,
+            guidance_scale=args.guidance_scale,
+            generator=generators,
+            output_type="np",
+        ).images
+    images = (images * 255).round().astype(np.uint8).reshape(len(labels), PREVIEW_IMAGES, *images.shape[1:])
+    save_class_grid(images, [pipeline.class_names[label] for label in labels], path)
+
+
+# --- set-up ----------------------------------------------------------------------------------------------------------
+
+
+def load_autoencoder(name: str) -> nn.Module:
+    """Stage 1's result, or a stock `AutoencoderKL`, frozen.
+
+    Raises:
+        InputError: where there is none, or one whose latents have not been measured.
+    """
+    try:
+        config = FlowerAutoencoderKL.load_config(name)
+        model_class = AutoencoderKL if config.get("_class_name") == "AutoencoderKL" else FlowerAutoencoderKL
+        if config.get("_class_name") != model_class.__name__:
+            raise InputError(f"--autoencoder {name} is a {config.get('_class_name')}, not a FlowerAutoencoderKL")
+        vae = model_class.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--autoencoder {name} can't be loaded: give train_autoencoder.py's output folder or a Hub id ({reason})"
+        ) from error
+    if model_class is FlowerAutoencoderKL and vae.config.latents_mean is None:
+        raise InputError(f"--autoencoder {name} has no latents_mean and latents_std: its training has not ended")
+    return vae.eval().requires_grad_(False)
+
+
+def latent_shape(vae: nn.Module, images: ImageDataset) -> tuple[int, int, int]:
+    """`(C, h, w)` of this data's latents, from its first image.
+
+    Raises:
+        InputError: where the autoencoder can't encode images of this size.
+    """
+    try:
+        with torch.no_grad():
+            return tuple(vae.encode(images[0]["images"][None]).latent_dist.mean.shape[1:])
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--resolution {images.resolution} doesn't suit --autoencoder: {error}") from error
+
+
+def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDataset) -> LatentDataset:
+    """The normalised latents of a split, from the cache. One process encodes, the others wait for it."""
+    cache_dir = args.latent_cache_dir or Path(args.output_dir) / "latent_cache"
+    autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    with accelerator.main_process_first():
+        cache = load_or_build_latent_cache(
+            vae,
+            images,
+            cache_dir,
+            device=accelerator.device,
+            autocast_dtype=autocast_dtype,
+            num_workers=args.dataloader_num_workers,
+        )
+    latents_mean, latents_std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if latents_mean is None:  # a stock autoencoder has one factor for all its channels
+        channels = vae.config.latent_channels
+        latents_mean = [vae.config.get("shift_factor") or 0.0] * channels
+        latents_std = [1 / vae.config.scaling_factor] * channels
+    return LatentDataset(cache, latents_mean, latents_std, args.seed)
+
+
+def save_results(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, results: dict) -> None:
+    """The pipeline with the weights that `unet` holds now, its class grid, the metrics and the loss curves."""
+    output_dir = Path(args.output_dir)
+    pipeline.save_pretrained(output_dir)
+    (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    save_diffusion_loss(training.read_log(output_dir / "log.jsonl"), output_dir / "diffusion_loss.png")
+    grid = output_dir / "vae_samples_grid_subset.png"
+    draw_class_grid(accelerator, args, pipeline, grid)
+    print(f"pipeline in {output_dir}, samples in {grid}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    output_dir = Path(args.output_dir)
+    vae = load_autoencoder(args.autoencoder)
+    training.check_output_dir(args)
+    checkpoint = training.find_checkpoint(args)
+    accelerator = training.set_up(args)
+    train_images, val_images = training.load_images(accelerator, args)
+    class_names = train_images.class_names
+    args.max_train_steps = last_step = training.total_steps(accelerator, args, len(train_images))
+
+    channels, height, width = latent_shape(vae, train_images)
+    unet = training.build_model(
+        FlowerUNet2DModel,
+        args.model_config,
+        sample_size=height if height == width else [height, width],
+        in_channels=channels,
+        num_classes=len(class_names),
+    ).to(accelerator.device)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.torch_compile:
+        unet.compile()
+    ema = training.build_ema(unet, args.ema_decay)
+    noise_scheduler = make_noise_scheduler(args.prediction_type, args.beta_schedule, args.zero_terminal_snr)
+    pipeline = build_pipeline(vae, unet, noise_scheduler, class_names)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    lr_scheduler = training.build_lr_scheduler(args, optimizer)
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    progress = training.Progress(training.images_per_step(accelerator, args))
+    accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
+    training.resume(accelerator, args, checkpoint, progress)
+    training.claim_output_dir(accelerator, args)
+    train_latents = load_latents(accelerator, args, vae, train_images)
+    val_latents = load_latents(accelerator, args, vae, val_images)
+
+    train_batches = training.training_batches(accelerator, args, train_latents, progress.global_step, last_step)
+    val_batches = held_out_batches(accelerator, args, val_latents)
+    log = training.LossLog(accelerator, output_dir / "log.jsonl", progress.global_step)
+    loss_by_timestep = LossByTimestep(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
+    stop = training.StopSignal(accelerator)
+    bar = training.progress_bar(accelerator, progress.global_step, last_step, "denoiser")
+    clock = training.Clock(progress)
+
+    for batch in train_batches:
+        with accelerator.accumulate(model):
+            losses, unweighted, timesteps = denoising_step(args, model, noise_scheduler, batch, unet.null_label)
+            loss = losses.mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                if accelerator.scaler is None:  # fp16's scaler meets infinite gradients by itself
+                    log.update(progress.global_step + 1, {"grad_norm": grad_norm})
+            optimizer.step()
+            optimizer.zero_grad()
+        log.update(progress.global_step + 1, {"loss": loss, "unweighted_loss": unweighted.mean()})
+        loss_by_timestep.update(timesteps, unweighted)
+        if not accelerator.sync_gradients:
+            continue
+
+        lr_scheduler.step()
+        ema.step(unet.parameters())
+        progress.global_step += 1
+        bar.update()
+        step, at_end = progress.global_step, progress.global_step == last_step
+        if step % args.logging_steps == 0 or at_end:
+            loss_by_timestep.sums = accelerator.reduce(loss_by_timestep.sums)
+            loss_by_timestep.counts = accelerator.reduce(loss_by_timestep.counts)
+            binned = loss_by_timestep.read_and_reset()
+            line = log.write(step, learning_rate=lr_scheduler.get_last_lr()[0], loss_by_timestep=binned)
+            bar.set_postfix(loss=f"{line['loss']:.4f}")
+        if step % args.validation_steps == 0 and not at_end:
+            with training.ema_weights(ema, unet), clock.paused():
+                log.append(step, validate(accelerator, args, unet, noise_scheduler, val_batches))
+                if accelerator.is_main_process:
+                    draw_class_grid(accelerator, args, pipeline, output_dir / "samples" / f"step-{step:08d}.png")
+                accelerator.wait_for_everyone()
+        stopping = stop.agreed(step, args.logging_steps)
+        if step % args.checkpointing_steps == 0 or at_end or stopping:
+            log.check()
+            clock.read()
+            saved = training.save_checkpoint(accelerator, args, step)
+            if stopping and not at_end:
+                stop.exit(saved)
+    bar.close()
+
+    with training.ema_weights(ema, unet):
+        results = validate(accelerator, args, unet, noise_scheduler, val_batches)
+        log.append(last_step, results)
+        results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
+        results |= {"dataset": train_images.name, "splits": val_images.splits}
+        if accelerator.is_main_process:
+            save_results(accelerator, args, pipeline, results)
+    accelerator.end_training()
+
+
+def held_out_batches(accelerator: Accelerator, args, latents: LatentDataset) -> DataLoader:
+    """The held-out latents in order, each with the draws of epoch 0, shared out over the processes."""
+    keys = [(0, index) for index in range(len(latents))]
+    return accelerator.prepare_data_loader(
+        DataLoader(latents, args.train_batch_size, sampler=keys, collate_fn=keep_batch)
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
