@@ -1,0 +1,543 @@
+"""How fast both stages train, as a share of what this machine can do, beside stock diffusers models in the same run.
+
+    python benchmarks/train_throughput.py            # everything, about 3 minutes on 2 cores
+    python benchmarks/train_throughput.py --stage 2 --steps 20 --json throughput.json
+
+Its neighbours: the steps measured are those of `train_autoencoder.py` and `train_latent_diffusion.py`, with bfloat16
+autocast, float32 weights, channels-last convolutions and fused AdamW. Operations are counted by torch, not guessed.
+All that is compared takes turns, round after round, so that a machine that slows down slows everything alike.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.vgg import cfgs, make_layers
+
+# Python puts this file's folder there; the training scripts are a folder above.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_autoencoder
+import train_latent_diffusion
+from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel, training
+from flower_ldm.autoencoder_losses import PerceptualLoss
+from flower_ldm.data import load_datasets
+from flower_ldm.diffusion import make_noise_scheduler
+from flower_ldm.errors import exit_on_input_error
+from flower_ldm.latent_cache import LatentDataset, load_or_build_latent_cache
+from flower_ldm.models.autoencoder_flower import FlowerAutoencoderOutput
+
+DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "flowers102_64_cpu.yaml"
+NUM_CLASSES = 102
+MANY_STEPS = 10**6  # more than any benchmark takes
+# A GPU works behind the program's back: one wait for it must not count for every step.
+STEPS_AT_A_TIME = {"cpu": 1, "cuda": 20}
+# The losses of stage 1 on top of pixel and KL loss, in the order they are added, each with the flags of its weights.
+ADDED_LOSSES = {
+    "+ perceptual loss": ("perceptual_weight",),
+    "+ adversarial loss, discriminator": ("adversarial_weight",),
+    "+ classification loss": ("classification_weight",),
+    "+ center loss, repulsion": ("center_weight", "repulsion_weight"),
+}
+# How the tables and the JSON file call what is measured.
+ADVERSARIAL, ADAPTIVE_WEIGHT = "+ adversarial loss, discriminator", "  with its adaptive weight measured"
+FLOWER_VAE, FLOWER_UNET, STOCK_UNET = "FlowerAutoencoderKL", "FlowerUNet2DModel", "stock UNet2DModel"
+IN_MEMORY = "full step, latents in memory"
+FROM_CACHE = "full step, latents from the cache"
+ON_THE_FLY = "full step, latents encoded on the fly"
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = training.OneLineParser(description=__doc__.splitlines()[0])
+    flag = parser.add_argument
+    flag("--stage", choices=["1", "2", "memory", "all"], default="all")
+    flag("--config", default=str(DEFAULT_RECIPE), help="recipe of models and losses")
+    flag("--steps", type=int, default=6, help="rounds; each measures every variant once (20 steps of it on a GPU)")
+    flag("--autoencoder_batch_size", type=int, default=64)
+    flag("--denoiser_batch_size", type=int, default=128)
+    flag("--autoencoder_config", help="JSON file with arguments of FlowerAutoencoderKL, in place of the recipe's")
+    flag("--unet_config", help="JSON file with arguments of FlowerUNet2DModel, in place of the recipe's")
+    flag("--vgg_weights", help="a local file with torchvision's VGG16; unset: random weights, which cost the same")
+    flag("--compile", action="store_true", help="torch.compile every model, except where memory is measured")
+    flag("--json", type=Path, help="write all figures there too")
+    return parser.parse_args(argv)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Workload:
+    """Something to repeat, what one repetition does, and how long it took.
+
+    Args:
+        run: one repetition; called once here, to count its operations.
+        items: images or latents that it handles.
+        model: the one it trains.
+    """
+
+    def __init__(self, run: Callable[[], None], items: int = 0, model: nn.Module | None = None):
+        self.run = run
+        self.items = items
+        self.parameters = sum(parameter.numel() for parameter in model.parameters()) if model is not None else 0
+        self.flops = count_flops(run)
+        self.seconds: list[float] = []  # of one repetition, one measurement a round
+
+    @property
+    def gflops(self) -> float:
+        """GFLOP/s, by the median time."""
+        return self.flops / median(self.seconds) / 1e9
+
+    def rates(self, reference_gflops: float) -> dict[str, float]:
+        """One line of a table."""
+        return {
+            "parameters": self.parameters,
+            "items_per_second": self.items / median(self.seconds),
+            "ms_per_step": median(self.seconds) * 1e3,
+            "gflop_per_step": self.flops / 1e9,
+            "gflops": self.gflops,
+            "share_of_reference": self.gflops / reference_gflops,
+        }
+
+    def ms_more_than(self, other: "Workload") -> float:
+        """The median of the differences within each round, which a machine's slow moments don't shift."""
+        return 1e3 * median(mine - theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
+
+
+def count_flops(run: Callable[[], None]) -> int:
+    """Operations of all matrix products and convolutions in one repetition, backward passes included.
+
+    A multiplication and an addition are two. Attention is spelled out in matrix products meanwhile: torch has no
+    formula for its fused kernel on a CPU.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def reference_workloads(device: torch.device) -> dict[str, Workload]:
+    """What the machine can do in bfloat16: a large matrix product, and a convolution such as stage 1 is made of."""
+    options = {"device": device, "dtype": torch.bfloat16}
+    matrix = torch.randn(2048, 2048, **options)
+    images = torch.randn(16, 128, 64, 64, **options).to(memory_format=torch.channels_last)
+    weight = torch.randn(128, 128, 3, 3, **options).to(memory_format=torch.channels_last)
+    return {
+        "2048^3 matrix product": Workload(lambda: torch.mm(matrix, matrix)),
+        "3x3 convolution 128 to 128 at 64x64": Workload(lambda: F.conv2d(images, weight, padding=1)),
+    }
+
+
+def measure(workloads: dict[str, Workload], rounds: int, device: torch.device) -> dict:
+    """Rates of all the workloads and of the reference; they take turns, and a first round doesn't count."""
+    references = reference_workloads(device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    repetitions = STEPS_AT_A_TIME[device.type]
+    for round_number in range(rounds + 1):
+        for workload in (*references.values(), *workloads.values()):
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(repetitions):
+                workload.run()
+            synchronize()
+            if round_number > 0:
+                workload.seconds.append((time.perf_counter() - start) / repetitions)
+    reference = {name: workload.gflops for name, workload in references.items()}
+    best = max(reference.values())
+    rates = {name: workload.rates(best) for name, workload in workloads.items()}
+    return {"reference": reference, "reference_gflops": best, "rates": rates}
+
+
+# --- set-up ----------------------------------------------------------------------------------------------------------
+
+
+def script_arguments(script, options: argparse.Namespace, batch_size: int, model_config: str | None, folder: Path):
+    """A training script's own flags, from the recipe."""
+    words = ["--config", options.config, f"--train_batch_size={batch_size}", "--gradient_accumulation_steps=1"]
+    words += ["--mixed_precision=bf16", "--report_to=none", f"--output_dir={folder / script.__name__}"]
+    if model_config is not None:
+        words.append(f"--model_config={model_config}")
+    args = script.parse_args(words)
+    args.max_train_steps = MANY_STEPS
+    return args
+
+
+def autoencoder_arguments(options: argparse.Namespace, folder: Path) -> argparse.Namespace:
+    batch_size = options.autoencoder_batch_size
+    return script_arguments(train_autoencoder, options, batch_size, options.autoencoder_config, folder)
+
+
+def build_autoencoder(args: argparse.Namespace, device: torch.device) -> FlowerAutoencoderKL:
+    """The recipe's model, with the head that every loss on the latents' classes needs."""
+    vae = training.build_model(
+        FlowerAutoencoderKL, args.model_config, num_classes=NUM_CLASSES, sample_size=args.resolution
+    )
+    return vae.to(device, memory_format=torch.channels_last)
+
+
+def write_random_vgg16(path: Path) -> str:
+    """A file with random weights of VGG16's shapes, up to the last layer that the perceptual loss runs."""
+    layers = make_layers(cfgs["D"][:9]).state_dict()
+    torch.save({f"features.{name}": weight for name, weight in layers.items()}, path)
+    return str(path)
+
+
+# --- stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+class StockAutoencoder(nn.Module):
+    """A stock AutoencoderKL of 3.5 M parameters, with the interface that the training step calls."""
+
+    def __init__(self, latent_channels: int, sample_size: int):
+        super().__init__()
+        self.vae = AutoencoderKL(
+            block_out_channels=(32, 64, 96, 128),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=latent_channels,
+            sample_size=sample_size,
+        )
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> FlowerAutoencoderOutput:
+        """Draws noise of its own, since its latents may have another size than ours."""
+        posterior = self.vae.encode(images).latent_dist
+        return FlowerAutoencoderOutput(sample=self.vae.decode(posterior.sample()).sample, posterior=posterior)
+
+
+class AutoencoderTraining:
+    """What `train_autoencoder.py` trains, on one batch of random images in memory, with every loss at work."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self.args = args = autoencoder_arguments(options, folder)
+        args.vgg_weights = options.vgg_weights or write_random_vgg16(folder / "vgg16.pt")
+        perceptual = PerceptualLoss(args.vgg_weights) if args.perceptual_weight > 0 else None
+        self.accelerator = training.set_up(args)
+        self.device = self.accelerator.device
+        self.vae = build_autoencoder(args, self.device)
+        self.ema = training.build_ema(self.vae, args.ema_decay)
+        self.parts, self.optimizer, self.disc_optimizer, _ = train_autoencoder.build_parts(
+            self.accelerator, args, self.vae, perceptual
+        )
+        batch_size, latent_size = args.train_batch_size, args.resolution // self.vae.downsample_factor
+        latents = (batch_size, self.vae.config.latent_channels, latent_size, latent_size)
+        self.batch = {
+            "images": 2 * torch.rand(batch_size, 3, args.resolution, args.resolution, device=self.device) - 1,
+            "class_labels": torch.randint(NUM_CLASSES, (batch_size,), device=self.device),
+            "noise": torch.randn(latents, device=self.device),
+        }
+
+    def update(self, args, parts: train_autoencoder.Parts, optimizer, global_step: int) -> None:
+        """One update, as in the script's loop."""
+        loss, _, reconstruction = train_autoencoder.autoencoder_step(
+            self.accelerator, args, parts, self.batch, global_step
+        )
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if parts.discriminator is not None:
+            loss = train_autoencoder.discriminator_step(
+                self.accelerator, parts.discriminator, self.batch["images"], reconstruction
+            )
+            self.accelerator.backward(loss)
+            self.disc_optimizer.step()
+            self.disc_optimizer.zero_grad()
+
+    def full_update(self, global_step: int) -> None:
+        """One update with every loss, and the moving average."""
+        self.update(self.args, self.parts, self.optimizer, global_step)
+        self.ema.step(self.vae.parameters())
+
+    def with_losses(self, names: list[str]) -> tuple[argparse.Namespace, train_autoencoder.Parts]:
+        """Flags and parts for pixel loss, KL loss and only these of the added losses."""
+        left_out = [flag for name, flags in ADDED_LOSSES.items() if name not in names for flag in flags]
+        args = argparse.Namespace(**{**vars(self.args), **dict.fromkeys(left_out, 0.0)})
+        parts = dataclasses.replace(
+            self.parts,
+            perceptual=self.parts.perceptual if args.perceptual_weight > 0 else None,
+            discriminator=self.parts.discriminator if args.adversarial_weight > 0 else None,
+            centers=self.parts.centers if args.center_weight > 0 or args.repulsion_weight > 0 else None,
+        )
+        return args, parts
+
+    def workload(self, args, parts: train_autoencoder.Parts, optimizer, global_step: int) -> Workload:
+        return Workload(lambda: self.update(args, parts, optimizer, global_step), args.train_batch_size, parts.vae)
+
+
+def autoencoder_workloads(stage: AutoencoderTraining, compiled: bool) -> dict[str, Workload]:
+    """Ours alone, then each loss that the recipe uses added to those before it, and the stock model."""
+    args = stage.args
+    # The adaptive weight is measured at `disc_start` and every so many steps from there, not at the step after.
+    measuring_step, usual_step = args.disc_start, args.disc_start + 1
+    alone_args, alone = stage.with_losses([])
+    workloads = {FLOWER_VAE: stage.workload(alone_args, alone, stage.optimizer, usual_step)}
+    in_use = [name for name, flags in ADDED_LOSSES.items() if any(getattr(args, flag) > 0 for flag in flags)]
+    for count, name in enumerate(in_use, start=1):
+        variant = stage.with_losses(in_use[:count])
+        workloads[name] = stage.workload(*variant, stage.optimizer, usual_step)
+        if name == ADVERSARIAL and stage.parts.adaptive is not None:
+            workloads[ADAPTIVE_WEIGHT] = stage.workload(*variant, stage.optimizer, measuring_step)
+
+    stock = StockAutoencoder(stage.vae.config.latent_channels, args.resolution)
+    stock = stock.to(stage.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(stock.parameters(), lr=args.learning_rate, fused=True)
+    stock, optimizer = stage.accelerator.prepare(stock, optimizer)
+    stock_parts = dataclasses.replace(alone, vae=stock)
+    workloads["stock AutoencoderKL"] = stage.workload(alone_args, stock_parts, optimizer, usual_step)
+    if compiled:  # only now: a compiled model's operations can't be counted
+        stage.vae.compile()
+        stock.compile()
+    return workloads
+
+
+def added_by_losses(workloads: dict[str, Workload], adaptive_weight_steps: int) -> dict[str, float]:
+    """Milliseconds a step that each loss adds to those before it."""
+    in_turn = [FLOWER_VAE, *(name for name in ADDED_LOSSES if name in workloads)]
+    added = {name: workloads[name].ms_more_than(workloads[before]) for before, name in pairwise(in_turn)}
+    if ADAPTIVE_WEIGHT in workloads:
+        one_measurement = workloads[ADAPTIVE_WEIGHT].ms_more_than(workloads[ADVERSARIAL])
+        added[f"+ adaptive weight, every {adaptive_weight_steps} steps"] = one_measurement / adaptive_weight_steps
+    return added | {"all losses": sum(added.values())}
+
+
+def measure_autoencoder(options: argparse.Namespace, folder: Path) -> dict:
+    """Rates of the autoencoders, and what each loss adds to ours."""
+    stage = AutoencoderTraining(options, folder)
+    args = stage.args
+    workloads = autoencoder_workloads(stage, options.compile)
+    weights = "random" if options.vgg_weights is None else "given"
+    return {
+        "title": f"Stage 1, {args.resolution} x {args.resolution} pixels, batch {args.train_batch_size}; the "
+        f"perceptual loss sees one image in {args.perceptual_every}, {weights} VGG16 weights",
+        **measure(workloads, options.steps, stage.device),
+        "added_to": FLOWER_VAE,
+        "added_ms": added_by_losses(workloads, args.adaptive_weight_steps),
+    }
+
+
+# --- stage 2 ---------------------------------------------------------------------------------------------------------
+
+
+class DenoiserTraining:
+    """What `train_latent_diffusion.py` trains, on the latents of the recipe's autoencoder."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self.args = args = script_arguments(
+            train_latent_diffusion, options, options.denoiser_batch_size, options.unet_config, folder
+        )
+        self.accelerator = training.set_up(args)
+        self.device = self.accelerator.device
+        self.vae = build_autoencoder(autoencoder_arguments(options, folder), self.device).eval().requires_grad_(False)
+        channels, size = self.vae.config.latent_channels, args.resolution // self.vae.downsample_factor
+        unet = training.build_model(
+            FlowerUNet2DModel, args.model_config, sample_size=size, in_channels=channels, num_classes=NUM_CLASSES
+        )
+        self.unet, self.optimizer = self.prepare(unet)
+        self.ema = training.build_ema(self.unet, args.ema_decay)
+        self.noise_scheduler = make_noise_scheduler(args.prediction_type, args.beta_schedule, args.zero_terminal_snr)
+        batch_size = args.train_batch_size
+        self.images = 2 * torch.rand(batch_size, 3, args.resolution, args.resolution, device=self.device) - 1
+        self.batch = {
+            "latents": torch.randn(batch_size, channels, size, size, device=self.device),
+            "noise": torch.randn(batch_size, channels, size, size, device=self.device),
+            "uniforms": torch.rand(batch_size, 2, device=self.device),
+            "class_labels": torch.randint(NUM_CLASSES, (batch_size,), device=self.device),
+        }
+
+    def prepare(self, model: nn.Module) -> tuple:
+        model = model.to(self.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=self.args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        return self.accelerator.prepare(model, optimizer)
+
+    def cached_batches(self, folder: Path) -> Iterator[dict]:
+        """The script's own data path: a cache file of synthetic flowers' latents, its workers, its order."""
+        args = self.args
+        images, _ = load_datasets(
+            "synthetic", resolution=args.resolution, classes=range(5), images_per_class=50, seed=args.seed
+        )
+        options = {"device": self.device, "autocast_dtype": torch.bfloat16}
+        load_or_build_latent_cache(self.vae, images, folder, **options)
+        cache = load_or_build_latent_cache(self.vae, images, folder, **options)  # now from the file
+        channels = self.vae.config.latent_channels
+        dataset = LatentDataset(cache, [0.0] * channels, [1.0] * channels, args.seed)
+        return iter(training.training_batches(self.accelerator, args, dataset, 0, MANY_STEPS))
+
+    def update(self, model: nn.Module, optimizer, batch: dict) -> None:
+        """One update of any denoiser, as in the script's loop, apart from the moving average."""
+        losses, _, _ = train_latent_diffusion.denoising_step(
+            self.args, model, self.noise_scheduler, batch, NUM_CLASSES
+        )
+        self.accelerator.backward(losses.mean())
+        self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def full_update(self, batch: dict) -> None:
+        """One update of ours, and the moving average."""
+        self.update(self.unet, self.optimizer, batch)
+        self.ema.step(self.unet.parameters())
+
+    @torch.no_grad()
+    def encoded_batch(self) -> dict:
+        """The batch in memory, but its latents encoded from images; reading those would come on top."""
+        with self.accelerator.autocast():
+            posterior = self.vae.encode(self.images).latent_dist
+            return self.batch | {"latents": self.vae.normalize(posterior.sample().float())}
+
+
+def stock_denoisers(unet: FlowerUNet2DModel) -> dict[str, nn.Module]:
+    """A stock UNet2DModel of 3.9 M parameters, and a stock transformer as wide and as deep as ours."""
+    config = unet.config
+    sizes = {"sample_size": config.sample_size, "in_channels": config.in_channels, "out_channels": config.in_channels}
+    return {
+        STOCK_UNET: UNet2DModel(
+            **sizes,
+            block_out_channels=(64, 96, 128),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            num_class_embeds=NUM_CLASSES + 1,
+        ),
+        "stock DiTTransformer2DModel": DiTTransformer2DModel(
+            **sizes,
+            patch_size=config.patch_size,
+            num_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.hidden_size // config.num_attention_heads,
+            num_embeds_ada_norm=NUM_CLASSES,
+        ),
+    }
+
+
+def measure_denoiser(options: argparse.Namespace, folder: Path) -> dict:
+    """Rates of the denoisers, then what the cache and encoding on the fly cost a full step of ours.
+
+    A worker makes up for the batch it gave during the very step that consumes it, so its work counts where it belongs
+    although the measurements take turns.
+    """
+    stage = DenoiserTraining(options, folder)
+    batch_size, batch = options.denoiser_batch_size, stage.batch
+    models = {FLOWER_UNET: (stage.unet, stage.optimizer)}
+    models |= {name: stage.prepare(model) for name, model in stock_denoisers(stage.unet).items()}
+    workloads = {
+        name: Workload(partial(stage.update, model, optimizer, batch), batch_size, model)
+        for name, (model, optimizer) in models.items()
+    }
+    batches = stage.cached_batches(folder)
+    data_paths = {
+        IN_MEMORY: lambda: stage.full_update(batch),
+        FROM_CACHE: lambda: stage.full_update(next(batches)),
+        ON_THE_FLY: lambda: stage.full_update(stage.encoded_batch()),
+    }
+    workloads |= {name: Workload(run, batch_size, stage.unet) for name, run in data_paths.items()}
+    if options.compile:  # only now: a compiled model's operations can't be counted
+        for model, _ in models.values():
+            model.compile()
+    rates = measure(workloads, options.steps, stage.device)
+    in_memory = workloads[IN_MEMORY]
+    return {
+        "title": f"Stage 2, latents of {' x '.join(map(str, batch['latents'].shape[1:]))}, batch {batch_size}",
+        **rates,
+        "gflops_over_stock_unet": workloads[FLOWER_UNET].gflops / workloads[STOCK_UNET].gflops,
+        "added_to": IN_MEMORY,
+        "added_ms": {name: workloads[name].ms_more_than(in_memory) for name in (FROM_CACHE, ON_THE_FLY)},
+    }
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(stage: str, options: argparse.Namespace) -> float:
+    """GiB that a few full training steps need at most: of the GPU's memory, or of this process since it started."""
+    with tempfile.TemporaryDirectory() as folder:
+        if stage == "1":
+            autoencoder = AutoencoderTraining(options, Path(folder))
+            for step in range(3):
+                autoencoder.full_update(autoencoder.args.disc_start + step)
+            device = autoencoder.device
+        else:
+            denoiser = DenoiserTraining(options, Path(folder))
+            batches = denoiser.cached_batches(Path(folder))
+            for _ in range(3):
+                denoiser.full_update(next(batches))
+            device = denoiser.device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of each stage in GiB, each in a process of its own."""
+    peaks = {}
+    for stage in ("1", "2"):
+        with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
+            peaks[f"stage {stage}"] = fresh_process.submit(peak_memory, stage, options).result()
+    return peaks
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def print_rates(results: dict) -> None:
+    """A stage's two tables: what each variant reaches, and what comes on top of the first."""
+    measured = ", ".join(f"{name} {gflops:.0f}" for name, gflops in results["reference"].items())
+    print(f"\n{results['title']}")
+    print(f"reference rate {results['reference_gflops']:.0f} GFLOP/s, the best of: {measured}")
+    print(f"{'':40}{'params':>9}{'per second':>11}{'ms/step':>10}{'GFLOP/s':>10}{'of reference':>14}")
+    for name, row in results["rates"].items():
+        print(
+            f"{name:40}{row['parameters'] / 1e6:7.2f} M{row['items_per_second']:11.1f}{row['ms_per_step']:10.1f}"
+            f"{row['gflops']:10.1f}{row['share_of_reference']:14.2f}"
+        )
+    if "gflops_over_stock_unet" in results:
+        print(f"GFLOP/s of {FLOWER_UNET} over {STOCK_UNET}: {results['gflops_over_stock_unet']:.2f}")
+    print(f'time on top of "{results["added_to"]}":')
+    for name, ms in results["added_ms"].items():
+        share = ms / results["rates"][results["added_to"]]["ms_per_step"]
+        print(f"{name:40}{ms:+27.1f} ms{100 * share:+9.1f} %")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    options = parse_options(argv)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}, torch {torch.__version__}; bfloat16 autocast, float32 weights, medians of {options.steps}")
+    results = {"device": device, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
+    # Memory first: on Linux a new process starts with the peak of the one that started it.
+    if options.stage in ("memory", "all"):
+        results["memory_gib"] = measure_memory(options)
+        print("\npeak memory of full training steps, each stage in a process of its own")
+        for name, gib in results["memory_gib"].items():
+            print(f"{name:40}{gib:9.2f} GiB")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.stage in ("1", "all"):
+            results["stage1"] = measure_autoencoder(options, Path(folder))
+            print_rates(results["stage1"])
+        if options.stage in ("2", "all"):
+            results["stage2"] = measure_denoiser(options, Path(folder))
+            print_rates(results["stage2"])
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,161 @@
+"""`benchmarks/train_throughput.py`: it runs, counts what it should, and prints what it measured.
+
+Tiny models, two rounds. No time is compared with another: this machine may be busy.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+
+from benchmarks import train_throughput
+
+SCRIPT = Path(train_throughput.__file__)
+ROUNDS = 2
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its precision for as long as the process lives; the benchmark's is bf16."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    yield
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Flags for models of a few thousand parameters on images of 16 pixels."""
+    model_configs = {
+        "autoencoder": {"block_out_channels": [8, 8], "latent_channels": 4, "head_channels": 8},
+        "latent_diffusion": {"hidden_size": 16, "num_layers": 3, "num_attention_heads": 2},
+    }
+    recipe = {"common": {"resolution": 16, "dataloader_num_workers": 1}, "autoencoder": {"perceptual_every": 2}}
+    for section, config in model_configs.items():
+        path = tmp_path / f"{section}.json"
+        path.write_text(json.dumps(config))
+        recipe.setdefault(section, {})["model_config"] = str(path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    flags = {
+        "config": tmp_path / "recipe.yaml",
+        "json": tmp_path / "throughput.json",
+        "steps": ROUNDS,
+        "autoencoder_batch_size": 2,
+        "denoiser_batch_size": 4,
+    }
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def check_rates(stage: dict, items: int, printed: str) -> None:
+    """All figures are there, agree with each other, and are printed."""
+    assert stage["reference_gflops"] == max(stage["reference"].values()) > 0
+    for name, row in stage["rates"].items():
+        assert all(math.isfinite(value) and value > 0 for value in row.values()), name
+        assert row["items_per_second"] * row["ms_per_step"] == pytest.approx(1e3 * items)
+        assert row["gflops"] * row["ms_per_step"] == pytest.approx(1e3 * row["gflop_per_step"])
+        assert row["share_of_reference"] == pytest.approx(row["gflops"] / stage["reference_gflops"])
+        [line] = [line for line in printed.splitlines() if line.startswith(name) and line.count(" ms ") == 0]
+        assert f"{row['items_per_second']:.1f}" in line and f"{row['ms_per_step']:.1f}" in line
+    assert stage["added_to"] in stage["rates"]
+    for name, milliseconds in stage["added_ms"].items():
+        assert any(line.startswith(name) and f"{milliseconds:+.1f} ms" in line for line in printed.splitlines()), name
+
+
+def test_stage_1(tiny, tmp_path, capsys):
+    results = train_throughput.main([*tiny, "--stage=1"])
+    assert json.loads((tmp_path / "throughput.json").read_text()) == results
+    assert "memory_gib" not in results and "stage2" not in results
+    stage = results["stage1"]
+    check_rates(stage, 2, capsys.readouterr().out)
+
+    losses = list(train_throughput.ADDED_LOSSES)
+    assert stage["rates"].keys() == {
+        "FlowerAutoencoderKL", *losses, train_throughput.ADAPTIVE_WEIGHT, "stock AutoencoderKL"
+    }  # fmt: skip
+    # Each loss really comes on top of those before it: none of them is free of arithmetic.
+    operations = [stage["rates"][name]["gflop_per_step"] for name in ("FlowerAutoencoderKL", *losses)]
+    assert operations == sorted(operations) and len(set(operations)) == len(operations)
+    adversarial, adaptive = train_throughput.ADVERSARIAL, train_throughput.ADAPTIVE_WEIGHT
+    assert stage["rates"][adaptive]["gflop_per_step"] > stage["rates"][adversarial]["gflop_per_step"]
+
+    added = stage["added_ms"]
+    assert list(added) == [*losses, "+ adaptive weight, every 16 steps", "all losses"]
+    assert added["all losses"] == pytest.approx(sum(added[name] for name in list(added)[:-1]))
+    assert 3e6 < stage["rates"]["stock AutoencoderKL"]["parameters"] < 4e6
+
+
+def test_stage_1_without_the_losses_that_the_recipe_leaves_out(tiny, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["autoencoder"] |= {"perceptual_weight": 0, "adversarial_weight": 0, "classification_weight": 0}
+    path.write_text(yaml.safe_dump(recipe))
+    stage = train_throughput.main([*tiny, "--stage=1"])["stage1"]
+    assert list(stage["rates"]) == ["FlowerAutoencoderKL", "+ center loss, repulsion", "stock AutoencoderKL"]
+    assert list(stage["added_ms"]) == ["+ center loss, repulsion", "all losses"]
+
+
+def test_stage_2(tiny, capsys):
+    stage = train_throughput.main([*tiny, "--stage=2"])["stage2"]
+    printed = capsys.readouterr().out
+    check_rates(stage, 4, printed)
+
+    rates = stage["rates"]
+    in_memory, from_cache, on_the_fly = (
+        rates[name]["gflop_per_step"]
+        for name in (train_throughput.IN_MEMORY, train_throughput.FROM_CACHE, train_throughput.ON_THE_FLY)
+    )
+    assert rates["FlowerUNet2DModel"]["gflop_per_step"] == in_memory == from_cache < on_the_fly
+    ratio = rates["FlowerUNet2DModel"]["gflops"] / rates["stock UNet2DModel"]["gflops"]
+    assert stage["gflops_over_stock_unet"] == pytest.approx(ratio)
+    assert f"over stock UNet2DModel: {ratio:.2f}" in printed
+    assert "stock DiTTransformer2DModel" in rates
+    assert 3.5e6 < rates["stock UNet2DModel"]["parameters"] < 4e6
+
+
+def test_latents_come_from_the_cache_file(tiny, tmp_path):
+    stage = train_throughput.DenoiserTraining(train_throughput.parse_options(tiny), tmp_path)
+    batches = stage.cached_batches(tmp_path)
+    first, second = next(batches), next(batches)
+    assert first.keys() - {"index"} == stage.batch.keys()
+    for name, value in stage.batch.items():
+        assert (first[name].shape, first[name].dtype) == (value.shape, value.dtype), name
+    assert not torch.equal(first["latents"], second["latents"])
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_operations_of_attention_and_of_backward_passes_are_counted():
+    query = torch.randn(2, 3, 8, 16, requires_grad=True)
+
+    def attend() -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, query, query)
+
+    products = 2 * 2 * 3 * 2 * 8 * 8 * 16  # two for each of 2 x 3 heads, of 8 x 8 x 16, each operation counting twice
+    assert train_throughput.count_flops(attend) == products
+    assert train_throughput.count_flops(lambda: attend().sum().backward()) == 3 * products
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_peak_memory(stage, tiny):
+    peak = train_throughput.peak_memory(stage, train_throughput.parse_options(tiny))
+    assert math.isfinite(peak) and peak > 0
+
+
+@pytest.mark.slow
+def test_everything_from_the_command_line_in_another_folder(tiny, tmp_path):
+    command = [sys.executable, str(SCRIPT), *tiny]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    results = json.loads((tmp_path / "throughput.json").read_text())
+    assert results.keys() == {"device", "torch", "options", "memory_gib", "stage1", "stage2"}
+    for name, gib in results["memory_gib"].items():
+        assert 0.1 < gib < 4  # a process of its own, with little more than its imports
+        assert any(line.startswith(name) and f"{gib:.2f} GiB" in line for line in output.splitlines())
+    for name in ("stage1", "stage2"):
+        assert results[name]["title"] in output
