@@ -69,6 +69,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--stage", choices=["1", "2", "memory", "all"], default="all")
     flag("--config", default=str(DEFAULT_RECIPE), help="recipe of models and losses")
+    flag("--resolution", type=int, help="pixels a side, in place of the recipe's")
     flag("--steps", type=int, default=6, help="rounds; each measures every variant once (20 steps of it on a GPU)")
     flag("--autoencoder_batch_size", type=int, default=64)
     flag("--denoiser_batch_size", type=int, default=128)
@@ -172,6 +173,8 @@ def script_arguments(script, options: argparse.Namespace, batch_size: int, model
     words += ["--mixed_precision=bf16", "--report_to=none", f"--output_dir={folder / script.__name__}"]
     if model_config is not None:
         words.append(f"--model_config={model_config}")
+    if options.resolution is not None:
+        words.append(f"--resolution={options.resolution}")
     args = script.parse_args(words)
     args.max_train_steps = MANY_STEPS
     return args
