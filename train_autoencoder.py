@@ -69,8 +69,8 @@ def parse_args(argv: list[str] | None = None):
     flag("--vgg_weights", help="a local file with torchvision's VGG16")
     args = training.parse_arguments(parser, "autoencoder", argv)
     for name, value in vars(args).items():
-        if name.endswith("_weight") and not isinstance(value, bool) and not 0 <= value < float("inf"):
-            raise InputError(f"--{name} must be a number of at least 0, got {value}")
+        if name.endswith("_weight") and value < 0:
+            raise InputError(f"--{name} must not be negative, got {value}")
     if args.pixel_weight == args.perceptual_weight == 0:
         raise InputError(
             "--pixel_weight and --perceptual_weight are both 0: nothing would tell the decoder what to draw"
@@ -131,7 +131,7 @@ def weighted_adversarial_loss(accelerator, args, parts, reconstruction, reconstr
     if (global_step - args.disc_start) % args.adaptive_weight_steps == 0:
         norms = parts.adaptive.squared_gradient_norms(reconstruction_loss, losses["adversarial_loss"], reconstruction)
         parts.adaptive.update(accelerator.reduce(norms, reduction="sum"))
-    losses["adaptive_weight"] = parts.adaptive().clone()
+    losses["adaptive_weight"] = parts.adaptive()
     return weight * losses["adaptive_weight"] * losses["adversarial_loss"]
 
 
@@ -195,7 +195,7 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
         progress.best_score = score
         if accelerator.is_main_process:
             vae.save_pretrained(best_dir)
-        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return metrics
 
 
@@ -205,19 +205,16 @@ def measure_latents(
 ) -> None:
     """Keep per-channel mean and standard deviation of the training split's raw latents in the model's config.
 
-    Total variance: of the posterior means, plus the mean posterior variance. Every process measures the whole split,
-    in the same order, so that all end with the same figures.
+    Total variance: of the posterior means, plus the mean posterior variance.
     """
     sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)
-    starts = range(0, len(dataset), batch_size)
-    for start in tqdm(starts, desc="latent statistics", disable=not accelerator.is_main_process):
-        keys = list(range(start, min(start + batch_size, len(dataset))))
+    for keys in tqdm(torch.arange(len(dataset)).split(batch_size), desc="latent statistics"):
         with accelerator.autocast():
-            posterior = vae.encode(dataset.__getitems__(keys)["images"].to(accelerator.device)).latent_dist
+            images = dataset.__getitems__(keys.tolist())["images"].to(accelerator.device)
+            posterior = vae.encode(images).latent_dist
         mean, variance = posterior.mean.double(), posterior.var.double()
-        weight = len(keys) / len(dataset)
         moments = torch.stack([values.mean(dim=(0, 2, 3)) for values in (mean, mean.square(), variance)])
-        sums += weight * moments.cpu()
+        sums += len(keys) / len(dataset) * moments.cpu()
     variance = sums[1] - sums[0].square() + sums[2]
     vae.set_latents_statistics(sums[0].tolist(), variance.sqrt().tolist())
 
@@ -231,8 +228,6 @@ def save_results(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, train
     measure_latents(accelerator, vae, train_images, args.train_batch_size)
     best = FlowerAutoencoderKL.from_pretrained(output_dir / "best").to(accelerator.device).eval()
     measure_latents(accelerator, best, train_images, args.train_batch_size)
-    if not accelerator.is_main_process:
-        return
     vae.save_pretrained(output_dir)
     best.save_pretrained(output_dir / "best")
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -272,8 +267,11 @@ def main(argv: list[str] | None = None) -> None:
     training.check_output_dir(args)
     checkpoint = training.find_checkpoint(args)
     needs_head = args.classification_weight > 0 or args.center_weight > 0 or args.repulsion_weight > 0
-    perceptual = PerceptualLoss(args.vgg_weights) if args.perceptual_weight > 0 else None
     accelerator = training.set_up(args, find_unused_parameters=needs_head and args.classification_weight == 0)
+    perceptual = None
+    if args.perceptual_weight > 0:
+        with accelerator.main_process_first():  # one process downloads
+            perceptual = PerceptualLoss(args.vgg_weights)
     train_images, val_images = training.load_images(accelerator, args)
     args.max_train_steps = last_step = training.total_steps(accelerator, args, len(train_images))
 
@@ -296,9 +294,9 @@ def main(argv: list[str] | None = None) -> None:
         vae.compile()
     ema = training.build_ema(vae, args.ema_decay)
     parts, optimizer, disc_optimizer, lr_scheduler = build_parts(accelerator, args, vae, perceptual)
-    progress = training.Progress(training.images_per_step(accelerator, args))
+    progress = training.Progress(training.run_identity(accelerator, args, train_images, vae))
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    training.resume(accelerator, args, checkpoint, progress)
+    training.resume(accelerator, args, checkpoint, progress, ema)
     training.claim_output_dir(accelerator, args)
 
     train_batches = training.training_batches(accelerator, args, train_images, progress.global_step, last_step)
@@ -315,7 +313,9 @@ def main(argv: list[str] | None = None) -> None:
             loss, losses, reconstruction = autoencoder_step(accelerator, args, parts, batch, progress.global_step)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+                # Only this optimizer's: the discriminator's fp16 gradients of earlier micro-batches would be lost.
+                accelerator.unscale_gradients(optimizer)
+                grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
                 if accelerator.scaler is None:  # fp16's scaler meets infinite gradients by itself
                     log.update(progress.global_step + 1, {"grad_norm": grad_norm})
             optimizer.step()
@@ -339,13 +339,14 @@ def main(argv: list[str] | None = None) -> None:
             line = log.write(step, learning_rate=lr_scheduler.get_last_lr()[0])
             bar.set_postfix(pixel_loss=f"{line['pixel_loss']:.4f}")
         if step % args.validation_steps == 0 and not at_end:
+            log.check()
             with training.ema_weights(ema, vae), clock.paused():
                 validate_and_keep_best(accelerator, args, vae, parts.perceptual, val_batches, log, progress)
         stopping = stop.agreed(step, args.logging_steps)
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
-            clock.read()
-            saved = training.save_checkpoint(accelerator, args, step)
+            with clock.paused():
+                saved = training.save_checkpoint(accelerator, args, step)
             if stopping and not at_end:
                 stop.exit(saved)
     bar.close()
@@ -354,7 +355,8 @@ def main(argv: list[str] | None = None) -> None:
         results = validate_and_keep_best(accelerator, args, vae, parts.perceptual, val_batches, log, progress)
         results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
         results |= {"dataset": train_images.name, "splits": val_images.splits, "vgg_weights": args.vgg_weights}
-        save_results(accelerator, args, vae, train_images, results)
+        if accelerator.is_main_process:
+            save_results(accelerator, args, vae, train_images, results)
     accelerator.end_training()
 
 

@@ -11,6 +11,7 @@ script shares with `train_autoencoder.py` is in `flower_ldm/training.py`, the ma
 """
 
 import json
+import shutil
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from flower_ldm.diffusion import (
     sample_timesteps,
 )
 from flower_ldm.errors import InputError, exit_on_input_error
-from flower_ldm.latent_cache import LatentDataset, load_or_build_latent_cache
+from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
 from flower_ldm.visualization import save_class_grid, save_diffusion_loss
 
 PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 4  # a class grid's columns and rows
@@ -136,9 +137,9 @@ def load_autoencoder(name: str) -> nn.Module:
         if config.get("_class_name") != model_class.__name__:
             raise InputError(f"--autoencoder {name} is a {config.get('_class_name')}, not a FlowerAutoencoderKL")
         vae = model_class.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # diffusers looks at little before it reads: a damaged file ends it anyhow
         reason = " ".join(str(error).split())
         raise InputError(
             f"--autoencoder {name} can't be loaded: give train_autoencoder.py's output folder or a Hub id ({reason})"
@@ -156,9 +157,16 @@ def latent_shape(vae: nn.Module, images: ImageDataset) -> tuple[int, int, int]:
     """
     try:
         with torch.no_grad():
-            return tuple(vae.encode(images[0]["images"][None]).latent_dist.mean.shape[1:])
+            raw_latents = vae.encode(images[0]["images"][None].to(vae.device)).latent_dist.mean
+            size = vae.decode(raw_latents).sample.shape[-1]
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"--resolution {images.resolution} doesn't suit --autoencoder: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"--resolution {images.resolution} doesn't suit --autoencoder: {reason}") from error
+    if size != images.resolution:  # a stock autoencoder rounds in silence
+        raise InputError(
+            f"--resolution {images.resolution} doesn't suit --autoencoder, which would draw images of {size} pixels"
+        )
+    return tuple(raw_latents.shape[1:])
 
 
 def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDataset) -> LatentDataset:
@@ -179,6 +187,8 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
         channels = vae.config.latent_channels
         latents_mean = [vae.config.get("shift_factor") or 0.0] * channels
         latents_std = [1 / vae.config.scaling_factor] * channels
+    elif not hasattr(vae, "normalize"):  # or, of some, both: diffusers divides what it has whitened by the factor too
+        latents_std = [std / vae.config.scaling_factor for std in latents_std]
     return LatentDataset(cache, latents_mean, latents_std, args.seed)
 
 
@@ -188,8 +198,9 @@ def save_results(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, re
     pipeline.save_pretrained(output_dir)
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     save_diffusion_loss(training.read_log(output_dir / "log.jsonl"), output_dir / "diffusion_loss.png")
-    grid = output_dir / "vae_samples_grid_subset.png"
-    draw_class_grid(accelerator, args, pipeline, grid)
+    samples = output_dir / "samples" / f"step-{results['step']:08d}.png"
+    draw_class_grid(accelerator, args, pipeline, samples)
+    grid = shutil.copy(samples, output_dir / "vae_samples_grid_subset.png")
     print(f"pipeline in {output_dir}, samples in {grid}")
 
 
@@ -198,12 +209,15 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     vae = load_autoencoder(args.autoencoder)
     training.check_output_dir(args)
+    if Path(args.autoencoder).resolve().is_relative_to(output_dir.resolve()) and not training.resumes_in_place(args):
+        raise InputError(f"--output_dir {output_dir} holds --autoencoder {args.autoencoder}: name another folder")
     checkpoint = training.find_checkpoint(args)
     accelerator = training.set_up(args)
     train_images, val_images = training.load_images(accelerator, args)
     class_names = train_images.class_names
     args.max_train_steps = last_step = training.total_steps(accelerator, args, len(train_images))
 
+    vae = vae.to(accelerator.device, memory_format=torch.channels_last)
     channels, height, width = latent_shape(vae, train_images)
     unet = training.build_model(
         FlowerUNet2DModel,
@@ -224,9 +238,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     lr_scheduler = training.build_lr_scheduler(args, optimizer)
     model, optimizer = accelerator.prepare(unet, optimizer)
-    progress = training.Progress(training.images_per_step(accelerator, args))
+    identity = training.run_identity(accelerator, args, train_images, unet)
+    progress = training.Progress(identity | {"autoencoder": cache_key(vae, train_images)})
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    training.resume(accelerator, args, checkpoint, progress)
+    training.resume(accelerator, args, checkpoint, progress, ema)
     training.claim_output_dir(accelerator, args)
     train_latents = load_latents(accelerator, args, vae, train_images)
     val_latents = load_latents(accelerator, args, vae, val_images)
@@ -267,6 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             line = log.write(step, learning_rate=lr_scheduler.get_last_lr()[0], loss_by_timestep=binned)
             bar.set_postfix(loss=f"{line['loss']:.4f}")
         if step % args.validation_steps == 0 and not at_end:
+            log.check()
             with training.ema_weights(ema, unet), clock.paused():
                 log.append(step, validate(accelerator, args, unet, noise_scheduler, val_batches))
                 if accelerator.is_main_process:
@@ -275,8 +291,8 @@ def main(argv: list[str] | None = None) -> None:
         stopping = stop.agreed(step, args.logging_steps)
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
-            clock.read()
-            saved = training.save_checkpoint(accelerator, args, step)
+            with clock.paused():
+                saved = training.save_checkpoint(accelerator, args, step)
             if stopping and not at_end:
                 stop.exit(saved)
     bar.close()

@@ -80,12 +80,12 @@ class CenterLoss(nn.Module):
 
     def forward(self, class_features: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class features `(B, F)`, labels `(B,)` -> center loss and repulsion loss, both scalars."""
-        features = F.normalize(class_features.float(), dim=1)  # (B, F)
-        centers = F.normalize(self.centers.float(), dim=1)  # (K, F)
-        distances = 2 - 2 * features @ centers.T  # (B, K), squared
+        with torch.autocast(class_features.device.type, enabled=False):  # small distances want float32
+            features = F.normalize(class_features.float(), dim=1)  # (B, F)
+            centers = F.normalize(self.centers.float(), dim=1)  # (K, F)
+            distances = 2 - 2 * features @ centers.T  # (B, K), squared
+            between_centers = 2 - 2 * centers @ centers.T  # (K, K), squared
         center_loss = distances.gather(1, class_labels[:, None]).mean()
-
-        between_centers = 2 - 2 * centers @ centers.T  # (K, K), squared
         classes = torch.arange(len(centers), device=centers.device)
         repulsion_loss = self._hinge(distances, classes != class_labels[:, None])
         repulsion_loss = repulsion_loss + self._hinge(between_centers, classes != classes[:, None])
@@ -125,7 +125,7 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             targets = self._unit_features(images)
         predictions = self._unit_features(reconstruction)
-        squares = [(p - t).float().square().sum(dim=1) for p, t in zip(predictions, targets, strict=True)]
+        squares = [(p.float() - t.float()).square().sum(dim=1) for p, t in zip(predictions, targets, strict=True)]
         return torch.stack([square.mean(dim=(1, 2)) for square in squares]).mean(dim=0)
 
     def _unit_features(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -212,5 +212,6 @@ class AdaptiveAdversarialWeight(nn.Module):
         """Take one measurement into the average."""
         wanted, adverse = squared_gradient_norms.sqrt()
         ratio = (wanted / (adverse + 1e-8)).clamp(max=self.maximum)
+        ratio = torch.where(ratio.isfinite(), ratio, self.value)  # fp16 may overflow once: the scaler skips that step
         self.value.lerp_(ratio, 1 - self.decay)
         self.num_measurements += 1

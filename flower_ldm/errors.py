@@ -4,6 +4,7 @@ Its neighbours: raised by `data`, `latent_cache` and `training`; turned into exi
 `python -m flower_ldm.*` commands.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,16 @@ from contextlib import contextmanager
 
 class InputError(ValueError):
     """Bad input from outside. Its message is one line: the flag, file or label, and what would be right."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, and whose flags can't be abbreviated."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def load_or_build_latent_cache(
     With several processes call it under `accelerator.main_process_first()`: the others then find the file.
 
     Args:
-        vae: anything with diffusers' `encode(images).latent_dist`; moved to `device`, channels last, evaluation mode.
+        vae: anything with diffusers' `encode(images).latent_dist`, on `device` and in evaluation mode.
         dataset: images `(B, 3, H, W)` in [-1, 1]; read by plain indices, so centre-cropped and not flipped.
         batch_size: images encoded at a time, each together with its flip.
         autocast_dtype: `torch.bfloat16`, `torch.float16`, or `None` to encode in the weights' own precision. It is no
@@ -106,7 +106,6 @@ def load_or_build_latent_cache(
             return read_latent_cache(path, key)
         except UnusableCacheError as reason:
             print(f"latent cache {path} {reason}: encoding the images again", flush=True)
-    vae = vae.to(device=device, memory_format=torch.channels_last).eval()
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=keep_batch, num_workers=num_workers)
     cache = _encode(vae, loader, torch.device(device), autocast_dtype)
     _write(cache, path, key)

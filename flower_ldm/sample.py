@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from flower_ldm import FlowerLDMPipeline
-from flower_ldm.errors import InputError, exit_on_input_error
+from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
 
 DEFAULT_NUM_LABELS = 10
 
@@ -33,7 +33,7 @@ SCHEDULERS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m flower_ldm.sample", description="Draw images from a pipeline.")
+    parser = OneLineParser(prog="python -m flower_ldm.sample", description="Draw images from a pipeline.")
     # what is drawn, by which model
     parser.add_argument("--pipeline", required=True, help="folder of a pipeline, or its id on the Hub")
     parser.add_argument(

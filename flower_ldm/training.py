@@ -7,21 +7,27 @@ import argparse
 import difflib
 import inspect
 import json
+import math
+import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     set_seed,
 )
@@ -32,25 +38,23 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
-from .errors import InputError
+from .errors import InputError, OneLineParser
 
 CHECKPOINT_PREFIX = "checkpoint-"
-# What decides which images, in which order, and which noise a step sees. A resumed run must agree in all of it.
-TRAJECTORY_FLAGS = ("dataset", "train_splits", "classes", "images_per_class", "resolution", "seed",
-                    "train_batch_size", "gradient_accumulation_steps", "model_config", "ema_decay")  # fmt: skip
+# What a resumed run may have otherwise. The paths among these are compared by what they lead to (see `Progress`), the
+# batch by the images of one update.
+MAY_CHANGE = {
+    "config", "data_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps",
+    "num_train_epochs", "val_splits", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+    "logging_steps", "report_to", "dataloader_num_workers", "torch_compile", "gradient_checkpointing",
+    "mixed_precision", "skip_bad_images", "train_batch_size", "gradient_accumulation_steps", "model_config",
+    "vgg_weights", "autoencoder", "latent_cache_dir", "guidance_scale",
+}  # fmt: skip
+# diffusers' schedules that these flags can describe.
+LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
 # --- flags and recipes -----------------------------------------------------------------------------------------------
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, and whose flags can't be abbreviated."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> None:
-        raise InputError(message)
 
 
 def common_parser(description: str) -> OneLineParser:
@@ -85,7 +89,7 @@ def common_parser(description: str) -> OneLineParser:
     flag("--max_train_steps", type=int, help="optimizer updates; wins over --num_train_epochs")
     flag("--num_train_epochs", "--total_epochs", type=int, default=100)
     flag("--learning_rate", type=float, default=3e-4)
-    flag("--lr_scheduler", default="cosine", help="any of diffusers' schedules")
+    flag("--lr_scheduler", choices=LR_SCHEDULES, default="cosine")
     flag("--lr_warmup_steps", type=int, default=100, help="optimizer updates")
     flag("--max_grad_norm", type=float, default=1.0)
     flag("--ema_decay", type=float, default=0.999)
@@ -111,18 +115,44 @@ def parse_arguments(parser: OneLineParser, section: str, argv: list[str] | None 
     recipe_parser.add_argument("--config")
     recipe = recipe_parser.parse_known_args(argv)[0].config
     args = parser.parse_args((read_recipe(parser, Path(recipe), section) if recipe else []) + argv)
-    positive = ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps",
-                "validation_steps", "checkpointing_steps", "images_per_class", "learning_rate")  # fmt: skip
-    for name in positive:
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
-    if args.max_train_steps is not None and args.max_train_steps < 0:
-        raise InputError(f"--max_train_steps must not be negative, got {args.max_train_steps}")
+    check_numbers(args)
+    check_trackers(args.report_to)
     return args
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that can't be right, of the flags that the script at hand has."""
+    positive = ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps",
+                "validation_steps", "checkpointing_steps", "checkpoints_total_limit", "images_per_class",
+                "learning_rate", "max_grad_norm", "disc_learning_rate", "adaptive_weight_steps")  # fmt: skip
+    not_negative = ("max_train_steps", "lr_warmup_steps", "dataloader_num_workers", "disc_start", "loss_ramp_steps")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} must be a finite number, got {value}")
+        if name in positive and value is not None and value <= 0:
+            raise InputError(f"--{name} must be positive, got {value}")
+        if name in not_negative and value is not None and value < 0:
+            raise InputError(f"--{name} must not be negative, got {value}")
+    if not 0 <= args.seed < 2**32:  # numpy's bounds
+        raise InputError(f"--seed must be at least 0 and below 2**32, got {args.seed}")
+    if not 0 <= args.ema_decay < 1:
+        raise InputError(f"--ema_decay must be at least 0 and below 1, got {args.ema_decay}")
+
+
+def check_trackers(report_to: str) -> None:
+    """Refuse a tracker that accelerate doesn't know, or would leave out in silence because it isn't installed."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if report_to not in ("all", "none", *installed):
+        raise InputError(
+            f"--report_to {report_to} is unknown or not installed; there are {', '.join(installed)}, all and none"
+        )
+
+
 def read_recipe(parser: OneLineParser, path: Path, section: str) -> list[str]:
-    """A recipe's sections `common` and `section` as the command-line words they stand for."""
+    """A recipe's sections `common` and `section` as the command-line words they stand for.
+
+    Its `model_config` is a path relative to the recipe.
+    """
     if not path.is_file():
         raise InputError(f"--config {path} is no file")
     try:
@@ -148,7 +178,8 @@ def read_recipe(parser: OneLineParser, path: Path, section: str) -> list[str]:
         elif isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
         elif value is not None:
-            words.append(f"--{key}={value}")
+            # A recipe and its model travel together: the path is seen from the recipe, not from where one stands.
+            words.append(f"--{key}={path.parent / value if key == 'model_config' else value}")
     return words
 
 
@@ -190,7 +221,8 @@ def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module
 def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Accelerator:
     """The accelerator and the seed."""
     output_dir = Path(args.output_dir)
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -204,7 +236,9 @@ def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Ac
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
-            )
+            ),
+            # The others wait while one process decodes or encodes a large data set.
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ],
     )
     torch.set_float32_matmul_precision("high")
@@ -249,13 +283,14 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
     """
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
-        if output_dir.is_dir() and not resumes_in_place(args):
-            shutil.rmtree(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
+        for path in list(output_dir.iterdir()):
+            if not resumes_in_place(args) or path.name.startswith("unfinished-"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (output_dir / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
     accelerator.wait_for_everyone()
     if args.report_to != "none":
-        accelerator.init_trackers("logs")
+        accelerator.init_trackers("flower_ldm")
 
 
 def load_images(accelerator: Accelerator, args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
@@ -300,10 +335,29 @@ def training_batches(
         sampler=sampler,
         collate_fn=keep_batch,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=accelerator.device.type == "cuda",
         drop_last=True,
     )
     return accelerator.prepare_data_loader(dataloader)
+
+
+def leave_signals_to_parent(worker_id: int) -> None:
+    """Keep a data loader's worker at work when a signal to stop reaches all processes, as from Ctrl-C or a scheduler.
+
+    The run goes on to the end of its update and to a checkpoint. SIGTERM from the parent still ends the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this process when its parent sends SIGTERM; a handler wouldn't know who sent it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def validation_batches(accelerator: Accelerator, args: argparse.Namespace, dataset: Dataset) -> DataLoader:
@@ -313,15 +367,9 @@ def validation_batches(accelerator: Accelerator, args: argparse.Namespace, datas
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
     """One of diffusers' schedules. Don't prepare it: accelerate would step it once a process."""
-    try:
-        return get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
-        )
-    except ValueError as error:
-        raise InputError(f"--lr_scheduler {args.lr_scheduler}: {error}") from error
+    return get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
 
 
 # --- moving average --------------------------------------------------------------------------------------------------
@@ -350,11 +398,15 @@ def ema_weights(ema: EMAModel, model: nn.Module) -> Iterator[nn.Module]:
 
 
 class Progress:
-    """Where a run stands: optimizer updates done, images in each, seconds spent, the best held-out score so far."""
+    """Where a run stands: optimizer updates done, seconds spent, the best held-out score so far.
 
-    def __init__(self, images_per_step: int):
+    Args:
+        identity: what makes it this run, by name; a checkpoint of a run that differs in it is refused.
+    """
+
+    def __init__(self, identity: dict[str, str | int]):
+        self.identity = identity
         self.global_step = 0
-        self.images_per_step = images_per_step
         self.seconds = 0.0
         self.best_score = float("inf")
 
@@ -362,7 +414,24 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state_dict: dict) -> None:
+        for name, value in self.identity.items():
+            if state_dict["identity"].get(name) != value:
+                raise InputError(
+                    f"its {name} was {state_dict['identity'].get(name)}, this run's is {value}: they must be the same"
+                )
         vars(self).update(state_dict)
+
+
+def run_identity(accelerator: Accelerator, args: argparse.Namespace, images: ImageDataset, model: nn.Module) -> dict:
+    """What a run's flags don't say, or say by a path: images per update, the data, the model."""
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    return {
+        "images per update (processes x --train_batch_size x --gradient_accumulation_steps)": images_per_step(
+            accelerator, args
+        ),
+        "training data": images.fingerprint,
+        "model": json.dumps(config, sort_keys=True),
+    }
 
 
 class Clock:
@@ -409,8 +478,9 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, global_s
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
         if args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(output_dir)[: -max(1, args.checkpoints_total_limit)]:
+            for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
                 shutil.rmtree(old)
+    accelerator.wait_for_everyone()  # a process that ends now must not take the main one along
     return target
 
 
@@ -433,8 +503,16 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         checkpoint = checkpoints[-1]
     else:
         raise InputError(f"--resume_from_checkpoint latest: {args.output_dir} holds no checkpoint; leave the flag out")
-    saved = yaml.safe_load((checkpoint / "args.yaml").read_text())
-    for name in TRAJECTORY_FLAGS:
+    try:
+        saved = dict(yaml.safe_load((checkpoint / "args.yaml").read_text()))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read") from error
+    if resumes_in_place(args) and checkpoint.resolve() != checkpoints[-1].resolve():
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: {args.output_dir} holds {checkpoints[-1].name}, which is newer; "
+            "go on from that one, or name another --output_dir"
+        )
+    for name in sorted(set(vars(args)) - MAY_CHANGE):
         if saved.get(name) != getattr(args, name):
             raise InputError(
                 f"--{name} is {getattr(args, name)}, but {checkpoint} was made with {saved.get(name)}: "
@@ -443,19 +521,23 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return checkpoint
 
 
-def resume(accelerator: Accelerator, args: argparse.Namespace, checkpoint: Path | None, progress: Progress) -> None:
-    """Load a checkpoint, if there is one, into all that has been prepared or registered."""
+def resume(
+    accelerator: Accelerator, args: argparse.Namespace, checkpoint: Path | None, progress: Progress, ema: EMAModel
+) -> None:
+    """Load a checkpoint, if there is one, into all that has been prepared or registered.
+
+    Raises:
+        InputError: where it is damaged, belongs to another run, or is beyond this run's end.
+    """
     if checkpoint is not None:
         try:
             accelerator.load_state(str(checkpoint))
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"--resume_from_checkpoint {checkpoint} doesn't fit this run: {reason}") from error
-    if progress.images_per_step != images_per_step(accelerator, args):
-        raise InputError(
-            f"{checkpoint} was made with {progress.images_per_step} images per update, this run would have "
-            f"{images_per_step(accelerator, args)}: processes x --train_batch_size x --gradient_accumulation_steps"
-        )
+        except Exception as error:  # torch, pickle and safetensors each have errors of their own for a damaged file
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"
+            ) from error
+        ema.to(accelerator.device)  # accelerate loads what is registered to the CPU
     if progress.global_step > args.max_train_steps:
         raise InputError(
             f"{checkpoint} is at step {progress.global_step}, beyond the {args.max_train_steps} of this run: "
@@ -500,10 +582,7 @@ class LossLog:
             steps = self.accelerator.gather(bad_steps).view(-1, len(names)).amin(dim=0).tolist()
             step, name = min(zip(steps, names, strict=True), key=lambda pair: pair[0])
             if step != float("inf"):
-                raise InputError(
-                    f"{name} is not finite at step {step:.0f}: the run stops here, earlier checkpoints are kept; "
-                    "try a lower --learning_rate, or --mixed_precision bf16 in place of fp16"
-                )
+                raise not_finite(name, step)
 
     def write(self, global_step: int, **more: float) -> dict[str, float]:
         """Check, average over processes, and append one line to `log.jsonl` and to the trackers."""
@@ -520,11 +599,26 @@ class LossLog:
         return line
 
     def append(self, global_step: int, line: dict) -> None:
-        """One line of scalars: `log.jsonl` and the trackers."""
+        """One line of scalars: `log.jsonl` and the trackers.
+
+        Raises:
+            InputError: where one of them is not finite.
+        """
+        for name, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise not_finite(name, global_step)
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": global_step, **line}) + "\n")
         self.accelerator.log({key: value for key, value in line.items() if isinstance(value, float)}, step=global_step)
+
+
+def not_finite(name: str, global_step: float) -> InputError:
+    """What ends a run that has met a number like this."""
+    return InputError(
+        f"{name} is not finite at step {global_step:.0f}: the run stops here, earlier checkpoints are kept; "
+        "try a lower --learning_rate, or --mixed_precision bf16 in place of fp16"
+    )
 
 
 def read_log(path: Path) -> list[dict]:

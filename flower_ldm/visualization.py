@@ -1,6 +1,6 @@
 """Pictures of a run: image grids, reconstructions beside their originals, loss curves.
 
-Its neighbours: both training scripts and `sample` call it; it reads images as `(B, 3, H, W)` in [-1, 1] and logs as
+Its neighbours: both training scripts call it; it reads images as `(B, 3, H, W)` in [-1, 1] and logs as
 `training.read_log` gives them.
 """
 

@@ -2,7 +2,10 @@
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,16 +25,36 @@ def image_folder(tmp_path: Path) -> Path:
     return tmp_path / "flowers"
 
 
+@contextmanager
+def process_state() -> Iterator[None]:
+    """Leaves accelerate and the signal handlers as a new process would find them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(autouse=True)
 def fresh_process_state():
     """Each test finds accelerate and the signal handlers as a new process would."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    from accelerate.state import AcceleratorState
+    with process_state():
+        yield
 
-    AcceleratorState._reset_state(reset_partial_state=True)
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Calls a script's `main` as a process of its own would, several times within a test or for many tests."""
+
+    def run(main, argv: list) -> None:
+        with process_state():
+            main([str(word) for word in argv])
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -48,23 +71,87 @@ def random_vgg(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def stage_flags(tmp_path: Path, random_vgg: Path) -> tuple[list[str], list[str]]:
-    """Flags of both scripts for a run of seconds: 4 synthetic classes at 32 px, tiny models, every loss in use."""
+def tiny_stages(folder: Path, vgg_weights: Path) -> tuple[list[str], list[str]]:
+    """Flags of both scripts for a run of seconds in `folder`: 4 synthetic classes, tiny models, every loss in use."""
     vae = {
         "block_out_channels": [16, 16, 16],
         "decoder_layers_per_block": 1,
         "latent_channels": 4,
         "head_channels": 16,
     }
-    (tmp_path / "vae.json").write_text(json.dumps(vae))
+    (folder / "vae.json").write_text(json.dumps(vae))
     unet = {"hidden_size": 32, "num_layers": 3, "num_attention_heads": 2}
-    (tmp_path / "unet.json").write_text(json.dumps(unet))
+    (folder / "unet.json").write_text(json.dumps(unet))
     common = "--dataset synthetic --classes 0 1 2 3 --images_per_class 12 --resolution 32 --train_batch_size 8"
     common += " --max_train_steps 6 --lr_warmup_steps 2 --logging_steps 2 --validation_steps 4 --checkpointing_steps 4"
     common += " --dataloader_num_workers 0 --report_to none"
-    stage1 = f"{common} --model_config {tmp_path}/vae.json --vgg_weights {random_vgg} --disc_start 2"
-    stage1 += f" --loss_ramp_steps 2 --adaptive_weight_steps 2 --output_dir {tmp_path}/autoencoder"
-    stage2 = f"{common} --model_config {tmp_path}/unet.json --autoencoder {tmp_path}/autoencoder"
-    stage2 += f" --output_dir {tmp_path}/flower-ldm"
+    stage1 = f"{common} --model_config {folder}/vae.json --vgg_weights {vgg_weights} --disc_start 2"
+    stage1 += f" --loss_ramp_steps 2 --adaptive_weight_steps 2 --output_dir {folder}/autoencoder"
+    stage2 = f"{common} --model_config {folder}/unet.json --autoencoder {folder}/autoencoder"
+    stage2 += f" --output_dir {folder}/flower-ldm"
     return stage1.split(), stage2.split()
+
+
+@pytest.fixture
+def stage_flags(tmp_path: Path, random_vgg: Path) -> tuple[list[str], list[str]]:
+    """Flags of both scripts for a run of seconds in this test's own folder."""
+    return tiny_stages(tmp_path, random_vgg)
+
+
+class FinishedRuns(NamedTuple):
+    """Both stages, run once. Tests read their folders and change nothing there."""
+
+    autoencoder: Path
+    flower_ldm: Path
+    stage1: list[str]
+    stage2: list[str]
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory, random_vgg: Path, run_script) -> FinishedRuns:
+    """A tiny run of both stages, every loss in use, with TensorBoard's files; and the flags of each."""
+    import train_autoencoder
+    import train_latent_diffusion
+
+    folder = tmp_path_factory.mktemp("finished")
+    stage1, stage2 = ([*flags, "--report_to", "tensorboard"] for flags in tiny_stages(folder, random_vgg))
+    stage1 += ["--perceptual_every", "2"]
+    run_script(train_autoencoder.main, stage1)
+    run_script(train_latent_diffusion.main, stage2)
+    return FinishedRuns(folder / "autoencoder", folder / "flower-ldm", stage1, stage2)
+
+
+# The flags that both scripts promise, each with a value that isn't its default.
+COMMON_FLAGS = """
+    --dataset imagefolder; --data_dir flowers; --image_column picture; --label_column class; --skip_bad_images
+    --train_splits train test; --val_splits val; --classes 3 17 sunflower; --resolution 128; --output_dir out
+    --overwrite_output_dir; --train_batch_size 8; --gradient_accumulation_steps 2; --max_train_steps 10
+    --num_train_epochs 3; --total_epochs 3; --learning_rate 1e-5; --lr_scheduler constant; --lr_warmup_steps 5
+    --mixed_precision bf16; --seed 1; --dataloader_num_workers 0; --checkpointing_steps 5
+    --checkpoints_total_limit 2; --resume_from_checkpoint latest; --checkpoint_path latest; --validation_steps 5
+    --visualize_every 5; --logging_steps 5; --report_to none; --model_config model.json; --ema_decay 0.5
+    --torch_compile; --gradient_checkpointing
+"""
+OTHER_SPELLINGS = {
+    "total_epochs": "num_train_epochs",
+    "visualize_every": "validation_steps",
+    "checkpoint_path": "resume_from_checkpoint",
+}
+
+
+@pytest.fixture(scope="session")
+def misread_flags():
+    """Which of the common flags, and of a script's own, its `parse_args` doesn't read as they are meant."""
+
+    def misread(parse_args, own_flags: str) -> list[str]:
+        wrong = []
+        for words in filter(None, map(str.strip, f"{COMMON_FLAGS};{own_flags}".replace("\n", ";").split(";"))):
+            flag, *values = words.split()
+            name = flag.removeprefix("--")
+            read = getattr(parse_args([flag, *values]), OTHER_SPELLINGS.get(name, name))
+            meant = True if not values else values if isinstance(read, list) else type(read)(values[0])
+            if read != meant:
+                wrong.append(words)
+        return wrong
+
+    return misread

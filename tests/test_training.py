@@ -4,6 +4,7 @@ checkpoints by name, the clock, and the loss log.
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -194,7 +195,9 @@ def output_dir(tmp_path: Path) -> Path:
 
 
 def claim(output_dir: Path, *words: str) -> None:
-    training.claim_output_dir(output_dir, parse(f"--output_dir={output_dir}", *words))
+    args = parse(f"--output_dir={output_dir}", "--report_to=none", *words)
+    training.check_output_dir(args)
+    training.claim_output_dir(Accelerator(cpu=True), args)
 
 
 def on_disk(folder: Path) -> dict[str, bytes]:
@@ -214,7 +217,8 @@ def earlier_run(output_dir) -> dict[str, bytes]:
 def test_a_new_folder_is_made_and_holds_the_arguments(output_dir):
     claim(output_dir, "--seed=3", "--classes", "1", "rose")
     args = yaml.safe_load((output_dir / "args.yaml").read_text())
-    assert args == vars(parse(f"--output_dir={output_dir}", "--seed=3", "--classes", "1", "rose"))
+    words = ["--report_to=none", "--seed=3", "--classes", "1", "rose"]
+    assert args == vars(parse(f"--output_dir={output_dir}", *words))
 
 
 def test_an_empty_folder_will_do(output_dir):
@@ -257,9 +261,11 @@ def test_a_file_is_no_folder(output_dir, words):
 @pytest.mark.parametrize("checkpoint", ["latest", "by path"])
 def test_a_resumed_run_keeps_what_is_there(output_dir, earlier_run, checkpoint, words):
     checkpoint = checkpoint if checkpoint == "latest" else output_dir / "checkpoint-5"
+    (output_dir / "unfinished-7").mkdir()
+    (output_dir / "unfinished-7" / "model.safetensors").write_bytes(b"half")
     claim(output_dir, f"--resume_from_checkpoint={checkpoint}", "--seed=1", *words)
     kept = on_disk(output_dir)
-    assert kept.keys() == earlier_run.keys()
+    assert kept.keys() == earlier_run.keys(), "a killed run's unfinished checkpoint goes, all else stays"
     assert kept["checkpoint-5/model.safetensors"] == b"weights"
 
 
@@ -292,7 +298,7 @@ def test_find_checkpoint(output_dir, earlier_run, tmp_path):
     assert training.find_checkpoint(parse(f"--output_dir={output_dir}")) is None
     assert find(output_dir, "latest", "--seed=1") == output_dir / "checkpoint-5"
     assert find(tmp_path / "new", output_dir / "checkpoint-5", "--seed=1") == output_dir / "checkpoint-5"
-    longer = ["--seed=1", "--learning_rate=1", "--logging_steps=1", "--max_train_steps=99"]
+    longer = ["--seed=1", "--logging_steps=1", "--max_train_steps=99"]
     assert find(output_dir, "latest", *longer) == output_dir / "checkpoint-5"
 
 
@@ -305,7 +311,7 @@ def test_no_checkpoint_to_find(output_dir, earlier_run, tmp_path):
 
 @pytest.mark.parametrize(
     "flag",
-    ["seed=2", "resolution=32", "train_batch_size=32", "dataset=synthetic", "classes=1", "images_per_class=7"],
+    ["seed=2", "resolution=32", "learning_rate=1", "dataset=synthetic", "classes=1", "images_per_class=7"],
 )
 def test_a_checkpoint_of_another_trajectory_is_refused(output_dir, earlier_run, flag):
     with pytest.raises(InputError, match=f"--{flag.partition('=')[0]} is .* made with") as caught:
@@ -313,11 +319,18 @@ def test_a_checkpoint_of_another_trajectory_is_refused(output_dir, earlier_run, 
     assert "checkpoint-5" in str(caught.value)
 
 
+def test_an_older_checkpoint_is_no_place_to_go_on_in_the_same_folder(output_dir, earlier_run, tmp_path):
+    shutil.copytree(output_dir / "checkpoint-5", output_dir / "checkpoint-7")
+    with pytest.raises(InputError, match="holds checkpoint-7, which is newer.*--output_dir"):
+        find(output_dir, output_dir / "checkpoint-5", "--seed=1")
+    assert find(tmp_path / "branch", output_dir / "checkpoint-5", "--seed=1") == output_dir / "checkpoint-5"
+
+
 # Time
 
 
 def test_clock_adds_up_and_can_pause():
-    progress = Progress()
+    progress = Progress({})
     progress.seconds = 100.0  # from before a resume
     clock = Clock(progress)
     time.sleep(0.02)
@@ -331,10 +344,15 @@ def test_clock_adds_up_and_can_pause():
 
 
 def test_progress_is_what_a_checkpoint_keeps():
-    progress, resumed = Progress(), Progress()
+    progress, resumed = Progress({"data": "abc"}), Progress({"data": "abc"})
     progress.global_step, progress.seconds, progress.best_score = 7, 1.5, 0.25
     resumed.load_state_dict(progress.state_dict())
-    assert vars(resumed) == {"global_step": 7, "seconds": 1.5, "best_score": 0.25}
+    assert vars(resumed) == {"identity": {"data": "abc"}, "global_step": 7, "seconds": 1.5, "best_score": 0.25}
+
+
+def test_progress_of_another_run_is_refused():
+    with pytest.raises(InputError, match="its data was abc, this run's is xyz"):
+        Progress({"data": "xyz"}).load_state_dict(Progress({"data": "abc"}).state_dict())
 
 
 # The moving average

@@ -1,0 +1,333 @@
+"""A run that was killed, stopped or split in two ends as if nothing had happened, bit for bit, in both stages.
+
+With random crops and flips, two micro-batches an update, and all the losses; subprocesses only where a signal must
+really end one. Neighbour: `test_distributed.py`, the same for several processes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_autoencoder
+import train_latent_diffusion
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
+from flower_ldm.errors import InputError
+from flower_ldm.synthetic import synthetic_flower
+from flower_ldm.training import read_log
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MAINS = {"autoencoder": train_autoencoder.main, "latent_diffusion": train_latent_diffusion.main}
+STAGES = list(MAINS)
+
+
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory) -> Path:
+    """3 classes of 10 images, 40 x 30 pixels or 30 x 40, so that there is something to crop."""
+    folder = tmp_path_factory.mktemp("data") / "flowers"
+    for label in range(3):
+        (folder / f"class {label}").mkdir(parents=True)
+        for i in range(10):
+            pixels = synthetic_flower(label, i, resolution=40)
+            image = Image.fromarray(pixels[:30] if i % 2 else pixels[:, :30])
+            image.save(folder / f"class {label}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def flags(stage_flags, flowers: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """Flags of each stage without `--output_dir`; 27 training images, 8 an update: 4 updates end within an epoch."""
+    torch.manual_seed(0)
+    config = json.loads((tmp_path / "vae.json").read_text())
+    vae = FlowerAutoencoderKL(**config, sample_size=24)
+    vae.set_latents_statistics([0.0] * 4, [1.0] * 4)
+    vae.save_pretrained(tmp_path / "untrained")
+    data = f"--dataset imagefolder --data_dir {flowers} --resolution 24 --train_batch_size 4"
+    data += " --gradient_accumulation_steps 2 --mixed_precision no --logging_steps 1 --checkpointing_steps 2"
+    both = {}
+    for stage, words in zip(STAGES, stage_flags, strict=True):
+        kept = words[: words.index("--classes")] + words[words.index("--resolution") :]
+        both[stage] = [*kept[: kept.index("--output_dir")], *data.split()]
+    both["autoencoder"] += ["--disc_start", "1", "--perceptual_every", "2"]
+    both["latent_diffusion"] += ["--autoencoder", str(tmp_path / "untrained")]
+    return both
+
+
+@pytest.fixture
+def run(flags: dict, run_script) -> Callable[..., Path]:
+    """Trains a stage in this process and returns its output folder."""
+
+    def run(stage: str, output_dir: Path, *more: str) -> Path:
+        run_script(MAINS[stage], [*flags[stage], "--output_dir", output_dir, *more])
+        return output_dir
+
+    return run
+
+
+def contents(checkpoint: Path) -> dict:
+    """All that a checkpoint holds by file and name, but the time spent and generators that nothing draws from."""
+    found = {}
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".safetensors":
+            found[path.name] = load_file(path)
+        elif path.suffix in (".bin", ".pkl") and not path.name.startswith("random_states"):
+            found[path.name] = torch.load(path, weights_only=False)
+            found[path.name].pop("seconds", None)
+    return found
+
+
+def tensors(part, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors in a nest of dictionaries and lists, by their path."""
+    if isinstance(part, torch.Tensor):
+        return {name: part}
+    items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    return {path: value for key, inner in items for path, value in tensors(inner, f"{name}/{key}").items()}
+
+
+def differences(one, other, name: str = "") -> list[str]:
+    """Where two nests of dictionaries, lists and tensors are not equal in every bit."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [line for key in one for line in differences(one[key], other[key], f"{name}/{key}")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [line for i in range(len(one)) for line in differences(one[i], other[i], f"{name}/{i}")]
+    equal = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if equal else [name]
+
+
+def apart(one: dict, other: dict, before: dict) -> float:
+    """Norm of the difference of all tensors, relative to how far they have come since `before`; counters apart."""
+    names = [name for name in one if one[name].is_floating_point() and not name.endswith("/step")]
+    difference = torch.cat([(one[name] - other[name]).flatten() for name in names]).norm()
+    way = torch.cat([(other[name] - before[name]).flatten() for name in names]).norm()
+    return (difference / way).item()
+
+
+def averaged_weights(checkpoint: Path) -> list[torch.Tensor]:
+    """The moving average in a checkpoint, in the order of the model's parameters."""
+    (average,) = [state for state in contents(checkpoint).values() if "shadow_params" in state]
+    return average["shadow_params"]
+
+
+def assert_same_end(one: Path, other: Path, stage: str, step: int) -> None:
+    """Checkpoint, exported weights and logged losses of two runs are the same, and everything is in them."""
+    ends = [contents(run_dir / f"checkpoint-{step}") for run_dir in (one, other)]
+    assert differences(*ends) == []
+    if stage == "autoencoder":  # vae, centers, discriminator; both optimizers; balance, EMA, schedule, progress
+        expected = ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "custom_checkpoint_2.pkl",
+                    "custom_checkpoint_3.pkl", "model.safetensors", "model_1.safetensors", "model_2.safetensors",
+                    "optimizer.bin", "optimizer_1.bin"]  # fmt: skip
+        assert list(ends[0]) == expected
+        assert ends[0]["custom_checkpoint_0.pkl"]["num_measurements"] > 2
+        assert ends[0]["model_1.safetensors"].keys() == {"centers"}
+        assert ends[0]["optimizer_1.bin"]["state"], "the discriminator has never been trained"
+    else:
+        expected = ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "custom_checkpoint_2.pkl",
+                    "model.safetensors", "optimizer.bin"]  # fmt: skip
+        assert list(ends[0]) == expected
+    weights = {"autoencoder": "diffusion_pytorch_model.safetensors",
+               "latent_diffusion": "unet/diffusion_pytorch_model.safetensors"}[stage]  # fmt: skip
+    assert differences(load_file(one / weights), load_file(other / weights)) == []
+    assert differences(*[losses_after(run_dir, step - 2) for run_dir in (one, other)]) == []
+
+
+def losses_after(run_dir: Path, step: int) -> list[dict]:
+    """The log's lines beyond a step, without the time that they took."""
+    lines = [line for line in read_log(run_dir / "log.jsonl") if line["step"] > step]
+    assert lines
+    return [{name: value for name, value in line.items() if name != "steps_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_in_two_parts_is_the_same_bit_for_bit(run, tmp_path, stage):
+    whole = run(stage, tmp_path / "whole")
+    rest = run(stage, tmp_path / "rest", "--resume_from_checkpoint", str(whole / "checkpoint-4"))
+    assert_same_end(whole, rest, stage, step=6)
+    assert differences(contents(whole / "checkpoint-4"), contents(whole / "checkpoint-6"))  # it could have failed
+    assert [path.name for path in rest.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("stage", "number"), zip(STAGES, [signal.SIGTERM, signal.SIGINT], strict=True))
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(flags, run, tmp_path, capsys, stage, number):
+    stopped, ended = tmp_path / "stopped", threading.Event()
+
+    def send_when_training() -> None:
+        while not (stopped / "log.jsonl").exists() and not ended.wait(0.001):
+            pass
+        if not ended.is_set():
+            os.kill(os.getpid(), number)
+
+    flags[stage] += ["--checkpointing_steps", "1000", "--max_train_steps", "200"]
+    sender = threading.Thread(target=send_when_training)
+    sender.start()
+    try:
+        with pytest.raises(SystemExit) as ending:
+            run(stage, stopped)
+    finally:
+        ended.set()
+        sender.join()
+    assert ending.value.code == 128 + number
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    assert f"go on with --resume_from_checkpoint {checkpoint}" in capsys.readouterr().out
+    step = int(checkpoint.name.split("-")[1])
+    assert 1 <= step < 200
+    run(stage, stopped, "--resume_from_checkpoint", "latest", "--max_train_steps", str(step + 2))
+    assert (stopped / f"checkpoint-{step + 2}").is_dir() and (stopped / "metrics.json").is_file()
+
+
+def start(stage: str, flags: dict, output_dir: Path) -> subprocess.Popen:
+    """The script in a process of its own, the first of a group, with this process's arithmetic."""
+    words = [sys.executable, f"train_{stage}.py", *flags[stage], "--output_dir", str(output_dir)]
+    return subprocess.Popen(
+        words,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end_beyond(process: subprocess.Popen, output_dir: Path, step: int, send: Callable[[int], None]) -> str:
+    """Send a signal as soon as an update beyond `step` is in the log; return what the process printed."""
+    log = output_dir / "log.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and any(line["step"] > step for line in read_log(log))):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no update beyond {step}: {process.communicate()[0]}")
+        time.sleep(0.002)
+    send(process.pid)
+    try:
+        return process.communicate(timeout=120)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"the run goes on in spite of its signal: {process.communicate()[0]}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_resumes_bit_for_bit(flags, run, tmp_path, stage):
+    flags[stage] += ["--dataloader_num_workers", "2", "--max_train_steps", "14", "--checkpointing_steps", "4"]
+    whole, killed = run(stage, tmp_path / "whole"), tmp_path / "killed"
+    process = start(stage, flags, killed)
+    end_beyond(process, killed, 5, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert process.returncode == -signal.SIGKILL
+    assert (killed / "checkpoint-4").is_dir() and not (killed / "checkpoint-14").exists()
+    run(stage, killed, "--resume_from_checkpoint", "latest")
+    assert_same_end(whole, killed, stage, step=14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "number"), zip(STAGES, [signal.SIGTERM, signal.SIGINT], strict=True))
+def test_a_signal_to_the_whole_group_stops_in_order(flags, run, tmp_path, stage, number):
+    """As from Ctrl-C or `timeout`, which reach the data loader's workers too."""
+    flags[stage] += ["--dataloader_num_workers", "2", "--max_train_steps", "14", "--checkpointing_steps", "1000"]
+    whole, stopped = run(stage, tmp_path / "whole"), tmp_path / "stopped"
+    process = start(stage, flags, stopped)
+    printed = end_beyond(process, stopped, 2, lambda pid: os.killpg(pid, number))
+    assert process.returncode == 128 + number, printed
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    assert f"go on with --resume_from_checkpoint {checkpoint}" in printed and "Traceback" not in printed
+    run(stage, stopped, "--resume_from_checkpoint", str(checkpoint))
+    assert_same_end(whole, stopped, stage, step=14)
+
+
+# Checkpoints as results
+
+
+def test_any_checkpoint_is_exported_as_a_pipeline(run, tmp_path):
+    whole, exported = run("latent_diffusion", tmp_path / "whole"), tmp_path / "exported"
+    checkpoint = whole / "checkpoint-4"
+    words = ["--resume_from_checkpoint", str(checkpoint), "--max_train_steps", "4"]
+    run("latent_diffusion", exported, *words)
+    pipeline = FlowerLDMPipeline.from_pretrained(exported)
+    weights = list(pipeline.unet.parameters())
+    assert all(map(torch.equal, weights, averaged_weights(checkpoint)))
+    assert not all(map(torch.equal, weights, averaged_weights(whole / "checkpoint-6")))
+    assert not all(map(torch.equal, weights, load_file(checkpoint / "model.safetensors").values()))
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(["class 1"], num_inference_steps=2, output_type="np").images.shape == (1, 24, 24, 3)
+    assert [line["step"] for line in read_log(exported / "log.jsonl")] == [4]  # held-out loss; nothing was trained
+    assert not list(exported.glob("checkpoint-*"))
+
+
+def test_any_checkpoint_is_exported_as_an_autoencoder(run, tmp_path):
+    whole, exported = run("autoencoder", tmp_path / "whole"), tmp_path / "exported"
+    checkpoint = whole / "checkpoint-4"
+    run("autoencoder", exported, "--resume_from_checkpoint", str(checkpoint), "--max_train_steps", "4")
+    vae = FlowerAutoencoderKL.from_pretrained(exported)
+    assert all(map(torch.equal, vae.parameters(), averaged_weights(checkpoint)))
+    assert vae.config.latents_std is not None
+    assert json.loads((exported / "metrics.json").read_text())["step"] == 4
+
+
+# Gradient accumulation
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_batch_or_two_halves_are_one_update(flags, run, tmp_path, stage):
+    """Up to rounding: every loss, Adam's averages of the gradients, and the weights."""
+    if stage == "autoencoder":  # the adaptive weight is measured once a micro-batch
+        flags[stage] += ["--no-adaptive_weight"]
+    ways = {"whole": ("16", "1"), "halves": ("8", "2")}
+    for name, (batch_size, micro_batches) in ways.items():
+        words = ["--train_batch_size", batch_size, "--gradient_accumulation_steps", micro_batches]
+        run(stage, tmp_path / name, *words, "--max_train_steps", "3")
+    for one, other in zip(*(losses_after(tmp_path / name, 0) for name in ways), strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"loss_by_timestep"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+    names = ("whole/checkpoint-3", "halves/checkpoint-3", "halves/checkpoint-2")
+    one, other, before = (contents(tmp_path / name) for name in names)
+    for name in one:
+        states = [tensors(checkpoint[name]) for checkpoint in (one, other, before)]
+        if states[0]:
+            assert apart(*states) < (1e-3 if name.startswith("optimizer") else 1e-2), name
+
+
+# What can't be resumed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_would_not_be_the_same_run_is_refused(run, tmp_path, stage):
+    run(stage, tmp_path / "run", "--max_train_steps", "2")
+    wrong = {
+        "--seed": ("1", "--seed is 1, .* made with 0: a resumed run must have the same"),
+        "--resolution": ("32", "--resolution is 32, .* made with 24"),
+        "--train_batch_size": ("8", "its images per update .* was 8, this run's is 16: they must be the same"),
+        "--gradient_accumulation_steps": ("4", "its images per update .* was 8, this run's is 16"),
+        "--max_train_steps": ("1", "is at step 2, beyond the 1 of this run: raise --max_train_steps"),
+    }
+    for flag, (value, line) in wrong.items():
+        words = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"), flag, value]
+        with pytest.raises(InputError, match=line) as refusal:
+            run(stage, tmp_path / "refused", *words)
+        assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("damage", ["torn", "missing"])
+def test_a_damaged_checkpoint_is_named(run, tmp_path, name, damage):
+    checkpoint = run("latent_diffusion", tmp_path / "run", "--max_train_steps", "2") / "checkpoint-2"
+    path = checkpoint / name
+    path.write_bytes(path.read_bytes()[:100])
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(InputError, match="checkpoint-2 doesn't fit this run, or is damaged") as refusal:
+        run("latent_diffusion", tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert "\n" not in str(refusal.value)
