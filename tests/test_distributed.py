@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_stages
 from test_resume import MAINS, STAGES, apart, contents, tensors
 
 from flower_ldm.errors import InputError
@@ -87,37 +88,23 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def flags(folder: Path, random_vgg: Path) -> dict[str, list[str]]:
-    """Of each stage, for 3 updates of 16 images, of which there are 36, with 24 held out; without the batch size."""
-    (folder / "vae.json").write_text(
-        json.dumps(
-            {
-                "block_out_channels": [16, 16, 16],
-                "decoder_layers_per_block": 1,
-                "latent_channels": 4,
-                "head_channels": 16,
-            }
-        )
-    )
-    (folder / "unet.json").write_text(json.dumps({"hidden_size": 32, "num_layers": 3, "num_attention_heads": 2}))
-    common = "--dataset synthetic --classes 0 1 2 --images_per_class 12 --resolution 32 --max_train_steps 3"
-    common += (
-        " --lr_warmup_steps 0 --mixed_precision no --logging_steps 1 --validation_steps 2 --checkpointing_steps 2"
-    )
-    common += " --dataloader_num_workers 0 --report_to none"
-    stage1 = f"{common} --model_config {folder}/vae.json --vgg_weights {random_vgg} --perceptual_every 2"
-    stage1 += " --disc_start 1 --adaptive_weight_steps 1 --loss_ramp_steps 2"
-    stage2 = f"{common} --model_config {folder}/unet.json --autoencoder {folder}/autoencoder"
-    stage2 += f" --latent_cache_dir {folder}/latent_cache"
-    return {"autoencoder": stage1.split(), "latent_diffusion": stage2.split()}
+    """Of each stage, for 3 updates of 16 images, of which there are 36, with 24 held out; to be ended by a batch size.
+
+    The discriminator starts with the second update, and the adaptive weight is measured at every one from there.
+    """
+    stage1, stage2 = tiny_stages(folder, random_vgg)
+    common = "--classes 0 1 2 --max_train_steps 3 --lr_warmup_steps 0 --mixed_precision no --logging_steps 1"
+    common += " --validation_steps 2 --checkpointing_steps 2"
+    stage1 += f"{common} --disc_start 1 --adaptive_weight_steps 1 --perceptual_every 2".split()
+    stage2 += f"{common} --latent_cache_dir {folder}/latent_cache".split()
+    return {"autoencoder": stage1, "latent_diffusion": stage2}
 
 
 @pytest.fixture(scope="module")
 def two_processes(folder: Path, flags: dict) -> Path:
     """The folder with `<stage>/` of a run with 8 images a process, and what each rank left of it."""
-    runs = [
-        (stage, [*flags[stage], "--train_batch_size", "8", "--output_dir", f"{folder}/{stage}"]) for stage in STAGES
-    ]
-    run_in_two_processes(folder, runs)
+    words = {stage: ["--train_batch_size", "8", "--output_dir", f"{folder}/{stage}"] for stage in STAGES}
+    run_in_two_processes(folder, [(stage, flags[stage] + words[stage]) for stage in STAGES])
     return folder
 
 

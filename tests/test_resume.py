@@ -33,9 +33,9 @@ STAGES = list(MAINS)
 
 @pytest.fixture(scope="module")
 def flowers(tmp_path_factory) -> Path:
-    """3 classes of 10 images, 40 x 30 pixels or 30 x 40, so that there is something to crop."""
+    """4 classes of 10 images, 40 x 30 pixels or 30 x 40, so that there is something to crop."""
     folder = tmp_path_factory.mktemp("data") / "flowers"
-    for label in range(3):
+    for label in range(4):
         (folder / f"class {label}").mkdir(parents=True)
         for i in range(10):
             pixels = synthetic_flower(label, i, resolution=40)
@@ -46,21 +46,18 @@ def flowers(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def flags(stage_flags, flowers: Path, tmp_path: Path) -> dict[str, list[str]]:
-    """Flags of each stage without `--output_dir`; 27 training images, 8 an update: 4 updates end within an epoch."""
+    """Flags of each stage; 36 training images, 8 an update: the 5th crosses to a new epoch."""
     torch.manual_seed(0)
     config = json.loads((tmp_path / "vae.json").read_text())
     vae = FlowerAutoencoderKL(**config, sample_size=24)
     vae.set_latents_statistics([0.0] * 4, [1.0] * 4)
     vae.save_pretrained(tmp_path / "untrained")
-    data = f"--dataset imagefolder --data_dir {flowers} --resolution 24 --train_batch_size 4"
-    data += " --gradient_accumulation_steps 2 --mixed_precision no --logging_steps 1 --checkpointing_steps 2"
-    both = {}
-    for stage, words in zip(STAGES, stage_flags, strict=True):
-        kept = words[: words.index("--classes")] + words[words.index("--resolution") :]
-        both[stage] = [*kept[: kept.index("--output_dir")], *data.split()]
-    both["autoencoder"] += ["--disc_start", "1", "--perceptual_every", "2"]
-    both["latent_diffusion"] += ["--autoencoder", str(tmp_path / "untrained")]
-    return both
+    common = f"--dataset imagefolder --data_dir {flowers} --resolution 24 --train_batch_size 4"
+    common += " --gradient_accumulation_steps 2 --mixed_precision no --logging_steps 1 --checkpointing_steps 2"
+    stage1, stage2 = stage_flags
+    stage1 += f"{common} --disc_start 1 --perceptual_every 2".split()
+    stage2 += f"{common} --autoencoder {tmp_path}/untrained".split()
+    return {"autoencoder": stage1, "latent_diffusion": stage2}
 
 
 @pytest.fixture
