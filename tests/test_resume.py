@@ -29,6 +29,7 @@ from flower_ldm.training import read_log
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAINS = {"autoencoder": train_autoencoder.main, "latent_diffusion": train_latent_diffusion.main}
 STAGES = list(MAINS)
+SIGNALS = [("autoencoder", signal.SIGTERM), ("latent_diffusion", signal.SIGINT)]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_a_run_in_two_parts_is_the_same_bit_for_bit(run, tmp_path, stage):
 # Signals
 
 
-@pytest.mark.parametrize(("stage", "number"), zip(STAGES, [signal.SIGTERM, signal.SIGINT], strict=True))
+@pytest.mark.parametrize(("stage", "number"), SIGNALS)
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(flags, run, tmp_path, capsys, stage, number):
     stopped, ended = tmp_path / "stopped", threading.Event()
 
@@ -229,7 +230,7 @@ def test_a_killed_run_resumes_bit_for_bit(flags, run, tmp_path, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "number"), zip(STAGES, [signal.SIGTERM, signal.SIGINT], strict=True))
+@pytest.mark.parametrize(("stage", "number"), SIGNALS)
 def test_a_signal_to_the_whole_group_stops_in_order(flags, run, tmp_path, stage, number):
     """As from Ctrl-C or `timeout`, which reach the data loader's workers too."""
     flags[stage] += ["--dataloader_num_workers", "2", "--max_train_steps", "14", "--checkpointing_steps", "1000"]
