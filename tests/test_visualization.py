@@ -101,7 +101,7 @@ def test_class_grid_has_a_named_column_a_class():
     axes = np.array(figure.axes).reshape(2, 3)
     for row, column in np.ndindex(2, 3):
         assert axes[row, column].images[0].get_array()[0, 0, 0] == images[column, row, 0, 0, 0]
-    assert [axis.get_title() for axis in axes[1]] == ["rose", "bird of\nparadise", "love-in-\nthe-mist"]
+    assert [axis.get_xlabel() for axis in axes[1]] == ["rose", "bird of\nparadise", "love-in-\nthe-mist"]
     assert figure.get_suptitle() == "step 3"
     plt.close(figure)
 
