@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None):
     parser = training.common_parser(__doc__.splitlines()[0])
     flag = parser.add_argument
     parser.set_defaults(output_dir="results/autoencoder")
-    # loss weights: 0 means that the part is never built or run
+    # loss weights; at 0 of what needs them, VGG16, the discriminator and the head are never built
     flag("--pixel_weight", type=float, default=1.0)
     flag("--perceptual_weight", type=float, default=0.5)
     flag("--kl_weight", type=float, default=1e-4, help="of nats per latent element")
