@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     if args.torch_compile:
-        vae.compile()
+        vae.compile(dynamic=False)
     ema = training.build_ema(vae, args.ema_decay)
     parts, optimizer, disc_optimizer, lr_scheduler = build_parts(accelerator, args, vae, perceptual)
     progress = training.Progress(training.run_identity(accelerator, args, train_images, vae))

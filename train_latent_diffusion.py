@@ -172,14 +172,13 @@ def latent_shape(vae: nn.Module, images: ImageDataset) -> tuple[int, int, int]:
 def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDataset) -> LatentDataset:
     """The normalised latents of a split, from the cache. One process encodes, the others wait for it."""
     cache_dir = args.latent_cache_dir or Path(args.output_dir) / "latent_cache"
-    autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     with accelerator.main_process_first():
         cache = load_or_build_latent_cache(
             vae,
             images,
             cache_dir,
             device=accelerator.device,
-            autocast_dtype=autocast_dtype,
+            autocast_dtype=training.autocast_dtype(accelerator),
             num_workers=args.dataloader_num_workers,
         )
     latents_mean, latents_std = vae.config.get("latents_mean"), vae.config.get("latents_std")
@@ -229,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.torch_compile:
-        unet.compile()
+        unet.compile(dynamic=False)
     ema = training.build_ema(unet, args.ema_decay)
     noise_scheduler = make_noise_scheduler(args.prediction_type, args.beta_schedule, args.zero_terminal_snr)
     pipeline = build_pipeline(vae, unet, noise_scheduler, class_names)

@@ -3,8 +3,9 @@
     python benchmarks/train_throughput.py            # everything, about 3 minutes on 2 cores
     python benchmarks/train_throughput.py --stage 2 --steps 20 --json throughput.json
 
-Its neighbours: the steps measured are those of `train_autoencoder.py` and `train_latent_diffusion.py`, with bfloat16
-autocast, float32 weights, channels-last convolutions and fused AdamW. Operations are counted by torch, not guessed.
+Its neighbours: the steps measured are those of `train_autoencoder.py` and `train_latent_diffusion.py`: bfloat16
+autocast where the machine has instructions for it, float32 weights, channels-last convolutions and fused AdamW.
+Operations are counted by torch, not guessed.
 All that is compared takes turns, round after round, so that a machine that slows down slows everything alike.
 """
 
@@ -25,6 +26,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -75,6 +77,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--denoiser_batch_size", type=int, default=128)
     flag("--autoencoder_config", help="JSON file with arguments of FlowerAutoencoderKL, in place of the recipe's")
     flag("--unet_config", help="JSON file with arguments of FlowerUNet2DModel, in place of the recipe's")
+    flag("--mixed_precision", choices=["no", "fp16", "bf16", "auto"], default="auto")
     flag("--vgg_weights", help="a local file with torchvision's VGG16; unset: random weights, which cost the same")
     flag("--compile", action="store_true", help="torch.compile every model, except where memory is measured")
     flag("--json", type=Path, help="write all figures there too")
@@ -132,9 +135,9 @@ def count_flops(run: Callable[[], None]) -> int:
     return counter.get_total_flops()
 
 
-def reference_workloads(device: torch.device) -> dict[str, Workload]:
-    """What the machine can do in bfloat16: a large matrix product, and a convolution such as stage 1 is made of."""
-    options = {"device": device, "dtype": torch.bfloat16}
+def reference_workloads(accelerator: Accelerator) -> dict[str, Workload]:
+    """What the machine can do in this precision: a large matrix product, and a convolution as stage 1 is made of."""
+    options = {"device": accelerator.device, "dtype": training.autocast_dtype(accelerator) or torch.float32}
     matrix = torch.randn(2048, 2048, **options)
     images = torch.randn(16, 128, 64, 64, **options).to(memory_format=torch.channels_last)
     weight = torch.randn(128, 128, 3, 3, **options).to(memory_format=torch.channels_last)
@@ -144,11 +147,11 @@ def reference_workloads(device: torch.device) -> dict[str, Workload]:
     }
 
 
-def measure(workloads: dict[str, Workload], rounds: int, device: torch.device) -> dict:
+def measure(workloads: dict[str, Workload], rounds: int, accelerator: Accelerator) -> dict:
     """Rates of all the workloads and of the reference; they take turns, and a first round doesn't count."""
-    references = reference_workloads(device)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    repetitions = STEPS_AT_A_TIME[device.type]
+    references = reference_workloads(accelerator)
+    synchronize = torch.cuda.synchronize if accelerator.device.type == "cuda" else lambda: None
+    repetitions = STEPS_AT_A_TIME[accelerator.device.type]
     for round_number in range(rounds + 1):
         for workload in (*references.values(), *workloads.values()):
             synchronize()
@@ -170,7 +173,7 @@ def measure(workloads: dict[str, Workload], rounds: int, device: torch.device) -
 def script_arguments(script, options: argparse.Namespace, batch_size: int, model_config: str | None, folder: Path):
     """A training script's own flags, from the recipe."""
     words = ["--config", options.config, f"--train_batch_size={batch_size}", "--gradient_accumulation_steps=1"]
-    words += ["--mixed_precision=bf16", "--report_to=none", f"--output_dir={folder / script.__name__}"]
+    words += [f"--mixed_precision={options.mixed_precision}", "--report_to=none", f"--output_dir={folder / script.__name__}"]
     if model_config is not None:
         words.append(f"--model_config={model_config}")
     if options.resolution is not None:
@@ -327,7 +330,7 @@ def measure_autoencoder(options: argparse.Namespace, folder: Path) -> dict:
     return {
         "title": f"Stage 1, {args.resolution} x {args.resolution} pixels, batch {args.train_batch_size}; the "
         f"perceptual loss sees one image in {args.perceptual_every}, {weights} VGG16 weights",
-        **measure(workloads, options.steps, stage.device),
+        **measure(workloads, options.steps, stage.accelerator),
         "added_to": FLOWER_VAE,
         "added_ms": added_by_losses(workloads, args.adaptive_weight_steps),
     }
@@ -375,7 +378,7 @@ class DenoiserTraining:
         images, _ = load_datasets(
             "synthetic", resolution=args.resolution, classes=range(5), images_per_class=50, seed=args.seed
         )
-        options = {"device": self.device, "autocast_dtype": torch.bfloat16}
+        options = {"device": self.device, "autocast_dtype": training.autocast_dtype(self.accelerator)}
         load_or_build_latent_cache(self.vae, images, folder, **options)
         cache = load_or_build_latent_cache(self.vae, images, folder, **options)  # now from the file
         channels = self.vae.config.latent_channels
@@ -453,7 +456,7 @@ def measure_denoiser(options: argparse.Namespace, folder: Path) -> dict:
     if options.compile:  # only now: a compiled model's operations can't be counted
         for model, _ in models.values():
             model.compile()
-    rates = measure(workloads, options.steps, stage.device)
+    rates = measure(workloads, options.steps, stage.accelerator)
     in_memory = workloads[IN_MEMORY]
     return {
         "title": f"Stage 2, latents of {' x '.join(map(str, batch['latents'].shape[1:]))}, batch {batch_size}",
@@ -521,8 +524,10 @@ def print_rates(results: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     options = parse_options(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, torch {torch.__version__}; bfloat16 autocast, float32 weights, medians of {options.steps}")
-    results = {"device": device, "torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
+    precision = training.choose_precision(options.mixed_precision)
+    autocast = f"{precision} autocast over float32 weights" if precision != "no" else "float32"
+    print(f"{device}, torch {torch.__version__}; {autocast}, medians of {options.steps}")
+    results = {"device": device, "torch": torch.__version__, "precision": precision, "options": {k: str(v) for k, v in vars(options).items()}}
     # Memory first: on Linux a new process starts with the peak of the one that started it.
     if options.stage in ("memory", "all"):
         results["memory_gib"] = measure_memory(options)

@@ -29,6 +29,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    parse_flag_from_env,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
@@ -80,7 +81,8 @@ def common_parser(description: str) -> OneLineParser:
     flag("--output_dir", help="results/autoencoder or results/flower-ldm unless set")
     flag("--overwrite_output_dir", action=switch, default=False, help="replace the run that is there")
     flag("--seed", type=int, default=0)
-    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="unset: what accelerate is configured for")
+    flag("--mixed_precision", choices=["no", "fp16", "bf16", "auto"],
+         help="auto: bf16 where the device has instructions for it, else no; unset: accelerate's")  # fmt: skip
     flag("--torch_compile", action=switch, default=False)
     flag("--gradient_checkpointing", action=switch, default=False, help="less memory, slower")
     # optimisation
@@ -218,14 +220,34 @@ def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
 
+def choose_precision(mixed_precision: str | None) -> str | None:
+    """What `--mixed_precision` stands for on this machine; `None` leaves it to accelerate.
+
+    Raises:
+        InputError: where the device can't compute in it, or only by emulating it: the matrix products of a CPU without
+            AVX-512 take 400 times as long in bfloat16 as in float32.
+    """
+    chosen = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        bf16_is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16" if bf16_is_native else "no") if mixed_precision == "auto" else mixed_precision
+    if chosen == "fp16":
+        raise InputError("--mixed_precision fp16 needs a GPU; on a CPU use auto or no")
+    if chosen == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        raise InputError(
+            "--mixed_precision bf16: this CPU has no instructions for it and would take hundreds of times as long as "
+            "without; use auto or no"
+        )
+    if mixed_precision == "auto":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    return mixed_precision
+
+
 def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Accelerator:
     """The accelerator and the seed."""
     output_dir = Path(args.output_dir)
-    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=choose_precision(args.mixed_precision),
         # Accumulation runs across epochs, so that every update sees the same number of images.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
@@ -245,6 +267,11 @@ def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Ac
     torch.backends.cudnn.benchmark = True
     set_seed(args.seed)
     return accelerator
+
+
+def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """What `accelerator.autocast()` computes in; `None` where it changes nothing."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
@@ -382,13 +409,18 @@ def build_ema(model: nn.Module, decay: float) -> EMAModel:
 
 @contextmanager
 def ema_weights(ema: EMAModel, model: nn.Module) -> Iterator[nn.Module]:
-    """The model with its averaged weights and in evaluation mode, for as long as the context lasts."""
+    """The model with its averaged weights and in evaluation mode, for as long as the context lasts.
+
+    A compiled model runs uncompiled: validation and previews have batches of many sizes, and each would cost a
+    compilation of its own.
+    """
     parameters = list(model.parameters())
     ema.store(parameters)
     ema.copy_to(parameters)
     model.eval()
     try:
-        yield model
+        with torch.compiler.set_stance("force_eager"):
+            yield model
     finally:
         ema.restore(parameters)
         model.train()

@@ -193,10 +193,18 @@ def test_value_that_cannot_be_right(refusal, stage, words, said):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can")
 @pytest.mark.parametrize("stage", STAGES)
 def test_fp16_without_a_gpu(refusal, monkeypatch, stage):
-    line = "--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no"
+    line = "--mixed_precision fp16 needs a GPU; on a CPU use auto or no"
     assert refusal(stage, "--mixed_precision", "fp16") == line
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # as `accelerate launch` sets it
     assert refusal(stage) == line
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX2", reason="only on a CPU without AVX-512")
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_where_the_cpu_would_emulate_it(refusal, monkeypatch, stage):
+    assert refusal(stage, "--mixed_precision", "bf16").startswith("--mixed_precision bf16: this CPU has no")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate_config.yaml sets it
+    assert refusal(stage).endswith("use auto or no")
 
 
 @pytest.mark.parametrize("stage", STAGES)
