@@ -173,7 +173,8 @@ def measure(workloads: dict[str, Workload], rounds: int, accelerator: Accelerato
 def script_arguments(script, options: argparse.Namespace, batch_size: int, model_config: str | None, folder: Path):
     """A training script's own flags, from the recipe."""
     words = ["--config", options.config, f"--train_batch_size={batch_size}", "--gradient_accumulation_steps=1"]
-    words += [f"--mixed_precision={options.mixed_precision}", "--report_to=none", f"--output_dir={folder / script.__name__}"]
+    words += [f"--mixed_precision={options.mixed_precision}", "--report_to=none"]
+    words.append(f"--output_dir={folder / script.__name__}")
     if model_config is not None:
         words.append(f"--model_config={model_config}")
     if options.resolution is not None:
@@ -527,7 +528,8 @@ def main(argv: list[str] | None = None) -> dict:
     precision = training.choose_precision(options.mixed_precision)
     autocast = f"{precision} autocast over float32 weights" if precision != "no" else "float32"
     print(f"{device}, torch {torch.__version__}; {autocast}, medians of {options.steps}")
-    results = {"device": device, "torch": torch.__version__, "precision": precision, "options": {k: str(v) for k, v in vars(options).items()}}
+    results = {"device": device, "torch": torch.__version__, "precision": precision}
+    results["options"] = {k: str(v) for k, v in vars(options).items()}
     # Memory first: on Linux a new process starts with the peak of the one that started it.
     if options.stage in ("memory", "all"):
         results["memory_gib"] = measure_memory(options)
