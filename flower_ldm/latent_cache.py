@@ -2,7 +2,7 @@
 
 One safetensors file, keyed by autoencoder, data and size; never used when the key differs or the file is torn. It
 keeps mean and std, not samples: `LatentDataset` draws a fresh sample each epoch, as EDM2 does. Made from
-`data.ImageDataset`; read by `train_latent_diffusion.py`.
+`data.ImageDataset`; read by `train_latent_diffusion.py`. `features` keys its own cache with `tensors_digest`.
 
 Shapes: N images, B of them in a batch; C latent channels of h x w; axis 1 of (N, 2, C, h, w) is image, flipped image.
 """
@@ -65,7 +65,7 @@ def cache_key(vae: torch.nn.Module, dataset: ImageDataset) -> str:
         if not name.startswith("_") and name not in NOT_ENCODER_CONFIG
     }
     about = [FORMAT_VERSION, type(vae).__name__, config, dataset.fingerprint, dataset.resolution]
-    return _digest(vae.state_dict(), json.dumps(about, sort_keys=True, default=str))
+    return tensors_digest(vae.state_dict(), json.dumps(about, sort_keys=True, default=str))
 
 
 def cache_path(cache_dir: str | Path, dataset: ImageDataset) -> Path:
@@ -129,7 +129,7 @@ def read_latent_cache(path: Path, key: str) -> LatentCache:
             )
     except (SafetensorError, OSError, LookupError, ValueError) as error:
         raise UnusableCacheError(f"can't be read ({error})") from error
-    if metadata.get("digest") != _digest(cache.tensors()):
+    if metadata.get("digest") != tensors_digest(cache.tensors()):
         raise UnusableCacheError("is damaged")
     if not _is_finite(cache.mean, cache.std):
         raise UnusableCacheError("holds latents that are not finite")
@@ -192,6 +192,15 @@ class LatentDataset(Dataset):
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
 
+def tensors_digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of tensors with their names, types and shapes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _encode(
     vae: torch.nn.Module, loader: DataLoader, device: torch.device, autocast_dtype: torch.dtype | None
 ) -> LatentCache:
@@ -223,7 +232,7 @@ def _write(cache: LatentCache, path: Path, key: str) -> None:
         "format_version": FORMAT_VERSION,
         "key": key,
         "class_names": json.dumps(cache.class_names),
-        "digest": _digest(cache.tensors()),
+        "digest": tensors_digest(cache.tensors()),
     }
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -239,12 +248,3 @@ def _write(cache: LatentCache, path: Path, key: str) -> None:
 
 def _is_finite(*tensors: torch.Tensor) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def _digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
-    """SHA-256 of a text and of tensors with their names, types and shapes."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -84,6 +84,23 @@ def load_pipeline(name: str, scheduler: str | None, device: str, dtype: str) -> 
     return pipe
 
 
+def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> None:
+    """Refuse options of the pipeline's call that it, or its scheduler, can't take.
+
+    Raises:
+        InputError: for the first of them.
+    """
+    try:
+        pipe.check_inputs(num_labels, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    try:
+        pipe.scheduler.set_timesteps(options["num_inference_steps"])
+    except ValueError as error:  # some schedulers take no more steps than in training, some no fewer than their order
+        kind, steps = type(pipe.scheduler).__name__, options["num_inference_steps"]
+        raise InputError(f"{kind} can't take --num_inference_steps {steps}: {error}") from error
+
+
 def fresh_folder(folder: Path) -> Path:
     """Make `folder`, or `folder-2`, `folder-3` ... where there is something already: what is there stays as it was."""
     folder = folder.expanduser().resolve()  # "." gets a name to number
@@ -146,14 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     try:
         labels = pipe.get_label_ids(args.labels or range(min(pipe.num_classes, DEFAULT_NUM_LABELS)))
-        pipe.check_inputs(len(labels), **options)
     except ValueError as error:
         raise InputError(str(error)) from error
-    try:
-        pipe.scheduler.set_timesteps(args.num_inference_steps)
-    except ValueError as error:  # some schedulers take no more steps than in training, some no fewer than their order
-        kind = type(pipe.scheduler).__name__
-        raise InputError(f"{kind} can't take --num_inference_steps {args.num_inference_steps}: {error}") from error
+    check_sampling(pipe, len(labels), options)
 
     labels_of_images = [label for label in labels for _ in range(args.num_images)]
     names = [pipe.class_names[label] for label in labels_of_images]

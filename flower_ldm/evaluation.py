@@ -1,0 +1,827 @@
+"""How good a pipeline is, measured by the protocol of this project: `python -m flower_ldm.evaluation --pipeline DIR`.
+
+Samples, the autoencoder's reconstructions and real training images are all measured against held-out images, with the
+same features and as many of each: real images are the floor of every distance, reconstructions the ceiling of what the
+denoiser can reach. Then memorisation, with held-out images as the null. Networks and features come from `features`,
+images from `data`; writes the key "evaluation" of a run's `metrics.json`, and the pictures beside it.
+
+Shapes: N samples, M reference images; D features; K classes; (H, W) pixels.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import matplotlib.pyplot as plt
+import numpy as np
+import sklearn
+import torch
+import torchmetrics
+import yaml
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from tqdm import tqdm
+
+import flower_ldm
+from flower_ldm import FlowerLDMPipeline
+from flower_ldm.autoencoder_losses import PerceptualLoss
+from flower_ldm.data import ImageDataset, load_datasets
+from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
+from flower_ldm.features import (
+    DEFAULT_FEATURES,
+    KID_MAX_SUBSET,
+    KID_SUBSETS,
+    MIN_IMAGES,
+    NETWORKS,
+    ROWS_AT_A_TIME,
+    FeatureNetwork,
+    extract_features,
+    frechet_distance,
+    kernel_distance,
+    load_feature_network,
+    load_or_extract_features,
+    nearest_two,
+    neighbourhood_metrics,
+    read_tensors,
+    uint8_images,
+    write_tensors,
+)
+from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
+from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
+from flower_ldm.visualization import to_uint8
+
+MEMORISED_RATIO = 1 / 3
+SUSPECTS = 8  # columns of nearest_neighbours.png
+# What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
+DATA_FLAGS = {
+    "dataset": "flowers102", "data_dir": None, "image_column": "image", "label_column": "label",
+    "skip_bad_images": False, "train_splits": None, "val_splits": None, "classes": None, "images_per_class": 100,
+    "resolution": None,
+}  # fmt: skip
+SET_NAMES = {"real": "real training images", "reconstructions": "reconstructions", "samples": "samples"}
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(prog="python -m flower_ldm.evaluation", description="Measure a pipeline.")
+    flag = parser.add_argument
+    flag("--pipeline", required=True, help="folder of a pipeline, or its id on the Hub")
+    flag("--output", type=Path, help="JSON file that gets the key evaluation; unset: metrics.json in --pipeline")
+    flag("--cache_dir", type=Path, help="features and drawn images; unset: evaluation_cache beside --output")
+    # data; unset, each is what the run's args.yaml says
+    flag("--dataset", help="flowers102, synthetic, imagefolder, or a Hub data set id")
+    flag("--data_dir", help="the folder that holds flowers-102/, or the class folders")
+    flag("--image_column", help="of a Hub data set")
+    flag("--label_column", help="of a Hub data set")
+    flag("--skip_bad_images", action=argparse.BooleanOptionalAction, help="go on without unreadable images")
+    flag("--train_splits", nargs="+", help="splits that the model was trained on")
+    flag("--val_splits", nargs="+", help="splits held out")
+    flag("--classes", nargs="+", help="0-based indices or names, as in training")
+    flag("--images_per_class", type=int, help="training images of each synthetic class")
+    flag("--resolution", type=int, help="pixels a side; must be the pipeline's")
+    # what is measured
+    flag("--features", default=DEFAULT_FEATURES, help=f"{', '.join(NETWORKS)}, or the path of a TorchScript file")
+    flag("--vgg_weights", help="torchvision's VGG16 as a local file, for the reconstructions' perceptual distance")
+    # how samples are drawn
+    flag("--num_samples", type=int, default=1020, help="spread evenly over the classes")
+    flag("--seed", type=int, default=0, help="image i has the seed SEED + i")
+    flag("--num_inference_steps", "--steps", type=int, default=25)
+    flag("--guidance_scale", type=float, default=3.0, help="1 means off")
+    flag("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("BEGIN", "END"),
+         help="in fractions of the trajectory; 0 is pure noise")  # fmt: skip
+    flag("--scheduler", choices=SCHEDULERS, help="unset: the pipeline's own")
+    flag("--sweep_guidance", type=float, nargs="+", help="guidance scales to compare")
+    flag("--sweep_steps", type=int, nargs="+", help="numbers of steps to compare, each with every guidance scale")
+    flag("--sweep_samples", type=int, help="samples at each point of the sweep; unset: --num_samples")
+    # where it is computed
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the pipeline")
+    flag("--batch_size", type=int, default=64, help="images drawn, reconstructed or looked at together")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, got {args.batch_size}")
+    if args.seed < 0:
+        raise InputError(f"--seed must not be negative, got {args.seed}")
+    for name in ("num_samples", "sweep_samples"):
+        value = getattr(args, name)
+        if value is not None and value < MIN_IMAGES:
+            raise InputError(f"--{name} must be at least {MIN_IMAGES} (neighbours are counted), got {value}")
+    add_data_flags(args)
+    if args.output is None:
+        args.output = Path(args.pipeline if Path(args.pipeline).is_dir() else ".") / "metrics.json"
+    if args.cache_dir is None:
+        args.cache_dir = args.output.parent / "evaluation_cache"
+    return args
+
+
+def add_data_flags(args: argparse.Namespace) -> None:
+    """Fill in what no flag says about the data: from the run's `args.yaml` where that is of the same data set."""
+    path = Path(args.pipeline) / "args.yaml"
+    saved = {}
+    if path.is_file():
+        try:
+            saved = dict(yaml.safe_load(path.read_text()))
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise InputError(f"{path} can't be read: repair it, or move it away and give --dataset") from error
+    if args.dataset is not None and args.dataset != saved.get("dataset"):
+        saved = {}
+    for name, default in DATA_FLAGS.items():
+        if getattr(args, name) is None:
+            value = saved.get(name)
+            setattr(args, name, default if value is None else value)
+
+
+# --- classes and sets ------------------------------------------------------------------------------------------------
+
+
+def train_classifier(features: torch.Tensor, class_labels: torch.Tensor) -> Pipeline | None:
+    """A linear probe: multinomial logistic regression on standardised features of real images; None for one class."""
+    if len(class_labels.unique()) < 2:
+        return None
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+    return probe.fit(features.numpy(), class_labels.numpy())
+
+
+def class_accuracy(classifier: Pipeline | None, features: torch.Tensor, class_labels: torch.Tensor) -> float | None:
+    """Share of images that the classifier takes for the class that they should be of."""
+    if classifier is None:
+        return None
+    return float((classifier.predict(features.numpy()) == class_labels.numpy()).mean())
+
+
+def measure_set(
+    features: torch.Tensor,
+    class_labels: torch.Tensor,
+    reference: torch.Tensor,
+    classifier: Pipeline | None,
+    neighbourhoods: bool = True,
+) -> dict[str, float | int | None]:
+    """All that `metrics.json` says of one set of images, by its features `(N, D)`, against a reference `(M, D)`."""
+    kid, kid_std = kernel_distance(features, reference)
+    return {
+        "n": len(features),
+        "n_reference": len(reference),
+        "frechet_distance": frechet_distance(features, reference),
+        "kid": kid,
+        "kid_std": kid_std,
+        **(neighbourhood_metrics(features, reference) if neighbourhoods else {}),
+        "class_accuracy": class_accuracy(classifier, features, class_labels),
+    }
+
+
+# --- memorisation ----------------------------------------------------------------------------------------------------
+
+
+class TrainingNeighbours:
+    """The training images, each distinct one once, to look up the two nearest to any other image.
+
+    Copies of an image count as one: else the nearest of a memorised image and the second nearest could be the same
+    picture, and the rule would miss it, or see it everywhere.
+
+    Args:
+        images: the training split, or `(N, H, W, 3)` uint8.
+        features: `(N, D)`, of the same images.
+    """
+
+    def __init__(self, images: ImageDataset | np.ndarray, features: torch.Tensor):
+        self.images = images
+        self.features = features
+        self.first_of: dict[bytes, int] = {}
+        for keys in np.array_split(np.arange(len(images)), -(-len(images) // ROWS_AT_A_TIME)):
+            for key, digest in zip(keys.tolist(), image_digests(uint8_images(images, keys.tolist())), strict=True):
+                self.first_of.setdefault(digest, key)
+        self.distinct = torch.tensor(list(self.first_of.values()))
+        if len(self.distinct) < 2:
+            raise InputError("memorisation needs at least 2 different training images: choose other --train_splits")
+
+    def search(self, images: ImageDataset | np.ndarray, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """For Q images and their features: what `memorisation_rates` and `save_nearest_neighbours` need.
+
+        Returns:
+            "feature_distances", "pixel_distances" `(Q, 2)`, nearest first; "feature_keys", "pixel_keys" `(Q, 2)`, the
+            training images' indices; "is_copy" `(Q,)`, whether its bytes are those of a training image.
+        """
+        queries = torch.arange(len(images))
+        feature_distances, feature_keys = nearest_two(
+            lambda keys: features[keys], queries, lambda keys: self.features[keys], self.distinct
+        )
+        pixel_distances, pixel_keys = nearest_two(
+            lambda keys: pixel_rows(images, keys), queries, lambda keys: pixel_rows(self.images, keys), self.distinct
+        )
+        is_copy = [
+            digest in self.first_of
+            for keys in queries.split(ROWS_AT_A_TIME)
+            for digest in image_digests(uint8_images(images, keys.tolist()))
+        ]
+        return {
+            "feature_distances": feature_distances, "feature_keys": feature_keys,
+            "pixel_distances": pixel_distances, "pixel_keys": pixel_keys, "is_copy": torch.tensor(is_copy),
+        }  # fmt: skip
+
+
+def image_digests(images: np.ndarray) -> list[bytes]:
+    return [hashlib.sha256(image.tobytes()).digest() for image in images]
+
+
+def pixel_rows(images: ImageDataset | np.ndarray, keys: torch.Tensor) -> torch.Tensor:
+    """`(B, 3 H W)` in [-1, 1]."""
+    pixels = torch.from_numpy(uint8_images(images, keys.tolist())).flatten(1)
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def memorised(distances: torch.Tensor) -> torch.Tensor:
+    """Whether the nearest training image is nearer than a third of the second nearest, `(Q, 2)` -> `(Q,)`.
+
+    The rule of Yoon et al. 2023. Where both are at distance 0 the features can't tell training images apart, so
+    nothing is said.
+    """
+    return (distances[:, 0] <= MEMORISED_RATIO * distances[:, 1]) & (distances[:, 1] > 0)
+
+
+def memorisation_rates(found: dict[str, torch.Tensor]) -> dict[str, float | int]:
+    """The entry of `metrics.json` for what `TrainingNeighbours.search` has found."""
+    return {
+        "n": len(found["is_copy"]),
+        "feature_rate": memorised(found["feature_distances"]).double().mean().item(),
+        "pixel_rate": memorised(found["pixel_distances"]).double().mean().item(),
+        "exact_duplicates": int(found["is_copy"].sum()),
+    }
+
+
+# --- reconstruction --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def reconstruct(
+    vae: nn.Module,
+    images: ImageDataset,
+    keys: Sequence[int],
+    *,
+    batch_size: int = 64,
+    perceptual: PerceptualLoss | None = None,
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Through the autoencoder and back, from the posterior's mean: `(n, H, W, 3)` uint8, and means over the images.
+
+    The means: "psnr" in dB, "ssim", "perceptual_distance" where that is asked for, "head_accuracy" where the
+    autoencoder has a head with as many classes.
+    """
+    parameter = next(vae.parameters())
+    pictures, rows = [], []
+    with tqdm(total=len(keys), desc="reconstructing", unit=" images") as progress:
+        for batch_keys in torch.as_tensor(keys).split(batch_size):
+            batch = images.__getitems__(batch_keys.tolist())
+            originals = batch["images"].to(parameter.device)
+            raw_latents = vae.encode(originals.to(parameter.dtype)).latent_dist.mode()
+            reconstruction = vae.decode(raw_latents).sample.float().clamp(-1, 1)
+            pictures.append(to_uint8(reconstruction))
+            unit_range = (reconstruction + 1) / 2, (originals + 1) / 2
+            row = {
+                "psnr": peak_signal_noise_ratio(*unit_range, data_range=1.0, reduction="none", dim=(1, 2, 3)),
+                "ssim": structural_similarity_index_measure(*unit_range, data_range=1.0, reduction="none"),
+            }
+            if perceptual is not None:
+                row["perceptual_distance"] = perceptual.per_image(reconstruction, originals)
+            if getattr(vae, "head", None) is not None and vae.config.num_classes == images.num_classes:
+                logits = vae.head(raw_latents)[1]
+                row["head_accuracy"] = (logits.argmax(dim=1).cpu() == batch["class_labels"]).float()
+            rows.append({name: value.cpu().reshape(-1) for name, value in row.items()})
+            progress.update(len(batch_keys))
+    return np.concatenate(pictures), {name: torch.cat([row[name] for row in rows]).mean().item() for name in rows[0]}
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def sample_labels(num_samples: int, num_classes: int) -> torch.Tensor:
+    """The class of each sample `(N,)`: one of each class in turn, so that more samples begin with the same ones."""
+    return torch.arange(num_samples) % num_classes
+
+
+class Sampler:
+    """Draws from a pipeline, keeps every batch in a folder of its own settings, and goes on where it was stopped.
+
+    Image i is of class i mod K and has a generator with the seed `seed + i`, so it depends neither on the batch size
+    nor on how many are drawn.
+    """
+
+    def __init__(self, pipe: FlowerLDMPipeline, cache_dir: str | Path, *, seed: int = 0, batch_size: int = 64):
+        self.pipe = pipe
+        self.cache_dir = Path(cache_dir)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.digest = pipeline_digest(pipe)
+
+    def draw(self, num_samples: int, **options) -> tuple[np.ndarray, float]:
+        """`(N, H, W, 3)` uint8, and the seconds that drawing them took, now or earlier.
+
+        Args:
+            options: `guidance_scale`, `guidance_interval` and `num_inference_steps` of the pipeline's call.
+        """
+        about = json.dumps([self.digest, self.seed, options], sort_keys=True, default=list)
+        key = hashlib.sha256(about.encode()).hexdigest()
+        folder = self.cache_dir / f"samples-{key[:16]}"
+        images, seconds = self._kept(folder, key, num_samples)
+        missing = [number for number in range(num_samples) if number not in images]
+        self.pipe.set_progress_bar_config(desc="denoising", leave=False)
+        with tqdm(total=num_samples, initial=len(images), desc="sampling", unit=" images") as progress:
+            for start in range(0, len(missing), self.batch_size):
+                numbers = missing[start : start + self.batch_size]
+                started = time.perf_counter()
+                try:
+                    batch = self._draw_batch(numbers, options)
+                except KeyboardInterrupt:
+                    progress.close()
+                    kept = f"{len(images)} of {num_samples} images are kept in {folder}"
+                    print(f"stopped: {kept}; the same command goes on from there", file=sys.stderr)
+                    raise SystemExit(130) from None
+                spent = time.perf_counter() - started
+                tensors = {"images": torch.from_numpy(batch), "numbers": torch.tensor(numbers)}
+                path = folder / f"{numbers[0]:06d}-{numbers[-1]:06d}.safetensors"
+                write_tensors(path, tensors, key, seconds=str(spent))
+                images |= dict(zip(numbers, batch, strict=True))
+                seconds += spent
+                progress.update(len(numbers))
+        return np.stack([images[number] for number in range(num_samples)]), seconds
+
+    def _draw_batch(self, numbers: list[int], options: dict) -> np.ndarray:
+        labels = [number % self.pipe.num_classes for number in numbers]
+        generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
+        images = self.pipe(labels, generator=generators, output_type="np", **options).images
+        return (images * 255).round().astype(np.uint8)
+
+    def _kept(self, folder: Path, key: str, num_samples: int) -> tuple[dict[int, np.ndarray], float]:
+        """The images that are there already, by number, and the seconds they took; what is damaged is drawn again."""
+        images: dict[int, np.ndarray] = {}
+        seconds = 0.0
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                tensors, metadata = read_tensors(path, key)
+            except UnusableCacheError as reason:
+                print(f"samples {path} {reason}: drawing them again", flush=True)
+                path.unlink()
+                continue
+            wanted = [row for row, number in enumerate(tensors["numbers"].tolist()) if number < num_samples]
+            images |= {tensors["numbers"][row].item(): tensors["images"][row].numpy() for row in wanted}
+            seconds += float(metadata["seconds"]) * len(wanted) / len(tensors["numbers"])
+        return images, seconds
+
+
+def pipeline_digest(pipe: FlowerLDMPipeline) -> str:
+    """Hex digest of all in a pipeline that its images depend on: weights, configs, scheduler and precision."""
+
+    def config_of(component) -> dict:
+        return {name: value for name, value in dict(component.config).items() if not name.startswith("_")}
+
+    parts = {"vae": pipe.vae, "unet": pipe.unet, "scheduler": pipe.scheduler}
+    about = [[name, type(part).__name__, config_of(part)] for name, part in parts.items()] + [str(pipe.dtype)]
+    weights = {f"{name}.{key}": value for name in ("vae", "unet") for key, value in parts[name].state_dict().items()}
+    return tensors_digest(weights, json.dumps(about, sort_keys=True, default=str))
+
+
+# --- the data that go with a pipeline --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def image_size(pipe: FlowerLDMPipeline) -> int:
+    """Pixels a side of the pipeline's images."""
+    latents = torch.zeros(1, *pipe.latents_shape, device=pipe.device)
+    height, width = pipe.decode_latents(latents, "pt").shape[-2:]
+    if height != width:
+        raise InputError(f"--pipeline draws images of {width} x {height} pixels: only square ones can be measured")
+    return height
+
+
+def load_images(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> tuple[ImageDataset, ImageDataset]:
+    """Training and held-out images at the pipeline's size.
+
+    Raises:
+        InputError: where size or classes are not the pipeline's, or a class has no held-out image.
+    """
+    resolution = image_size(pipe)
+    if args.resolution not in (None, resolution):
+        raise InputError(f"--resolution {args.resolution}: --pipeline {args.pipeline} draws {resolution} pixels")
+    options = {name: getattr(args, name) for name in DATA_FLAGS if name not in ("dataset", "data_dir")}
+    train, held_out = load_datasets(args.dataset, args.data_dir, **(options | {"resolution": resolution}))
+    ways_out = "give the --dataset and --classes that it was trained on"
+    if train.num_classes != pipe.num_classes:
+        raise InputError(
+            f"--pipeline {args.pipeline} has {pipe.num_classes} classes, {args.dataset} has {train.num_classes}: "
+            f"{ways_out}"
+        )
+    if pipe.config.id2label is not None:
+        for label, (of_pipe, of_data) in enumerate(zip(pipe.class_names, train.class_names, strict=True)):
+            if of_pipe != of_data:
+                raise InputError(
+                    f"class {label} is {of_pipe!r} in --pipeline {args.pipeline}, but {of_data!r} in {args.dataset}: "
+                    f"{ways_out}"
+                )
+    counts = torch.bincount(held_out.labels, minlength=train.num_classes)
+    if (counts == 0).any():
+        name = train.class_names[int(counts.argmin())]
+        raise InputError(
+            f"class {name!r} has no held-out image in {'+'.join(held_out.splits)}, so its samples can't be measured: "
+            "choose other --val_splits, or leave it out with --classes and a pipeline without it"
+        )
+    if len(held_out) < MIN_IMAGES:
+        raise InputError(f"{len(held_out)} held-out images are too few to compare with: at least {MIN_IMAGES}")
+    return train, held_out
+
+
+def hold_back(class_labels: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training images to compare with, as many of each class as there are samples; and the rest, for the classifier.
+
+    At most half of a class is held back.
+
+    Args:
+        class_labels: `(N,)`.
+        wanted: `(K,)`, how many of each class.
+    """
+    rng = np.random.default_rng(seed)
+    held_back = []
+    for label, count in enumerate(wanted.tolist()):
+        keys = rng.permutation(np.flatnonzero(class_labels.numpy() == label))
+        held_back.append(keys[: min(count, len(keys) // 2)])
+    chosen = np.sort(np.concatenate(held_back))
+    rest = np.setdiff1d(np.arange(len(class_labels)), chosen)
+    return torch.from_numpy(chosen), torch.from_numpy(rest)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def save_nearest_neighbours(
+    samples: np.ndarray,
+    names: Sequence[str],
+    train: ImageDataset | np.ndarray,
+    found: dict[str, torch.Tensor],
+    path: Path,
+) -> None:
+    """The samples that look most like copies, above their two nearest training images, in feature and pixel space.
+
+    Args:
+        samples: `(N, H, W, 3)` uint8.
+        names: the class of each.
+        train: the training images that `found` counts.
+        found: what `TrainingNeighbours.search` found for the samples.
+    """
+    num_columns = min(SUSPECTS, len(samples))
+    figure = plt.figure(figsize=(1.35 * num_columns + 1.1, 10.2), layout="constrained")
+    for part, space in zip(figure.subfigures(2, 1, hspace=0.03), ("feature", "pixel"), strict=True):
+        distances, keys = found[f"{space}_distances"], found[f"{space}_keys"]
+        ratios = distances[:, 0] / distances[:, 1].clamp(min=1e-12)
+        suspects = ratios.argsort()[:num_columns]
+        part.suptitle(
+            f"Most suspicious in {space} space: {memorised(distances).sum()} of {len(samples)} samples are memorised "
+            "(ratio of the two distances at most 0.33)",
+            fontsize=10,
+        )
+        axes = part.subplots(3, num_columns, squeeze=False)
+        for column, suspect in enumerate(suspects.tolist()):
+            pictures = [samples[suspect], *uint8_images(train, keys[suspect].tolist())]
+            for axis, picture in zip(axes[:, column], pictures, strict=True):
+                axis.imshow(picture, interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+            name = names[suspect] if len(names[suspect]) <= 16 else f"{names[suspect][:15]}…"
+            axes[0, column].set_title(name, fontsize=8)
+            copied = bool(memorised(distances[suspect, None]))
+            axes[1, column].set_xlabel(
+                f"ratio {ratios[suspect]:.2f}", fontsize=8, color="#c1272d" if copied else "black",
+                fontweight="bold" if copied else "normal",
+            )  # fmt: skip
+        for row, title in enumerate(("sample", "nearest\ntraining image", "second\nnearest")):
+            axes[row, 0].set_ylabel(title, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes too
+
+
+def save_sweep(sweep: list[dict], against_held_out: dict[str, dict], path: Path) -> None:
+    """Frechet distance, KID and class accuracy over guidance scales, a line for each number of steps.
+
+    With one guidance scale, over the steps. The floor and the ceiling are drawn where they are of as many images.
+    """
+    over, lines = "guidance_scale", "num_inference_steps"
+    if len({point[over] for point in sweep}) == 1:
+        over, lines = lines, over
+    words = {"guidance_scale": "guidance scale", "num_inference_steps": "steps"}
+    titles = {"frechet_distance": "Frechet distance", "kid": "KID", "class_accuracy": "class accuracy"}
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for number, value in enumerate(sorted({point[lines] for point in sweep})):
+            points = sorted((p for p in sweep if p[lines] == value), key=lambda point: point[over])
+            drawn = [point for point in points if point[name] is not None]
+            spread = [point["kid_std"] for point in drawn] if name == "kid" else None
+            axis.errorbar(
+                [point[over] for point in drawn], [point[name] for point in drawn], spread, fmt="o-", markersize=4,
+                linewidth=1.4, capsize=3, color=COLOURS[number % len(COLOURS)], label=f"{words[lines]} {value:g}",
+            )  # fmt: skip
+        for reference, style in (("real", ":"), ("reconstructions", "--")):
+            known = against_held_out[reference]
+            if known["n"] == sweep[0]["n"] and known[name] is not None:
+                axis.axhline(known[name], linestyle=style, color="0.4", linewidth=1.2, label=SET_NAMES[reference])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(words[over], fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel(f"{sweep[0]['n']:,} samples a point", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --- the whole evaluation --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Real:
+    """The real images and what is known of them before any is drawn."""
+
+    train: ImageDataset
+    held_out: ImageDataset
+    train_features: torch.Tensor
+    held_out_features: torch.Tensor
+    held_back: torch.Tensor  # keys of the training images that are compared with the held-out ones
+    classifier: Pipeline | None  # has seen all the other training images
+
+
+def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork) -> Real:
+    """Load the images, look at them through the network or into its cache, and train the classifier."""
+    train, held_out = load_images(args, pipe)
+    held_out_features, train_features = (
+        load_or_extract_features(network, images, args.cache_dir, batch_size=args.batch_size)
+        for images in (held_out, train)
+    )
+    wanted = torch.bincount(sample_labels(args.num_samples, train.num_classes), minlength=train.num_classes)
+    held_back, rest = hold_back(train.labels, wanted)
+    print("training the classifier", flush=True)
+    classifier = train_classifier(train_features[rest], train.labels[rest])
+    return Real(train, held_out, train_features, held_out_features, held_back, classifier)
+
+
+def measure_reconstruction(
+    args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork, real: Real
+) -> dict:
+    """The entry "reconstruction": what the autoencoder does to held-out images."""
+    perceptual = PerceptualLoss(args.vgg_weights).to(args.device) if args.vgg_weights else None
+    pictures, means = reconstruct(
+        pipe.vae, real.held_out, range(len(real.held_out)), batch_size=args.batch_size, perceptual=perceptual
+    )
+    features = extract_features(network, pictures, batch_size=args.batch_size, title="features of reconstructions")
+    entry = {"n": len(real.held_out), "split": "+".join(real.held_out.splits)}
+    entry |= {name: means[name] for name in ("psnr", "ssim")} | {"perceptual_distance": None}
+    if perceptual is not None:
+        name = f"VGG16 relu1_2, relu2_2, relu3_3 ({Path(args.vgg_weights).name})"
+        entry["perceptual_distance"] = {"name": name, "value": means["perceptual_distance"]}
+    entry["head_accuracy"] = means.get("head_accuracy")
+    entry["frechet_distance"] = frechet_distance(features, real.held_out_features)
+    return entry
+
+
+def measure_sweep(args: argparse.Namespace, sampler: Sampler, network: FeatureNetwork, real: Real) -> list[dict]:
+    """The entry "sweep": samples of each guidance scale and number of steps; empty where none are asked for."""
+    num_samples = args.sweep_samples or args.num_samples
+    labels = sample_labels(num_samples, real.train.num_classes)
+    sweep = []
+    for options in sweep_options(args):
+        images, seconds = sampler.draw(num_samples, **options)
+        features = extract_features(network, images, batch_size=args.batch_size, title="features of samples")
+        measured = measure_set(features, labels, real.held_out_features, real.classifier, neighbourhoods=False)
+        del measured["n_reference"]
+        point = {name: options[name] for name in ("guidance_scale", "num_inference_steps")}
+        sweep.append(point | measured | {"seconds": seconds})
+    return sweep
+
+
+def evaluate(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork) -> dict:
+    """Everything that `metrics.json` has under "evaluation", and the pictures beside it."""
+    real = prepare(args, pipe, network)
+    reconstruction = measure_reconstruction(args, pipe, network, real)
+    reconstructions, _ = reconstruct(pipe.vae, real.train, real.held_back, batch_size=args.batch_size)
+    sampler = Sampler(pipe, args.cache_dir, seed=args.seed, batch_size=args.batch_size)
+    samples, seconds = sampler.draw(args.num_samples, **sampling_options(args))
+    labels, real_labels = sample_labels(args.num_samples, pipe.num_classes), real.train.labels[real.held_back]
+    look = partial(extract_features, network, batch_size=args.batch_size)
+    sets = {
+        "real": (real.train_features[real.held_back], real_labels),
+        "reconstructions": (look(reconstructions, title="features of reconstructions"), real_labels),
+        "samples": (look(samples, title="features of samples"), labels),
+    }
+    print("comparing with held-out images", flush=True)
+    against_held_out = {
+        name: measure_set(features, of_class, real.held_out_features, real.classifier)
+        for name, (features, of_class) in sets.items()
+    }
+    print("looking for memorised images", flush=True)
+    neighbours = TrainingNeighbours(real.train, real.train_features)
+    found = neighbours.search(samples, sets["samples"][0])
+    held_out_found = neighbours.search(real.held_out, real.held_out_features)
+    names = [pipe.class_names[label] for label in labels.tolist()]
+    save_nearest_neighbours(samples, names, real.train, found, args.output.parent / "nearest_neighbours.png")
+    sweep = measure_sweep(args, sampler, network, real)
+    if sweep:
+        save_sweep(sweep, against_held_out, args.output.parent / "evaluation_sweep.png")
+    return {
+        **describe(args, pipe, network, real),
+        "sampling": {
+            "num_samples": args.num_samples, "seed": args.seed, "scheduler": type(pipe.scheduler).__name__,
+            **sampling_options(args), "seconds": seconds, "images_per_second": args.num_samples / seconds,
+            "device": str(pipe.device), "dtype": args.dtype,
+        },
+        "reconstruction": reconstruction,
+        "against_held_out": against_held_out,
+        "memorisation": {"samples": memorisation_rates(found), "held_out": memorisation_rates(held_out_found)},
+        **({"sweep": sweep} if sweep else {}),
+        "remarks": remarks_on(args, against_held_out, real),
+    }  # fmt: skip
+
+
+def describe(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork, real: Real) -> dict:
+    """What was measured with what: the first entries of the evaluation."""
+    return {
+        "pipeline": args.pipeline,
+        "dataset": real.train.name,
+        "splits": {"train": list(real.train.splits), "held_out": list(real.held_out.splits)},
+        "resolution": real.train.resolution,
+        "num_classes": pipe.num_classes,
+        "features": {
+            "name": network.name, "num_features": real.train_features.shape[1], "input_size": network.input_size,
+            "digest": network.digest,
+        },
+        "classifier": {
+            "kind": "logistic regression on the features of real training images",
+            "n": len(real.train) - len(real.held_back),
+            "held_out_accuracy": class_accuracy(real.classifier, real.held_out_features, real.held_out.labels),
+        },
+    }  # fmt: skip
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
+    """The options of the pipeline's call for the main set of samples."""
+    return {
+        "guidance_scale": args.guidance_scale,
+        "guidance_interval": list(args.guidance_interval),
+        "num_inference_steps": args.num_inference_steps,
+    }
+
+
+def sweep_options(args: argparse.Namespace) -> list[dict]:
+    """The options at each point of the sweep; none without one."""
+    if not args.sweep_guidance and not args.sweep_steps:
+        return []
+    return [
+        sampling_options(args) | {"guidance_scale": scale, "num_inference_steps": steps}
+        for steps in sorted(set(args.sweep_steps or [args.num_inference_steps]))
+        for scale in sorted(set(args.sweep_guidance or [args.guidance_scale]))
+    ]
+
+
+def remarks_on(args: argparse.Namespace, against_held_out: dict[str, dict], real: Real) -> list[str]:
+    """What a reader of the numbers has to know."""
+    remarks = []
+    num_features, num_classes = real.train_features.shape[1], real.train.num_classes
+    sizes = sorted({number for entry in against_held_out.values() for number in (entry["n"], entry["n_reference"])})
+    if sizes[0] <= num_features:
+        remarks.append(
+            f"n = {sizes[0]:,} is not above the {num_features:,} features: covariances are singular and Frechet "
+            "distances biased upwards; compare them at this n and these features only"
+        )
+    if against_held_out["real"]["n"] != args.num_samples:
+        remarks.append(
+            f"real images and reconstructions are {against_held_out['real']['n']:,}, samples {args.num_samples:,}: "
+            "at most half of each class is kept from the classifier; Frechet distances depend on n"
+        )
+    if args.num_samples < num_classes:
+        remarks.append(f"{args.num_samples:,} samples show only the first of the {num_classes:,} classes")
+    subset = min(KID_MAX_SUBSET, sizes[0] // 2)
+    remarks.append(
+        f"KID is the mean over {KID_SUBSETS} random subsets of at most {subset} images, its spread their deviation; "
+        "the classifier has seen none of the images in this table"
+    )
+    return remarks
+
+
+def table(evaluation: dict) -> str:
+    """The evaluation as text for a terminal."""
+    features, reconstruction = evaluation["features"], evaluation["reconstruction"]
+    held_out = "+".join(evaluation["splits"]["held_out"])
+    biased = "*" if "not above" in " ".join(evaluation["remarks"]) else " "
+    columns = f"{'':22}{'n':>7}{'Frechet':>10} {'KID':>19}{'precision':>11}{'recall':>8}{'density':>9}{'coverage':>10}"
+    n_reference = evaluation["against_held_out"]["samples"]["n_reference"]
+    lines = [
+        "",
+        f"{evaluation['dataset']}, against {n_reference:,} held-out images ({held_out}), "
+        f"{features['num_features']:,} features of {features['name']}",
+        f"{columns}{'class acc.':>12}",
+    ]
+    for name, entry in evaluation["against_held_out"].items():
+        kid = f"{entry['kid']:.4f} ± {entry['kid_std']:.4f}"
+        lines.append(
+            f"{SET_NAMES[name]:22}{entry['n']:>7,}{entry['frechet_distance']:>10.2f}{biased}{kid:>19}"
+            f"{entry['precision']:>11.3f}{entry['recall']:>8.3f}{entry['density']:>9.3f}{entry['coverage']:>10.3f}"
+            f"{_percent(entry['class_accuracy']):>12}"
+        )
+    perceptual = reconstruction["perceptual_distance"]
+    lines += [
+        "",
+        f"reconstruction of {reconstruction['n']:,} held-out images: PSNR {reconstruction['psnr']:.2f} dB, "
+        f"SSIM {reconstruction['ssim']:.3f}, Frechet distance to themselves {reconstruction['frechet_distance']:.2f}"
+        + (f", {perceptual['name']} {perceptual['value']:.4f}" if perceptual else "")
+        + f"; head's accuracy {_percent(reconstruction['head_accuracy'])}, "
+        f"the classifier's on the originals {_percent(evaluation['classifier']['held_out_accuracy'])}",
+    ]
+    for name, entry in evaluation["memorisation"].items():
+        lines.append(
+            f"memorised {name.replace('_', '-')}: {entry['feature_rate']:.2%} by features, "
+            f"{entry['pixel_rate']:.2%} by pixels, {entry['exact_duplicates']:,} exact copies (of {entry['n']:,})"
+        )
+    for point in evaluation.get("sweep", []):
+        lines.append(
+            f"guidance {point['guidance_scale']:<5g} steps {point['num_inference_steps']:<4d} n {point['n']:,}: "
+            f"Frechet {point['frechet_distance']:.2f}, KID {point['kid']:.4f} ± {point['kid_std']:.4f}, "
+            f"class accuracy {_percent(point['class_accuracy'])}, {point['seconds']:.0f} s"
+        )
+    lines += [f"{'* ' if 'not above' in remark else ''}{remark}" for remark in evaluation["remarks"]]
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def read_metrics(path: Path) -> dict:
+    """What `--output` holds already; empty where there is no such file.
+
+    Raises:
+        InputError: where it is no file for a JSON object.
+    """
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder: name a file, such as {path / 'metrics.json'}")
+    try:
+        metrics = json.loads(path.read_text()) if path.exists() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output {path} can't be used ({error}): name another file") from error
+    if not isinstance(metrics, dict):
+        raise InputError(f"--output {path} holds something else than a run's metrics: name another file")
+    return metrics
+
+
+def write_metrics(path: Path, evaluation: dict) -> None:
+    """Put the evaluation among the other metrics of the file; a reader sees the old file or the new one."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(json.dumps(read_metrics(path) | {"evaluation": evaluation}, indent=2) + "\n")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise InputError(f"--output {path} can't be written ({error.strerror})") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def main(argv: list[str] | None = None) -> None:
+    started = time.perf_counter()
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    read_metrics(args.output)
+    pipe = load_pipeline(args.pipeline, args.scheduler, args.device, args.dtype)
+    for options in [sampling_options(args), *sweep_options(args)]:
+        check_sampling(pipe, args.batch_size, options)
+    network = load_feature_network(args.features, args.device)
+    evaluation = evaluate(args, pipe, network)
+    evaluation["versions"] = {
+        "flower_ldm": flower_ldm.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        "diffusers": diffusers.__version__, "torchmetrics": torchmetrics.__version__,
+        "scikit-learn": sklearn.__version__,
+    }  # fmt: skip
+    evaluation["seconds"] = time.perf_counter() - started
+    evaluation["command"] = shlex.join(["python", "-m", "flower_ldm.evaluation", *argv])
+    write_metrics(args.output, evaluation)
+    print(table(evaluation))
+    print(f"metrics in {args.output}, pictures beside it")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

