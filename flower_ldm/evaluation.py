@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -62,7 +63,7 @@ from flower_ldm.features import (
 )
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
-from flower_ldm.visualization import to_uint8
+from flower_ldm.visualization import image_grid, to_uint8
 
 MEMORISED_RATIO = 1 / 3
 SUSPECTS = 8  # columns of nearest_neighbours.png
@@ -363,7 +364,7 @@ class Sampler:
         labels = [number % self.pipe.num_classes for number in numbers]
         generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
         images = self.pipe(labels, generator=generators, output_type="np", **options).images
-        return (images * 255).round().astype(np.uint8)
+        return np.ascontiguousarray((images * 255).round().astype(np.uint8))
 
     def _kept(self, folder: Path, key: str, num_samples: int) -> tuple[dict[int, np.ndarray], float]:
         """The images that are there already, by number, and the seconds they took; what is damaged is drawn again."""
@@ -481,32 +482,29 @@ def save_nearest_neighbours(
         found: what `TrainingNeighbours.search` found for the samples.
     """
     num_columns = min(SUSPECTS, len(samples))
-    figure = plt.figure(figsize=(1.35 * num_columns + 1.1, 10.2), layout="constrained")
-    for part, space in zip(figure.subfigures(2, 1, hspace=0.03), ("feature", "pixel"), strict=True):
+    figure, axes = plt.subplots(2, 1, figsize=(1.35 * num_columns + 1.2, 10.2), layout="constrained")
+    for axis, space in zip(axes, ("feature", "pixel"), strict=True):
         distances, keys = found[f"{space}_distances"], found[f"{space}_keys"]
         ratios = distances[:, 0] / distances[:, 1].clamp(min=1e-12)
         suspects = ratios.argsort()[:num_columns]
-        part.suptitle(
-            f"Most suspicious in {space} space: {memorised(distances).sum()} of {len(samples)} samples are memorised "
-            "(ratio of the two distances at most 0.33)",
+        rows = [samples[suspects.numpy()], *(uint8_images(train, keys[suspects, rank].tolist()) for rank in (0, 1))]
+        grid = np.asarray(image_grid(np.concatenate(rows), num_columns, gap=4, min_pixels=96))
+        axis.imshow(grid)
+        width, height = grid.shape[1] / num_columns, grid.shape[0] / len(rows)
+        captions = [f"{textwrap.shorten(names[i], 20, placeholder='…')}\nratio {ratios[i]:.2f}" for i in suspects]
+        axis.set_xticks([(column + 0.5) * width for column in range(num_columns)], captions, fontsize=8)
+        row_names = ("sample", "nearest\ntraining\nimage", "second\nnearest")
+        axis.set_yticks([(row + 0.5) * height for row in range(len(rows))], row_names, fontsize=9)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        for caption, copied in zip(axis.get_xticklabels(), memorised(distances[suspects]).tolist(), strict=True):
+            if copied:
+                caption.set(color="#c1272d", fontweight="bold")
+        axis.set_title(
+            f"Most suspicious in {space} space. Memorised (ratio of distances at most 0.33): "
+            f"{memorised(distances).sum()} of {len(samples):,} samples",
             fontsize=10,
         )
-        axes = part.subplots(3, num_columns, squeeze=False)
-        for column, suspect in enumerate(suspects.tolist()):
-            pictures = [samples[suspect], *uint8_images(train, keys[suspect].tolist())]
-            for axis, picture in zip(axes[:, column], pictures, strict=True):
-                axis.imshow(picture, interpolation="nearest")
-                axis.set(xticks=[], yticks=[])
-                axis.spines[:].set_visible(False)
-            name = names[suspect] if len(names[suspect]) <= 16 else f"{names[suspect][:15]}…"
-            axes[0, column].set_title(name, fontsize=8)
-            copied = bool(memorised(distances[suspect, None]))
-            axes[1, column].set_xlabel(
-                f"ratio {ratios[suspect]:.2f}", fontsize=8, color="#c1272d" if copied else "black",
-                fontweight="bold" if copied else "normal",
-            )  # fmt: skip
-        for row, title in enumerate(("sample", "nearest\ntraining image", "second\nnearest")):
-            axes[row, 0].set_ylabel(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -580,10 +578,13 @@ def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureN
 
 
 def measure_reconstruction(
-    args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork, real: Real
+    args: argparse.Namespace,
+    pipe: FlowerLDMPipeline,
+    network: FeatureNetwork,
+    perceptual: PerceptualLoss | None,
+    real: Real,
 ) -> dict:
     """The entry "reconstruction": what the autoencoder does to held-out images."""
-    perceptual = PerceptualLoss(args.vgg_weights).to(args.device) if args.vgg_weights else None
     pictures, means = reconstruct(
         pipe.vae, real.held_out, range(len(real.held_out)), batch_size=args.batch_size, perceptual=perceptual
     )
@@ -613,10 +614,12 @@ def measure_sweep(args: argparse.Namespace, sampler: Sampler, network: FeatureNe
     return sweep
 
 
-def evaluate(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork) -> dict:
+def evaluate(
+    args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork, perceptual: PerceptualLoss | None
+) -> dict:
     """Everything that `metrics.json` has under "evaluation", and the pictures beside it."""
     real = prepare(args, pipe, network)
-    reconstruction = measure_reconstruction(args, pipe, network, real)
+    reconstruction = measure_reconstruction(args, pipe, network, perceptual, real)
     reconstructions, _ = reconstruct(pipe.vae, real.train, real.held_back, batch_size=args.batch_size)
     sampler = Sampler(pipe, args.cache_dir, seed=args.seed, batch_size=args.batch_size)
     samples, seconds = sampler.draw(args.num_samples, **sampling_options(args))
@@ -809,7 +812,8 @@ def main(argv: list[str] | None = None) -> None:
     for options in [sampling_options(args), *sweep_options(args)]:
         check_sampling(pipe, args.batch_size, options)
     network = load_feature_network(args.features, args.device)
-    evaluation = evaluate(args, pipe, network)
+    perceptual = PerceptualLoss(args.vgg_weights).to(args.device) if args.vgg_weights else None
+    evaluation = evaluate(args, pipe, network, perceptual)
     evaluation["versions"] = {
         "flower_ldm": flower_ldm.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "diffusers": diffusers.__version__, "torchmetrics": torchmetrics.__version__,

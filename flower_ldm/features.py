@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,13 +70,16 @@ class FeatureNetwork(nn.Module):
     ):
         super().__init__()
         self.name = name
-        self.module = module.eval().requires_grad_(False)
+        self.module = module.eval()
         self.input_size = input_size
         self.digest = digest or tensors_digest(module.state_dict())
         self.takes_uint8 = mean is None
-        if not self.takes_uint8:
-            self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-            self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean or [0.0] * 3).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or [1.0] * 3).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self.input_size is not None and images.shape[-2:] != (self.input_size, self.input_size):
@@ -186,7 +190,7 @@ def load_feature_network(name: str, device: torch.device | str = "cpu") -> Featu
                 f"or choose {', '.join(others)}, or the path of a TorchScript file"
             ) from error
         except (OSError, RuntimeError) as error:  # no connection, or a download that broke off
-            reason = " ".join(str(error).split())[:200]
+            reason = textwrap.shorten(str(error), 160, placeholder=" ...")
             raise InputError(
                 f"--features {name}: its weights are not here and can't be downloaded ({reason}); "
                 f"{DEFAULT_FEATURES} works offline, as does the path of a TorchScript file"
@@ -212,7 +216,7 @@ def uint8_images(images: ImageDataset | np.ndarray, keys: Sequence[int]) -> np.n
     return to_uint8(images.__getitems__(list(keys))["images"])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_features(
     network: FeatureNetwork, images: ImageDataset | np.ndarray, *, batch_size: int = 64, title: str = "features"
 ) -> torch.Tensor:
@@ -221,15 +225,14 @@ def extract_features(
     Raises:
         InputError: where the network doesn't take these images, or gives something else than finite `(B, D)`.
     """
-    device = next((tensor.device for tensor in network.state_dict().values()), torch.device("cpu"))
     parts = []
     with tqdm(total=len(images), desc=title, unit=" images") as progress:
         for keys in torch.arange(len(images)).split(batch_size):
             batch = torch.from_numpy(uint8_images(images, keys.tolist())).permute(0, 3, 1, 2)  # channels last
             try:
-                features = network(batch.to(device))
+                features = network(batch.to(network.device))
             except (RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())[-200:]
+                reason = " ".join(str(error).split())[-160:]  # TorchScript ends its own traceback with it
                 raise InputError(
                     f"--features {network.name} doesn't take uint8 images {tuple(batch.shape)}: {reason}"
                 ) from error

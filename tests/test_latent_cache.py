@@ -173,7 +173,7 @@ def rewrite(path: Path, **tensors: torch.Tensor | None) -> None:
     with safe_open(path, framework="pt") as file:
         metadata, old = file.metadata(), {name: file.get_tensor(name).clone() for name in ("mean", "std", "labels")}
     new = {name: tensor for name, tensor in {**old, **tensors}.items() if tensor is not None}
-    save_file(new, path, metadata={**metadata, "digest": latent_cache._digest(new)})
+    save_file(new, path, metadata={**metadata, "digest": latent_cache.tensors_digest(new)})
 
 
 DAMAGES = {

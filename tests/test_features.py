@@ -1,0 +1,339 @@
+"""Feature networks by name, features in a cache, and distances between two sets of features against closed forms."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+from flower_ldm import features as features_module
+from flower_ldm.data import load_datasets
+from flower_ldm.errors import InputError
+from flower_ldm.features import (
+    FeatureNetwork,
+    clip,
+    dinov2,
+    extract_features,
+    frechet_distance,
+    inception,
+    kernel_distance,
+    load_feature_network,
+    load_or_extract_features,
+    nearest_two,
+    neighbourhood_metrics,
+    torchscript,
+)
+
+
+class ChannelMeans(nn.Module):
+    """Mean and deviation of each channel: 6 features that can be worked out by hand."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = images.float().flatten(2)
+        return torch.cat([values.mean(dim=2), values.std(dim=2)], dim=1)
+
+
+class Sized(ChannelMeans):
+    def __init__(self, input_size: int):
+        super().__init__()
+        self.input_size = input_size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.dtype == torch.uint8
+        return images.float().mean(dim=1).flatten(1)
+
+
+class LikeNvidias(nn.Module):
+    """The shape of the forward that inception-2015-12-05.pt has."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        means = img.float().mean(dim=(2, 3))
+        return means if return_features else means.softmax(dim=1)
+
+
+def save_script(module: nn.Module, path: Path) -> str:
+    torch.jit.script(module).save(str(path))
+    return str(path)
+
+
+def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+# Networks
+
+
+def test_default_network_is_the_imagenet_one_and_needs_no_connection():
+    """Its features lead to the right classes by its own last layer: weights, normalisation and pooling are right."""
+    network = load_feature_network("efficientnet-lite0")
+    assert (network.name, network.input_size) == ("efficientnet-lite0", 128)
+    images = random_images(3, 64)
+    features = extract_features(network, images)
+    assert features.shape == (3, 1280) and features.dtype == torch.float32
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    pixels = nn.functional.interpolate(pixels, size=128, mode="bicubic", antialias=True).clamp(0, 255)
+    with torch.no_grad():
+        whole = network.module.network((pixels - 127) / 128)
+        logits = network.module.network._fc(features)
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    flat = extract_features(network, np.full((1, 64, 64, 3), 127, dtype=np.uint8))
+    assert (features - flat).norm(dim=1).min() > 1
+
+
+def test_torchscript_file_gets_uint8_at_the_size_that_it_asks_for(tmp_path):
+    images = random_images(5, 16)
+    as_they_are = load_feature_network(save_script(ChannelMeans(), tmp_path / "means.pt"))
+    assert (as_they_are.name, as_they_are.input_size) == ("means.pt", None)
+    means = extract_features(as_they_are, images, batch_size=2)
+    np.testing.assert_allclose(means[:, :3], images.mean(axis=(1, 2)), rtol=1e-5)
+    scaled = load_feature_network(save_script(Sized(8), tmp_path / "sized.pt"))
+    assert scaled.input_size == 8
+    assert extract_features(scaled, images).shape == (5, 64)
+    assert as_they_are.digest != scaled.digest
+
+
+def test_file_in_nvidias_form_gives_features_and_not_classes(tmp_path):
+    network = load_feature_network(save_script(LikeNvidias(), tmp_path / "nvidia.pt"))
+    images = random_images(2, 8)
+    np.testing.assert_allclose(extract_features(network, images), images.mean(axis=(1, 2)), rtol=1e-5)
+
+
+def test_scaling_is_antialiased():
+    """A checkerboard of single pixels shrinks to grey; without antialiasing it would stay black or white."""
+    board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    images = np.broadcast_to(board[None, :, :, None], (1, 64, 64, 3)).copy()
+    network = FeatureNetwork("small", nn.Flatten(), 16, mean=[0.0] * 3, std=[1.0] * 3)
+    small = extract_features(network, images).view(3, 16, 16)[:, 2:-2, 2:-2]
+    assert (small - 127.5).abs().max() < 3
+
+
+@pytest.mark.parametrize("name", ["dinov2", "clip"])
+def test_transformer_networks_load_from_a_repository(name, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    if name == "dinov2":
+        config = transformers.Dinov2Config(**small, image_size=224, patch_size=56)
+        model, loader, size = transformers.Dinov2Model(config), dinov2, 32
+    else:
+        config = transformers.CLIPVisionConfig(**small, image_size=224, patch_size=56, projection_dim=8)
+        model, loader, size = transformers.CLIPVisionModelWithProjection(config), clip, 8
+    model.save_pretrained(tmp_path / name)
+    network = loader(str(tmp_path / name))
+    assert (network.name, network.input_size) == (name, 224)
+    images = random_images(2, 32)
+    features = extract_features(network, images)
+    assert features.shape == (2, size)
+    mean, std = [torch.tensor(values).view(1, 3, 1, 1) for values in (
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if name == "dinov2" else
+        ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    )]  # fmt: skip
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    pixels = nn.functional.interpolate(pixels, size=224, mode="bicubic", antialias=True).clamp(0, 255) / 255
+    with torch.no_grad():
+        output = model.eval()(pixel_values=(pixels - mean) / std)
+    expected = output.last_hidden_state[:, 0] if name == "dinov2" else output.image_embeds
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    state = {}
+    monkeypatch.setattr(  # the real network with the weights that it is built with
+        fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, _: state.update(self.state_dict())
+    )
+    torch.save({}, tmp_path / "weights.pth")
+    network = inception(str(tmp_path / "weights.pth"))
+    assert (network.name, network.input_size, len(state) > 100) == ("inception", 299, True)
+    assert extract_features(network, random_images(2, 32)).shape == (2, 2048)
+
+
+@pytest.mark.parametrize("name", ["inception", "dinov2", "clip"])
+def test_network_that_cannot_be_had_is_an_error_that_names_others(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    if name != "inception":
+        repository = f"nobody/no-such-{name}"
+        loader = {"dinov2": dinov2, "clip": clip}[name]
+        monkeypatch.setitem(features_module.NETWORKS, name, lambda: loader(repository))
+    with pytest.raises(InputError, match=f"--features {name}.*efficientnet-lite0.*TorchScript") as error:
+        load_feature_network(name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_bad_networks_are_one_line(tmp_path):
+    (tmp_path / "notes.txt").write_text("no network")
+    with pytest.raises(InputError, match="notes.txt is no TorchScript file") as error:
+        load_feature_network(str(tmp_path / "notes.txt"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="--features resnet: choose efficientnet-lite0, inception, dinov2, clip, or"):
+        load_feature_network("resnet")
+    network = torchscript(Path(save_script(nn.Linear(7, 2), tmp_path / "linear.pt")))
+    with pytest.raises(InputError, match="linear.pt doesn't take uint8 images") as error:
+        extract_features(network, random_images(2, 8))
+    assert "\n" not in str(error.value)
+    for module, gives in ((nn.Identity(), r"\(2, 3, 8, 8\)"), (NotANumber(), r"\(2, 3\)")):
+        network = torchscript(Path(save_script(module, tmp_path / "wrong.pt")))
+        with pytest.raises(InputError, match=f"wrong.pt must give finite features .* but gives {gives}"):
+            extract_features(network, random_images(2, 8))
+
+
+class NotANumber(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3)) / 0 - images.float().mean(dim=(2, 3)) / 0
+
+
+# The cache
+
+
+def test_features_are_cached_and_a_stale_or_torn_file_is_made_anew(tmp_path, capsys):
+    small, _ = load_datasets("synthetic", resolution=16, images_per_class=3, classes=[0, 1], show_progress=False)
+    other, _ = load_datasets("synthetic", resolution=16, images_per_class=4, classes=[0, 1], show_progress=False)
+    network = load_feature_network(save_script(ChannelMeans(), tmp_path / "net.pt"))
+    features = load_or_extract_features(network, small, tmp_path / "cache")
+    originals = np.rint((small.__getitems__(range(6))["images"].numpy() + 1) * 127.5)
+    np.testing.assert_allclose(features[:, :3], originals.mean(axis=(2, 3)), rtol=1e-5)
+    [path] = (tmp_path / "cache").iterdir()
+    written = path.stat().st_mtime_ns
+    assert torch.equal(load_or_extract_features(network, small, tmp_path / "cache"), features)
+    assert path.stat().st_mtime_ns == written and "again" not in capsys.readouterr().out
+
+    whole = path.read_bytes()
+    for content, reason in (
+        (whole[:-7], "can't be read"),
+        (b"", "can't be read"),
+        (whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:], "is damaged"),
+    ):
+        path.write_bytes(content)
+        assert torch.equal(load_or_extract_features(network, small, tmp_path / "cache"), features)
+        assert reason in capsys.readouterr().out
+        assert torch.equal(load_or_extract_features(network, small, tmp_path / "cache"), features)
+        assert capsys.readouterr().out == ""
+    assert len(load_or_extract_features(network, other, tmp_path / "cache")) == 8
+    assert "is of another network, other images or another size" in capsys.readouterr().out
+    network.digest = "other weights"
+    load_or_extract_features(network, other, tmp_path / "cache")
+    assert "is of another network" in capsys.readouterr().out
+
+
+def test_cache_that_cannot_be_written_is_one_line(tmp_path):
+    images, _ = load_datasets("synthetic", resolution=16, images_per_class=2, classes=[0], show_progress=False)
+    network = load_feature_network(save_script(ChannelMeans(), tmp_path / "net.pt"))
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(InputError, match="--cache_dir: can't write .*features-synthetic"):
+        load_or_extract_features(network, images, tmp_path / "cache")
+
+
+# Distances
+
+
+def exact_gaussian(n: int, mean: torch.Tensor, covariance: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """`n` vectors whose sample mean and covariance are these, not merely expected to be."""
+    noise = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise -= noise.mean(dim=0)
+    whitening = torch.linalg.inv(torch.linalg.cholesky(noise.T @ noise / (n - 1)))
+    return noise @ whitening.T @ torch.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_two_gaussians():
+    rng = torch.Generator().manual_seed(1)
+    one, other = torch.randn(2, 5, 5, generator=rng, dtype=torch.float64)
+    one, other = one @ one.T + torch.eye(5), other @ other.T + torch.eye(5)  # they don't commute
+    mean = torch.arange(5, dtype=torch.float64)
+    root = scipy.linalg.sqrtm((one @ other).numpy()).real
+    expected = mean.square().sum() + one.trace() + other.trace() - 2 * np.trace(root)
+    features = exact_gaussian(300, mean, one)
+    reference = exact_gaussian(400, torch.zeros(5, dtype=torch.float64), other, seed=2)
+    assert frechet_distance(features, reference) == pytest.approx(float(expected), rel=1e-6)
+    assert frechet_distance(reference, features) == pytest.approx(float(expected), rel=1e-6)
+    widths = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    wide = exact_gaussian(50, torch.zeros(3, dtype=torch.float64), torch.diag(widths**2))
+    narrow = exact_gaussian(50, torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), seed=3)
+    assert frechet_distance(wide, narrow) == pytest.approx(0 + 1 + 4, rel=1e-6)  # sum of (sigma - 1)^2
+
+
+def test_frechet_distance_of_a_set_to_itself_and_to_itself_moved():
+    features = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))  # fewer than features: singular
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(features + 2, features) == pytest.approx(60 * 4, rel=1e-4)
+
+
+def test_frechet_distance_is_biased_in_n():
+    rng = torch.Generator().manual_seed(0)
+    few, many, reference = (torch.randn(n, 32, generator=rng) for n in (100, 2000, 2000))
+    assert frechet_distance(few, reference) > 5 * frechet_distance(many, reference) > 0
+
+
+def test_kernel_distance_of_two_points():
+    """All features at a, all references at b: k(a, a) + k(b, b) - 2 k(a, b) with k = (x.y / 2 + 1)^3, no spread."""
+    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 4.0])
+    mean, std = kernel_distance(a.expand(20, 2), b.expand(30, 2))
+    assert mean == pytest.approx((4 / 2 + 1) ** 3 + (16 / 2 + 1) ** 3 - 2 * 1)
+    assert std == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_is_unbiased_and_keeps_the_random_state():
+    rng = torch.Generator().manual_seed(0)
+    few, many, moved = torch.randn(100, 16, generator=rng), torch.randn(2000, 16, generator=rng), 0.5
+    state = torch.get_rng_state()
+    mean, std = kernel_distance(few, many)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (mean, std) == kernel_distance(few, many)
+    assert abs(mean) < std
+    far, spread = kernel_distance(few + moved, many)
+    assert far > 5 * spread > 0
+
+
+def brute_force(features: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """The definitions, one pair at a time."""
+
+    def radius(points, index, k):
+        return sorted(np.linalg.norm(points - points[index], axis=1))[k]
+
+    def near(x, points, k):
+        return [np.linalg.norm(x - point) <= radius(points, index, k) for index, point in enumerate(points)]
+
+    inside = np.array([near(x, reference, 5) for x in features])
+    return {
+        "precision": np.mean([any(near(x, reference, 3)) for x in features]),
+        "recall": np.mean([any(near(x, features, 3)) for x in reference]),
+        "density": inside.sum() / (5 * len(features)),
+        "coverage": inside.any(axis=0).mean(),
+    }
+
+
+def test_neighbourhood_metrics_are_their_definitions(monkeypatch):
+    monkeypatch.setattr(features_module, "ROWS_AT_A_TIME", 7)  # several blocks, the last one shorter
+    rng = np.random.default_rng(0)
+    features, reference = rng.normal(0.7, 1.3, size=(30, 4)), rng.normal(size=(40, 4))
+    measured = neighbourhood_metrics(torch.from_numpy(features), torch.from_numpy(reference))
+    assert measured == pytest.approx(brute_force(features, reference))
+    assert all(0 < value < 1 for value in measured.values())
+
+
+def test_neighbourhood_metrics_of_identical_disjoint_and_one_sided_sets():
+    rng = torch.Generator().manual_seed(0)
+    left, right = torch.randn(60, 3, generator=rng), torch.randn(60, 3, generator=rng) + 100
+    same = neighbourhood_metrics(left, left)
+    assert same == {"precision": 1, "recall": 1, "density": pytest.approx(6 / 5), "coverage": 1}  # itself and five
+    assert neighbourhood_metrics(right, left) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+    half = neighbourhood_metrics(left, torch.cat([left, right]))  # one of two modes is missing
+    assert half == {"precision": 1, "recall": 0.5, "density": pytest.approx(6 / 5), "coverage": 0.5}
+
+
+def test_nearest_two_are_the_nearest(monkeypatch):
+    monkeypatch.setattr(features_module, "ROWS_AT_A_TIME", 8)
+    rng = torch.Generator().manual_seed(0)
+    queries, references = torch.randn(20, 6, generator=rng), torch.randn(50, 6, generator=rng)
+    queries[3] = references[17]
+    keys = torch.arange(10, 50)  # the first ones are left out
+    distances, found = nearest_two(lambda k: queries[k], torch.arange(20), lambda k: references[k], keys)
+    expected = (queries[:, None].double() - references[10:].double()).norm(dim=2).topk(2, largest=False)
+    torch.testing.assert_close(distances.double(), expected.values, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found, expected.indices + 10)
+    assert distances[3, 0] == 0 and found[3, 0] == 17
