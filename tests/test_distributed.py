@@ -157,7 +157,7 @@ def test_one_process_with_the_same_batch_ends_there_too(one_process, stage):
         states = [tensors(checkpoint[name]) for checkpoint in (one, two, before)]
         assert states[0].keys() == states[1].keys()
         if states[0]:
-            assert apart(*states) < (1e-3 if name.startswith("optimizer") else 1e-2), name
+            assert apart(*states) < (5e-3 if name.startswith("optimizer") else 1e-2), name
             compared.append(name)
     assert len(compared) == (7 if stage == "autoencoder" else 3)
 
