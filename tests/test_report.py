@@ -1,0 +1,610 @@
+"""flower_ldm/report.py: what a page holds, that it needs nothing from outside, and how it behaves in a real browser."""
+
+import base64
+import fcntl
+import io
+import itertools
+import json
+import os
+import re
+import runpy
+import select
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import train_autoencoder
+import train_latent_diffusion
+from flower_ldm.errors import InputError
+from flower_ldm.report import Album, read_run, thin, training_command, write_report
+from flower_ldm.training import common_parser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = "<script>alert('x')</script> & \"rose\" '>"
+EVALUATION = {
+    "dataset": "synthetic",
+    "splits": {"train": ["train"], "held_out": ["val"]},
+    "features": {"name": "efficientnet-lite0", "num_features": 1280, "input_size": 128},
+    "sampling": {"num_samples": 20, "seed": 0, "scheduler": "DPMSolverMultistepScheduler", "guidance_scale": 2.0,
+                 "guidance_interval": [0.1, 0.8], "num_inference_steps": 25, "images_per_second": 8.5,
+                 "device": "cpu", "dtype": "float32"},
+    "reconstruction": {"n": 16, "split": ["val"], "psnr": 21.25, "ssim": 0.5125,
+                       "perceptual_distance": {"name": "vgg16 of a test", "value": 0.3125}, "head_accuracy": None},
+    "against_held_out": {
+        name: {"n": n, "n_reference": 16, "frechet_distance": frechet, "kid": frechet / 1000, "kid_std": 0.00025,
+               "precision": 0.75, "recall": 0.5, "density": 0.875, "coverage": 0.625, "class_accuracy": accuracy}
+        for name, n, frechet, accuracy in
+        (("real", 48, 11.5, 0.9375), ("reconstructions", 16, 22.5, 0.8125), ("samples", 20, 33.5, None))
+    },
+    "memorisation": {"samples": {"n": 20, "feature_rate": 0.05, "pixel_rate": 0.0, "exact_duplicates": 1},
+                     "held_out": {"n": 16, "feature_rate": 0.0625, "pixel_rate": 0.0, "exact_duplicates": 0}},
+    "sweep": [{"guidance_scale": scale, "num_inference_steps": steps, "n": 20, "frechet_distance": 30 + scale * steps,
+               "kid": 0.03, "kid_std": 0.001, "class_accuracy": 0.5, "seconds": 2.0}
+              for steps in (10, 25) for scale in (1.0, 2.0, 4.0)],
+    "remarks": ["n = 20 is not above the 1,280 features <i>"],
+    "versions": {"torch": "2.9.0"},
+    "command": "python -m flower_ldm.evaluation --pipeline 'my flowers'",
+}  # fmt: skip
+
+
+# --- runs to show ----------------------------------------------------------------------------------------------------
+
+
+def picture(path: Path, colour: str = "seagreen", size: tuple[int, int] = (60, 30)) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture(scope="module")
+def stage1(finished_runs, tmp_path_factory) -> Path:
+    """A finished run of stage 1, with the pictures that other parts may add."""
+    folder = tmp_path_factory.mktemp("report") / "autoencoder"
+    shutil.copytree(finished_runs.autoencoder, folder, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+    picture(folder / "latent_space_pca.png")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage2(finished_runs, tmp_path_factory) -> Path:
+    """A finished run of stage 2 with everything that a page can show, and a class that means to break it."""
+    folder = tmp_path_factory.mktemp("report") / "flower-ldm"
+    shutil.copytree(finished_runs.flower_ldm, folder, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+    for name in ("latent_space_tsne", "latent_space_pca", "denoising_path_red_rose", "nearest_neighbours",
+                 "guidance_sweep", "interpolation_seeds", "original_reconstructed_generated"):  # fmt: skip
+        picture(folder / f"{name}.png")
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("gray", "olive", "red")]
+    frames[0].save(folder / "diffusion_animation_red_rose.gif", save_all=True, append_images=frames[1:])
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"]["0"] = HOSTILE
+    (folder / "model_index.json").write_text(json.dumps(index))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"evaluation": EVALUATION}))
+    write_report(folder)
+    return folder
+
+
+class Page(HTMLParser):
+    """A page taken apart: every tag with its attributes, the text outside of scripts and styles, open tags."""
+
+    VOID = {"meta", "link", "img", "source", "br", "path"}
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.source = path.read_text("utf-8")
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def sections(self) -> list[str]:
+        return [attributes["id"] for attributes in self.all("section")]
+
+
+# --- what a page holds -----------------------------------------------------------------------------------------------
+
+
+def test_stage1_page_has_a_section_for_all_that_is_there(stage1):
+    page = Page(stage1 / "report.html")
+    assert page.sections == ["facts", "curves", "progress", "reconstruction", "latents", "again", "versions"]
+    assert [link["href"] for link in page.all("a")][1:] == [f"#{name}" for name in page.sections]
+    assert "trained for 6 updates" in page.text and "synthetic flowers, 4 classes" in page.text
+    metrics = json.loads((stage1 / "metrics.json").read_text())
+    assert f"{metrics['psnr']:.2f} dB" in page.text
+    headings = {json.loads(figure["data-chart"])["series"][0]["name"] for figure in page.all("figure")
+                if "data-chart" in figure}  # fmt: skip
+    assert {"training", "held out"} <= headings
+
+
+def test_stage2_page_has_a_section_for_all_that_is_there(stage2):
+    page = Page(stage2 / "report.html")
+    assert page.sections == [
+        "facts", "curves", "timesteps", "progress", "reconstruction", "latents", "path", "between", "metrics", "sweep",
+        "memorisation", "again", "versions",
+    ]  # fmt: skip
+    for figure in ("11.50", "22.50", "33.50", "0.03350", "± 0.00025", "0.938", "21.25 dB", "vgg16 of a test",
+                   "5.0 %", "6.2 %", "torch 2.9.0", "1,280 features an image"):  # fmt: skip
+        assert figure in page.text, figure
+    assert page.text.index("the floor") < page.text.index("the ceiling") < page.text.index("the model")
+    assert "n = 20 is not above the 1,280 features <i>" in page.text
+    assert EVALUATION["command"] in page.text
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_page_is_whole_and_needs_nothing_from_outside(stage, request):
+    path = request.getfixturevalue(stage) / "report.html"
+    page = Page(path)
+    assert page.open == [] and path.stat().st_size < 10_000_000
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "poster", "data", "action"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, name)
+    assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest|WebSocket|sendBeacon", page.source)
+    [policy] = [tag["content"] for tag in page.all("meta") if tag.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data:;") and "script-src 'sha256-" in policy
+    assert all(image["alt"] for image in page.all("img") if "src" in image)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_every_picture_can_be_decoded(stage, request):
+    page = Page(request.getfixturevalue(stage) / "report.html")
+    uris = [image["src"] for image in page.all("img") if "src" in image]
+    uris += [source["srcset"] for source in page.all("source")]
+    assert len(uris) >= (4 if stage == "stage1" else 12)
+    for uri in uris:
+        kind, content = re.fullmatch(r"data:image/(webp|gif);base64,(.+)", uri).groups()
+        with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
+            image.load()
+            assert image.format == kind.upper()
+
+
+def test_pictures_keep_their_pixels_where_that_is_small(tmp_path):
+    noise = Image.effect_noise((64, 48), 80).convert("RGB")
+    noise.save(tmp_path / "noise.png")
+    shown = Album(tmp_path).picture(tmp_path / "noise.png", "noise")
+    with Image.open(io.BytesIO(base64.b64decode(shown["src"].partition(",")[2]))) as image:
+        assert image.convert("RGB").tobytes() == noise.tobytes()
+    assert (shown["width"], shown["height"]) == (64, 48)
+
+
+def test_what_finds_no_room_or_is_damaged_is_named_and_not_shown(stage1, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stage1, folder)
+    (folder / "latent_space_tsne.png").write_bytes(b"\x89PNG torn")
+    frames = [Image.effect_noise((900, 900), 200) for _ in range(2)]
+    for number in range(10):
+        frames[0].save(folder / f"diffusion_animation_{number}.gif", save_all=True, append_images=frames[1:])
+    page = Page(write_report(folder))
+    assert 5_000_000 < (folder / "report.html").stat().st_size < 10_000_000
+    assert "latent_space_tsne.png (damaged)" in page.text
+    assert "diffusion_animation_9.gif (the page would weigh more than 10 MB)" in page.text
+    assert "diffusion_animation_0.gif (" not in page.text
+
+
+def test_large_picture_is_compressed(tmp_path):
+    Image.effect_noise((3000, 1000), 60).convert("RGB").save(tmp_path / "large.png")
+    shown = Album(tmp_path).picture(tmp_path / "large.png", "noise")
+    assert (shown["width"], shown["height"]) == (2400, 800)
+    assert len(shown["src"]) < (tmp_path / "large.png").stat().st_size / 2
+
+
+def test_hostile_names_stay_text(stage2):
+    page = Page(stage2 / "report.html")
+    assert [HOSTILE] == [text for text in page.words if "alert" in text]
+    assert len(page.all("script")) == 1
+    assert "<script>alert" not in page.source
+
+
+def test_hostile_flags_stay_text_and_data(stage1, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stage1, folder)
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    (folder / "args.yaml").write_text(yaml.safe_dump(args | {"dataset": HOSTILE, "data_dir": "a b; '$HOME'"}))
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 7, HOSTILE: 1.0, "pixel_loss": 0.5, "steps_per_second": 1.0}) + "\n")
+    page = Page(write_report(folder))
+    assert len(page.all("script")) == 1 and "<script>alert" not in page.source
+    assert page.all("h1") and HOSTILE in page.text
+    assert shlex.quote("a b; '$HOME'") in page.text
+
+
+# --- runs that are not whole -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "planned"), [("autoencoder", True), ("flower_ldm", True), ("flower_ldm", False)])
+def test_unfinished_run_says_so(finished_runs, tmp_path, stage, planned):
+    names = ["log.jsonl", *(["args.yaml"] if planned else [])]
+    for name in names:
+        shutil.copy(getattr(finished_runs, stage) / name, tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 99, "lo')  # torn off
+    page = Page(write_report(tmp_path))
+    assert "Unfinished. The log ends at update 6" + (" of 6;" if planned else ";") in page.text
+    expected = ["curves"] if stage == "autoencoder" else ["curves", "timesteps"]
+    assert page.sections == (["facts", *expected, "again"] if planned else ["facts", *expected])
+    assert not page.all("img")[:-1]  # but for the empty one that enlarges others
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "report.html"])
+
+
+def test_run_that_has_only_started(finished_runs, tmp_path):
+    shutil.copy(finished_runs.flower_ldm / "args.yaml", tmp_path)
+    (tmp_path / "log.jsonl").touch()
+    page = Page(write_report(tmp_path))
+    assert "The log ends at update 0 of 6" in page.text and page.sections == ["facts", "again"]
+
+
+def test_gaps_in_the_metrics_are_left_out(stage2, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stage2, folder)
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    evaluation = {
+        "sampling": None, "reconstruction": {"psnr": float("nan")}, "memorisation": {"samples": {}},
+        "against_held_out": {"samples": {"n": 4, "frechet_distance": 1.5, "kid": None}}, "sweep": None,
+    }  # fmt: skip
+    path.write_text(json.dumps(metrics | {"evaluation": evaluation}))
+    page = Page(write_report(folder))
+    assert "metrics" in page.sections and "1.50" in page.text and "KID" not in page.text
+    path.write_text(json.dumps(metrics | {"evaluation": {}}))
+    assert {"metrics"}.isdisjoint(Page(write_report(folder)).sections)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "is no training run: it has no args.yaml, log.jsonl or metrics.json"),
+        ({"args.yaml": "resolution: 64"}, "is a run of neither train_autoencoder.py nor train_latent_diffusion.py"),
+        ({"metrics.json": '{"psnr": 2'}, r"metrics\.json can't be read: "),
+        ({"metrics.json": "[1, 2]"}, r"metrics\.json must hold names and values"),
+        ({"args.yaml": "a: [b"}, r"args\.yaml can't be read: "),
+        ({"log.jsonl": "[1]"}, r"log\.jsonl is not the log of a training run"),
+        ({"log.jsonl": '{"loss": 1}'}, r"log\.jsonl is not the log of a training run"),
+    ],
+)
+def test_folder_that_is_no_run_is_one_line_and_stays_as_it_was(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        write_report(tmp_path)
+    assert "\n" not in str(error.value)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(InputError, match="nowhere is no folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_as_a_command(stage1, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "flower_ldm.report")
+    monkeypatch.setattr(sys, "argv", ["report", str(stage1)])
+    runpy.run_module("flower_ldm.report", run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"{stage1 / 'report.html'}, ")
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("flower_ldm.report", run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is no training run")
+
+
+# --- what it says is so ----------------------------------------------------------------------------------------------
+
+
+def test_charts_carry_the_numbers_of_the_log(stage1):
+    lines = read_run(stage1).log
+    charts = [json.loads(figure["data-chart"]) for figure in Page(stage1 / "report.html").all("figure")
+              if "data-chart" in figure]  # fmt: skip
+    drawn = {tuple(map(tuple, series["points"])) for chart in charts for series in chart["series"]}
+    for name in ("pixel_loss", "val_pixel_loss", "psnr", "kl_loss", "learning_rate", "grad_norm"):
+        assert tuple((line["step"], float(f"{line[name]:.5g}")) for line in lines if name in line) in drawn, name
+
+
+def test_thinned_curve_keeps_its_ends_and_its_extremes():
+    points = [(step, float(step % 7)) for step in range(10_000)]
+    points[1234], points[7777] = (1234, 50.0), (7777, -50.0)
+    kept = thin(points, limit=600)
+    assert len(kept) <= 602 and kept == sorted(kept) and set(kept) <= set(points)
+    assert {points[0], points[-1], points[1234], points[7777]} <= set(kept)
+    assert thin(points[:600], limit=600) == points[:600]
+
+
+SCRIPTS = {"train_autoencoder.py": train_autoencoder, "train_latent_diffusion.py": train_latent_diffusion}
+
+
+def typed_again(args: dict, script: str) -> dict:
+    """The flags that a script reads from the command that a page shows for these."""
+    words = shlex.split(training_command(args, script).replace("\\\n", " "))
+    assert words[:2] == ["python", script]
+    return vars(SCRIPTS[script].parse_args(words[2:]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_command_gives_the_same_flags(script, finished_runs):
+    defaults = vars(SCRIPTS[script].parse_args([]))
+    assert typed_again(defaults, script) == defaults
+    # a default of both, where a script has another
+    shared = {name: value for name, value in vars(common_parser("").parse_args([])).items() if value is not None}
+    assert typed_again(defaults | shared, script) == defaults | shared
+    changed = {"data_dir": "my flowers; $HOME", "classes": ["3", "bird's nest"], "max_grad_norm": 0.25, "dataset": "-x",
+               "skip_bad_images": True, "train_splits": ["train", "test"], "mixed_precision": "no"}  # fmt: skip
+    assert typed_again(defaults | changed, script) == defaults | changed
+    run = finished_runs.autoencoder if script == "train_autoencoder.py" else finished_runs.flower_ldm
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    assert typed_again(args, script) == args
+
+
+def test_command_of_a_recipe_needs_no_recipe_and_resumes_nothing():
+    args = vars(train_autoencoder.parse_args(["--config", "configs/quickstart.yaml", "--resume_from_checkpoint", "latest"]))
+    again = typed_again(args, "train_autoencoder.py")
+    assert again == args | {"config": None, "resume_from_checkpoint": None}
+    assert again["model_config"] == "configs/quickstart_autoencoder.json"
+
+
+def test_every_file_of_the_page_is_packaged():
+    root = Path(__file__).parent.parent
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["flower_ldm"]
+    packaged = {path for pattern in patterns for path in (root / "flower_ldm").glob(pattern)}
+    assert packaged == set((root / "flower_ldm" / "report_page").iterdir())
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """Chromium without a window, driven through the pipe of its DevTools protocol: no driver, no port, no network."""
+
+    FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--remote-debugging-pipe"]  # fmt: skip
+
+    def __init__(self, profile: Path):
+        command_in, command_out = os.pipe()
+        answer_in, answer_out = os.pipe()
+        # Chromium reads commands from descriptor 3 and answers on 4: ours must be out of the way before.
+        ours = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (command_in, answer_out)]
+        redirect = f'exec "$@" 3<&{ours[0]} 4>&{ours[1]}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", redirect, "bash", CHROMIUM, *self.FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=ours, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        for end in (command_in, answer_out, *ours):
+            os.close(end)
+        self.commands, self.answers, self.unread = command_out, answer_in, b""
+        self.numbers, self.session, self.events = itertools.count(1), None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def close(self) -> None:
+        self.session = None
+        self.call("Browser.close")
+        self.process.wait(timeout=20)
+        os.close(self.commands)
+        os.close(self.answers)
+
+    def read(self) -> dict:
+        """The next message; fails where none comes for 30 seconds."""
+        while b"\0" not in self.unread:
+            assert select.select([self.answers], [], [], 30)[0], "Chromium is silent"
+            chunk = os.read(self.answers, 1 << 20)
+            assert chunk, "Chromium has ended"
+            self.unread += chunk
+        message, _, self.unread = self.unread.partition(b"\0")
+        return json.loads(message)
+
+    def call(self, method: str, **params) -> dict:
+        """A command's result; events that come meanwhile are kept."""
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": params}
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while (answer := self.read()).get("id") != number:
+            self.events.append(answer)
+        assert "error" not in answer, (method, answer)
+        return answer["result"]
+
+    def open(self, path: Path, width: int = 1280, dark: bool = False) -> None:
+        """Load a page from its file, on a screen of this width in CSS pixels, a phone's below 500."""
+        phone = width < 500
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=phone)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.events.clear()
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.read())
+
+    def evaluate(self, expression: str):
+        """The value of an expression in the page, after its promise where it is one."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def complaints(self) -> list[dict]:
+        """What the console would show in red, and what broke."""
+        self.evaluate("0")  # what has happened so far has then been said
+        return [event for event in self.events if event.get("method") == "Runtime.exceptionThrown"
+                or event.get("params", {}).get("entry", {}).get("level") in ("error", "warning")
+                or event.get("params", {}).get("type") in ("error", "warning", "assert")]  # fmt: skip
+
+    def requests(self) -> list[str]:
+        """Whatever was loaded, except for what the page carries itself."""
+        urls = [event["params"]["request"]["url"] for event in self.events
+                if event.get("method") == "Network.requestWillBeSent"]  # fmt: skip
+        return [url for url in urls if not url.startswith("data:")]
+
+    def point_at(self, selector: str, across: float, kind: str = "mouseMoved") -> None:
+        """Move the mouse to the middle of an element's height, at a fraction of its width."""
+        self.evaluate(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        left, top, width, height = self.evaluate(
+            f"(({{x, y, width, height}}) => [x, y, width, height])"
+            f"(document.querySelector({selector!r}).getBoundingClientRect())"
+        )
+        self.call("Input.dispatchMouseEvent", type=kind, x=left + across * width, y=top + height / 2)
+
+    def press(self, key: str) -> None:
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+
+
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_browser_loads_the_page_without_a_complaint(browser, stage, request):
+    path = request.getfixturevalue(stage) / "report.html"
+    browser.open(path)
+    assert browser.complaints() == []
+    assert browser.requests() == [path.resolve().as_uri()]
+    widths = browser.evaluate(
+        "Promise.all([...document.querySelectorAll('figure img')].map(i => i.decode().then(() => i.naturalWidth)))"
+    )
+    assert len(widths) >= 4 and min(widths) > 0
+    assert browser.evaluate("document.querySelectorAll('script').length") == 1
+
+
+def test_hovering_over_a_chart_shows_its_values_in_all_of_its_group(browser, stage1):
+    browser.open(stage1 / "report.html")
+    at_rest = browser.evaluate("document.querySelector('.chart .axis').textContent")
+    browser.point_at(".chart .area", 0.01)
+    first = read_run(stage1).log[0]
+    readout = browser.evaluate("[...document.querySelectorAll('.chart output')].map(o => o.textContent)")
+    assert float(readout[0]) == pytest.approx(first["pixel_loss"], rel=1e-3)
+    assert readout[1].endswith("at 4")  # held-out values are rarer: the nearest one, and where it is
+    axes = browser.evaluate("[...document.querySelectorAll('#curves .axis')].map(a => a.textContent)")
+    assert axes[0] == "update 2" and len(axes) > 8
+    assert browser.evaluate("document.querySelector('.chart .cursor').getBoundingClientRect().height") > 100
+    browser.point_at("h1", 0.5)
+    assert browser.evaluate("document.querySelectorAll('.cursor').length") == 0
+    assert browser.evaluate("document.querySelector('.chart .axis').textContent") == at_rest
+    assert browser.complaints() == []
+
+
+def test_keyboard_reaches_charts_and_pictures(browser, stage2):
+    browser.open(stage2 / "report.html")
+    reached = []
+    for _ in range(120):
+        browser.press("Tab")
+        reached.append(browser.evaluate("document.activeElement.className"))
+        if reached[-1] == "plot":
+            break
+    assert reached[0] == "skip" and "zoom" in reached and reached[-1] == "plot"
+    browser.press("Home")
+    focused = "document.activeElement.getAttribute('aria-valuetext')"
+    first = browser.evaluate(focused)
+    browser.press("End")
+    browser.press("ArrowLeft")
+    assert first.startswith("update 2: training ") and browser.evaluate(focused).startswith("update 4: training ")
+    browser.press("Escape")
+    assert browser.evaluate("document.querySelectorAll('.cursor').length") == 0
+
+
+def test_picture_opens_large_and_closes(browser, stage2):
+    browser.open(stage2 / "report.html")
+    browser.evaluate("document.querySelector('.zoom').focus()")
+    browser.press("Enter")
+    is_open = "document.querySelector('dialog').open"
+    if not browser.evaluate(is_open):  # headless Chromium presses no button on a raw key
+        browser.evaluate("document.activeElement.click()")
+    assert browser.evaluate(is_open)
+    assert browser.evaluate("document.querySelector('dialog img').decode().then(() => true)")
+    browser.press("Escape")
+    assert not browser.evaluate(is_open)
+
+
+def test_touch_shows_values(browser, stage2):
+    browser.open(stage2 / "report.html", width=390)
+    browser.evaluate("document.querySelector('.area').scrollIntoView({block: 'center', behavior: 'instant'})")
+    x, y = browser.evaluate(
+        "(({x, y, width, height}) => [x + width / 2, y + height / 2])"
+        "(document.querySelector('.area').getBoundingClientRect())"
+    )
+    browser.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    assert browser.evaluate("document.querySelector('.axis').textContent").startswith("update ")
+    assert browser.evaluate("document.querySelectorAll('.cursor').length") >= 1
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_nothing_is_wider_than_the_screen(browser, stage, width, request):
+    browser.open(request.getfixturevalue(stage) / "report.html", width=width)
+    browser.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    assert browser.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_can_be_read_in_either_scheme(browser, stage2, dark):
+    """Contrast of at least 4.5 to 1 (WCAG 2.2, success criterion 1.4.3) against what a text stands on."""
+    browser.open(stage2 / "report.html", dark=dark)
+    rows = browser.evaluate("""[...document.querySelectorAll("h1, p, dt, dd, a, td, th, small, output, .tick, pre")]
+        .filter(one => one.textContent.trim())
+        .map(one => {
+            let behind = one;
+            while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
+            return [getComputedStyle(one).color, getComputedStyle(behind).backgroundColor];
+        })""")
+    pairs = {tuple(luminance(colour) for colour in row) for row in rows}
+    assert len(pairs) >= 4
+    for text, paper in pairs:
+        assert (text > paper) == dark
+        assert (max(text, paper) + 0.05) / (min(text, paper) + 0.05) >= 4.5
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of "rgb(r, g, b)" (WCAG 2.2)."""
+    channels = [int(channel) / 255 for channel in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_page_prints(browser, stage2):
+    browser.open(stage2 / "report.html")
+    pdf = base64.b64decode(browser.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"])
+    assert pdf.startswith(b"%PDF-") and len(pdf) > 20_000
+    assert browser.complaints() == []
