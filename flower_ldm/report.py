@@ -10,54 +10,53 @@ import argparse
 import base64
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
-import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import yaml
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageSequence
 from safetensors import SafetensorError, safe_open
 
 from .errors import InputError, OneLineParser, exit_on_input_error
+from .report_curves import is_finite, number, sweep_charts, timestep_chart, training_curves
 from .training import common_parser, read_log
 
 FILE_NAME = "report.html"
 PICTURES_BYTES = 9_000_000  # all data URIs together; with the page's text it stays below 10 MB
 PICTURE_BYTES = 500_000  # above it a picture is compressed further
 PICTURE_PIXELS = 2400  # the longest side that is kept
-MAX_POINTS = 600  # of a curve; of a longer log, the lowest and the highest of each stretch are drawn
-LOG_SCALE_RATIO = 8  # of the highest to the lowest value, above which a loss is drawn on a log scale
 TEMPLATES = Path(__file__).parent / "report_page"
 
 DATASETS = {"flowers102": "Oxford 102 Flowers", "synthetic": "synthetic flowers", "imagefolder": "an image folder"}
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
-# What else a log line holds beside losses: how the optimizer fared.
-OPTIMIZER_NAMES = ("learning_rate", "grad_norm", "adaptive_weight", "steps_per_second")
-CURVES_FIRST = ("loss", "unweighted_loss", "pixel_loss", "perceptual_loss", "psnr", "ssim", "accuracy")
-NOT_DRAWN = ("step", "mean_squared_error", "psnr_of_mean_squared_error")  # the last two say what PSNR says
-CURVE_TITLES = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "accuracy": "Accuracy of the head",
-    "kl_loss": "KL loss",
-    "loss": "Loss, weighted",
-    "grad_norm": "Gradient norm",
-    "steps_per_second": "Updates per second",
+SINGLE_PICTURES = {  # file: (alternative text, caption)
+    "original_reconstructed_generated": (
+        "Originals, their reconstructions and generated images",
+        "Originals, what the autoencoder makes of them, and generated images of the same classes.",
+    ),
+    "nearest_neighbours": (
+        "Samples beside the training images nearest to them",
+        "The most suspicious samples, each beside the training images nearest to it.",
+    ),
+    "guidance_sweep": (
+        "The same seeds at several guidance scales",
+        "The same seeds at several guidance scales.",
+    ),
+    "evaluation_sweep": ("Metrics over guidance and steps", ""),
 }
 SETS = {"real": "Real images", "reconstructions": "Reconstructions", "samples": "Samples"}
 ROLES = {"real": "the floor", "reconstructions": "the ceiling", "samples": "the model"}
 METRICS = {  # name: (title, which way is better, decimals, how to read it)
     "frechet_distance": (
         "Fréchet distance", "lower", 2,
-        "How far the features of two sets lie apart, each set taken as a Gaussian cloud. It shrinks as n grows: compare "
-        "it only at the same n and with the same feature network.",
+        "How far the features of two sets lie apart, each set taken as a Gaussian cloud. It shrinks as n "
+        "grows: compare it only at the same n and with the same feature network.",
     ),
     "kid": (
         "KID", "lower", 5,
@@ -74,8 +73,8 @@ METRICS = {  # name: (title, which way is better, decimals, how to read it)
     ),
     "density": (
         "Density", "higher", 3,
-        "Precision that counts how many held-out images each image is a neighbour of, so that outliers matter less. It "
-        "can exceed 1.",
+        "Precision that counts how many held-out images each image is a neighbour of, so that outliers matter less. "
+        "It can exceed 1.",
     ),
     "coverage": (
         "Coverage", "higher", 3,
@@ -186,18 +185,6 @@ def _count_parameters(folder: Path) -> int:
 # --- numbers and words -----------------------------------------------------------------------------------------------
 
 
-def number(value: object, decimals: int | None = None) -> str:
-    """A number for people: thousands apart, four digits that count unless `decimals` are asked for; else a dash."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if decimals is not None:
-        return f"{value:,.{decimals}f}".replace("-", "−")
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return re.sub(r"e([+-])0*(\d)", lambda match: "e" + match[1].strip("+") + match[2], text).replace("-", "−")
-
-
 def percent(value: object) -> str:
     """A share between 0 and 1 as a percentage."""
     return "–" if number(value) == "–" else f"{100 * value:.1f} %"
@@ -231,14 +218,10 @@ def training_seconds(run: Run) -> float | None:
         return run.metrics["training_seconds"]
     seconds, last = 0.0, 0
     for line in run.log:
-        if _finite(line.get("steps_per_second")) and line["steps_per_second"] > 0:
+        if is_finite(line.get("steps_per_second")) and line["steps_per_second"] > 0:
             seconds += (line["step"] - last) / line["steps_per_second"]
             last = line["step"]
     return seconds or None
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def data_name(run: Run) -> str:
@@ -309,7 +292,10 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     images = metrics.get("num_images")
     trained_on = splits.get("train") or args.get("train_splits")
     unet = run.configs.get("denoiser", {})
-    latents = [unet.get("in_channels"), *([side] * 2 if isinstance(side := unet.get("sample_size"), int) else side or [])]
+    latents = [
+        unet.get("in_channels"),
+        *([side] * 2 if isinstance(side := unet.get("sample_size"), int) else side or []),
+    ]
     scheduler = run.configs.get("scheduler", {})
     sampler = scheduler.get("_class_name")
     models = [
@@ -371,166 +357,6 @@ def _rate_words(args: dict) -> str | None:
     ]))  # fmt: skip
 
 
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
-class Series(NamedTuple):
-    """One curve: its name, its points, and whether each is marked, as held-out values are."""
-
-    name: str
-    points: list[tuple[float, float]]
-    marked: bool = False
-    style: str = "s1"  # a class of the style sheet: colour and dashes
-
-
-def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most about `limit` of the points, in order: the lowest and the highest of each stretch, first and last too."""
-    if len(points) <= limit:
-        return points
-    stretch = math.ceil(2 * len(points) / limit)
-    kept = {0, len(points) - 1}
-    for start in range(0, len(points), stretch):
-        indices = range(start, min(start + stretch, len(points)))
-        kept |= {min(indices, key=lambda i: points[i][1]), max(indices, key=lambda i: points[i][1])}
-    return [points[i] for i in sorted(kept)]
-
-
-def chart(
-    heading: str, series: list[Series], x_name: str, x_range: tuple[float, float] | None = None, *,
-    may_be_log: bool = False, group: str | None = None, note: str = "",
-) -> dict | None:  # fmt: skip
-    """What the template draws: paths in a square of 1000 x 1000 that the page stretches, ticks in per cent, and data.
-
-    Args:
-        series: those without points are left out.
-        x_range: of the axis; that of the points unless given.
-        may_be_log: draw the values on a log scale where they span more than `LOG_SCALE_RATIO`.
-        group: charts of one group follow each other's cross-hair.
-
-    Returns:
-        `None` where there is nothing to draw.
-    """
-    series = [one._replace(points=thin(one.points)) for one in series if one.points]
-    if not series:
-        return None
-    xs = [x for one in series for x, _ in one.points]
-    ys = [y for one in series for _, y in one.points]
-    left, right = x_range or (min(xs), max(xs))
-    if left == right:
-        left, right = left - 1, right + 1
-    log_scale = may_be_log and min(ys) > 0 and max(ys) / min(ys) > LOG_SCALE_RATIO
-    bottom, top, ticks = _y_axis(min(ys), max(ys), log_scale)
-    scale = math.log if log_scale else float
-
-    def across(x: float) -> float:
-        return (x - left) / (right - left)
-
-    def up(y: float) -> float:
-        return (scale(y) - scale(bottom)) / (scale(top) - scale(bottom))
-
-    def path(one: Series) -> str:
-        places = [f"{1000 * across(x):.1f} {1000 - 1000 * up(y):.1f}" for x, y in one.points]
-        return "M" + "L".join(places)
-
-    x_ticks = [x for x in MaxNLocator(4).tick_values(left, right) if left <= x <= right]
-    return {
-        "heading": heading, "note": note, "log_scale": log_scale, "x_name": x_name, "group": group or "",
-        "paths": [{"d": path(one), "dots": "".join(f"M{p}h0" for p in path(one)[1:].split("L"))} for one in series],
-        "series": series,
-        "last": [number(float(one.points[-1][1])) for one in series],
-        "x_ticks": [(f"{100 * across(x):.2f}", number(_whole(x))) for x in x_ticks],
-        "y_ticks": [(f"{100 * up(y):.2f}", number(_whole(y))) for y in ticks],
-        "summary": "; ".join(f"{one.name} from {number(one.points[0][1])} to {number(one.points[-1][1])}"
-                             for one in series),
-        "data": {
-            "x": [left, right], "y": [bottom, top], "log": log_scale, "xName": x_name,
-            "series": [{"name": one.name, "points": [[x, float(f"{y:.5g}")] for x, y in one.points]}
-                       for one in series],
-        },
-    }  # fmt: skip
-
-
-def _whole(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else float(value)
-
-
-def _y_axis(low: float, high: float, log_scale: bool) -> tuple[float, float, list[float]]:
-    """Lowest and highest value of an axis with some air, and where its ticks are."""
-    if log_scale:
-        low, high = low / 1.15, high * 1.15
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for steps in ((1,), (1, 3), (1, 2, 5)):
-            ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
-            if len(ticks) >= 3:
-                break
-        return low, high, ticks
-    if low >= 0 and low < high / 2:
-        low = 0.0  # an axis that starts at zero where that costs no more than half of the height
-    air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    low, high = (0.0 if low == 0 else low - air), high + air
-    return low, high, [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-
-
-def _curve(log: list[dict], name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in log if _finite(line.get(name)) and _finite(line["step"])]
-
-
-def training_curves(run: Run) -> tuple[list[dict], list[dict]]:
-    """A chart for every scalar of the log, held-out values as points: the losses and scores, and the optimizer's."""
-    names = dict.fromkeys(name.removeprefix("val_") for line in run.log for name in line)
-    names = [*(name for name in CURVES_FIRST if name in names), *(name for name in names if name not in CURVES_FIRST)]
-    x_range = (0, run.log[-1]["step"]) if run.log else None
-    measured_only = ("psnr", "ssim")  # in validation alone, without a prefix
-    charts: dict[str, dict | None] = {}
-    for name in names:
-        if name in NOT_DRAWN:
-            continue
-        held_out = _curve(run.log, name if name in measured_only else f"val_{name}")
-        trained = [] if name in measured_only else _curve(run.log, name)
-        if name in OPTIMIZER_NAMES:
-            series = [Series("each update" if name == "learning_rate" else "mean since the last line", trained)]
-        else:
-            series = [Series("training", trained), Series("held out", held_out, marked=True, style="s2")]
-        heading = CURVE_TITLES.get(name, name.replace("_", " ").capitalize())
-        charts[name] = chart(heading, series, "update", x_range, may_be_log=name.endswith(("loss", "grad_norm")),
-                             group="updates")  # fmt: skip
-    losses = [one for name, one in charts.items() if one and name not in OPTIMIZER_NAMES]
-    return losses, [charts[name] for name in OPTIMIZER_NAMES if charts.get(name)]
-
-
-def timestep_chart(run: Run) -> dict | None:
-    """The unweighted loss by timestep, as the first, a middle and the last log line had it."""
-    lines = [line for line in run.log if isinstance(line.get("loss_by_timestep"), list)]
-    series = []
-    shown = sorted({0, len(lines) // 2, len(lines) - 1}) if lines else []
-    for index, style in zip(shown, ("early", "middle", "s1")[3 - len(shown) :], strict=True):
-        bins = [(low, high, mean) for low, high, mean in lines[index]["loss_by_timestep"] if _finite(mean)]
-        points = [((low + high) / 2, mean) for low, high, mean in bins]
-        series.append(Series(f"update {number(lines[index]['step'])}", points, marked=True, style=style))
-    ends = [end for line in lines for low, high, _ in line["loss_by_timestep"] for end in (low, high)]
-    return chart("Loss by timestep, unweighted", series, "timestep", (min(ends), max(ends)) if ends else None,
-                 may_be_log=True)  # fmt: skip
-
-
-def sweep_charts(sweep: list[dict]) -> list[dict]:
-    """Frechet distance, KID and class accuracy over guidance, one curve for each number of steps; or over steps."""
-    by_guidance = len({row.get("guidance_scale") for row in sweep}) > 1
-    x_key, other = ("guidance_scale", "num_inference_steps") if by_guidance else ("num_inference_steps", None)
-    values = sorted({row.get(other) for row in sweep}) if other else [None]
-    charts = []
-    for name in ("frechet_distance", "kid", "class_accuracy"):
-        series = []
-        for index, value in enumerate(values):
-            points = [(row.get(x_key), row.get(name)) for row in sweep if other is None or row.get(other) == value]
-            points = sorted((x, y) for x, y in points if _finite(x) and _finite(y))
-            label = f"{value} steps" if other else "samples"
-            series.append(Series(label, points, marked=True, style=f"s{index % 4 + 1}"))
-        heading, better = METRICS[name][:2]
-        x_name = "guidance scale" if by_guidance else "steps"
-        charts.append(chart(heading, series, x_name, group="sweep", note=f"{better} is better"))
-    return [one for one in charts if one]
-
-
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -549,10 +375,10 @@ class Album:
         try:
             with Image.open(path) as image:
                 image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.LANCZOS)
-                size, content = image.size, _webp(image)
+                size, content = image.size, _webp(image, path.stat().st_size < 2 * PICTURE_BYTES)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow has for damaged files
             return self._leave_out(path, "damaged")
-        return self._add(path, content, "webp", size, alt, caption)
+        return self._add(path, _data_uri(content, "webp"), size, alt, caption)
 
     def animation(self, path: Path, alt: str, caption: str = "") -> dict | None:
         """A GIF as it is, with its last frame for those who want no motion."""
@@ -563,24 +389,27 @@ class Album:
                     still = frame.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return self._leave_out(path, "damaged")
-        picture = self._add(path, path.read_bytes(), "gif", size, alt, caption)
-        return picture and picture | {"still": _data_uri(_webp(still), "webp")}
+        uri = _data_uri(path.read_bytes(), "gif")
+        return self._add(path, uri, size, alt, caption, still=_data_uri(_webp(still, try_lossless=False), "webp"))
 
-    def _add(self, path: Path, content: bytes, kind: str, size: tuple[int, int], alt: str, caption: str) -> dict | None:
-        uri = _data_uri(content, kind)
-        if len(uri) > self.room:
+    def _add(
+        self, path: Path, uri: str, size: tuple[int, int], alt: str, caption: str, still: str = ""
+    ) -> dict | None:
+        if len(uri) + len(still) > self.room:
             return self._leave_out(path, "the page would weigh more than 10 MB")
-        self.room -= len(uri)
-        return {"src": uri, "width": size[0], "height": size[1], "alt": alt, "caption": caption, "still": ""}
+        self.room -= len(uri) + len(still)
+        return {"src": uri, "width": size[0], "height": size[1], "alt": alt, "caption": caption, "still": still}
 
     def _leave_out(self, path: Path, reason: str) -> None:
         self.left_out.append(f"{path.relative_to(self.folder)} ({reason})")
 
 
-def _webp(image: Image.Image) -> bytes:
+def _webp(image: Image.Image, try_lossless: bool = True) -> bytes:
     """Without loss where that is small enough, as it is for plots; else as good as fits."""
-    image = image if image.mode in ("RGB", "RGBA") else image.convert("RGBA" if "transparency" in image.info else "RGB")
-    for options in ({"lossless": True}, {"quality": 90}, {"quality": 75}):
+    image = (
+        image if image.mode in ("RGB", "RGBA") else image.convert("RGBA" if "transparency" in image.info else "RGB")
+    )
+    for options in ({"lossless": True},) * try_lossless + ({"quality": 90}, {"quality": 75}):
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", method=4, **options)
         if buffer.tell() <= PICTURE_BYTES:
@@ -634,7 +463,7 @@ def latent_maps(run: Run, album: Album) -> list[dict]:
         "tsne": ("t-SNE", "t-SNE: neighbours stay neighbours; distances between clouds mean little."),
         "pca": ("PCA", "PCA: the two directions along which the latents vary most; distances are true to scale."),
     }
-    pictures = [album.picture(run.folder / f"latent_space_{kind}.png", f"The latents by {name}, coloured by class", note)
+    pictures = [album.picture(run.folder / f"latent_space_{kind}.png", f"Latents by {name}, coloured by class", note)
                 for kind, (name, note) in kinds.items()]  # fmt: skip
     return [picture for picture in pictures if picture]
 
@@ -671,19 +500,21 @@ def metrics_table(evaluation: dict) -> dict | None:
     rows = []
     for name, (heading, better, decimals, _) in METRICS.items():
         values = [one.get(name) for one in sets.values()]
-        if not any(map(_finite, values)):
+        if not any(map(is_finite, values)):
             continue
-        most = max([abs(value) for value in values if _finite(value)] + ([1.0] if better == "higher" else [])) or 1.0
+        most = max([abs(value) for value in values if is_finite(value)] + ([1.0] if better == "higher" else [])) or 1.0
         cells = []
         for one, value in zip(sets.values(), values, strict=True):
-            spread = f" ± {number(one['kid_std'], decimals)}" if name == "kid" and _finite(one.get("kid_std")) else ""
-            share = f"{100 * max(0.0, value) / most:.1f}" if _finite(value) else "0"
-            cells.append((number(float(value), decimals) if _finite(value) else "–", spread, share))
+            spread = (
+                f" ± {number(one['kid_std'], decimals)}" if name == "kid" and is_finite(one.get("kid_std")) else ""
+            )
+            share = f"{100 * max(0.0, value) / most:.1f}" if is_finite(value) else "0"
+            cells.append((number(float(value), decimals) if is_finite(value) else "–", spread, share))
         rows.append({"name": heading, "better": better, "cells": cells})
     counts = [("Images (n)", [number(one.get("n")) for one in sets.values()]),
               ("Held-out images", [number(one.get("n_reference")) for one in sets.values()])]  # fmt: skip
     notes = [(heading, note) for name, (heading, _, _, note) in METRICS.items()
-             if any(_finite(one.get(name)) for one in sets.values())]  # fmt: skip
+             if any(is_finite(one.get(name)) for one in sets.values())]  # fmt: skip
     return {"columns": [(name, SETS[name], ROLES[name]) for name in sets], "rows": rows, "counts": counts,
             "notes": notes}  # fmt: skip
 
@@ -699,9 +530,9 @@ def sampling_words(evaluation: dict) -> str:
         f"seed {sampling['seed']}" if "seed" in sampling else "",
         str(sampling.get("scheduler") or ""),
         f"{sampling['num_inference_steps']} steps" if sampling.get("num_inference_steps") else "",
-        f"guidance {scale}" + (f" from {interval[0]} to {interval[1]} of the way" if interval and interval != [0, 1] else "")
+        f"guidance {scale}" + (f", {words(interval)} of the way" if interval and interval != [0, 1] else "")
         if scale is not None else "",
-        f"{number(rate, 1)} images a second" if _finite(rate) else "",
+        f"{number(rate, 1)} images a second" if is_finite(rate) else "",
         " ".join(str(sampling[key]) for key in ("device", "dtype") if sampling.get(key)),
         f"{number(features.get('num_features'))} features an image by {features['name']}"
         if features.get("name") else "",
@@ -781,6 +612,17 @@ def training_command(args: dict, script: str) -> str:
     return _fold(parts)
 
 
+def fold_command(command: str | list) -> str:
+    """A command line, or its words, on lines that fit the page: a flag and its values stay together."""
+    try:
+        split = shlex.split(command) if isinstance(command, str) else list(map(str, command))
+    except ValueError:  # no line for a shell
+        return str(command)
+    flags = [index for index, word in enumerate(split) if word.startswith("--")]
+    bounds = [0, *flags, len(split)]
+    return _fold([shlex.join(split[start:end]) for start, end in itertools.pairwise(bounds)])
+
+
 def _fold(parts: list[str], width: int = 80) -> str:
     """Words on lines of about `width`, joined by backslashes."""
     lines = [parts[0]]
@@ -801,9 +643,8 @@ def commands(run: Run) -> list[tuple[str, str]]:
         output_dir = shlex.quote(str(run.args.get("output_dir") or run.folder.name))
         if run.stage == "latent_diffusion" and run.finished:
             found.append(("Draw samples", f"python -m flower_ldm.sample --pipeline {output_dir}"))
-        again = run.evaluation.get("command")
-        if again:
-            found.append(("Evaluate", shlex.join(map(str, again)) if isinstance(again, list) else str(again)))
+        if again := run.evaluation.get("command"):
+            found.append(("Evaluate", fold_command(again)))
         found.append(("Write this page", f"python -m flower_ldm.report {output_dir}"))
     return found
 
@@ -821,43 +662,47 @@ def versions(run: Run) -> list[tuple[str, str]]:
 
 def page_sections(run: Run, album: Album) -> dict[str, object]:
     """What the page shows, by section, in the order in which a reader meets it; an empty section is left out."""
-    losses, optimizer = training_curves(run)
+    losses, optimizer = training_curves(run.log)
     evaluation = run.evaluation
-    sweep = evaluation.get("sweep") if isinstance(evaluation.get("sweep"), list) else []
-    sweep_plot = None if sweep else album.picture(run.folder / "evaluation_sweep.png", "Metrics over guidance and steps")
-    sweep_grid = album.picture(
-        run.folder / "guidance_sweep.png", "The same seeds at several guidance scales",
-        "The same seeds at several guidance scales.",
-    )  # fmt: skip
-    neighbours = album.picture(
-        run.folder / "nearest_neighbours.png", "Samples beside the training images nearest to them",
-        "The most suspicious samples, each beside the training images nearest to it.",
-    )  # fmt: skip
-    generated = album.picture(
-        run.folder / "original_reconstructed_generated.png", "Originals, their reconstructions and generated images",
-        "Originals, what the autoencoder makes of them, and generated images of the same classes.",
-    )  # fmt: skip
-    memorised = memorisation_table(evaluation)
     table = metrics_table(evaluation)
-    paths = denoising_paths(run, album)
+    sweep = evaluation["sweep"] if isinstance(evaluation.get("sweep"), list) else []
+    single = {
+        name: album.picture(run.folder / f"{name}.png", *texts)
+        for name, texts in SINGLE_PICTURES.items()
+        if not (sweep and name == "evaluation_sweep")  # the page draws it itself, to be hovered over
+    }
     sections = {
         "facts": facts(run),
-        "curves": {"losses": losses, "optimizer": optimizer} if losses or optimizer else None,
-        "timesteps": timestep_chart(run),
+        "curves": {"losses": losses, "optimizer": optimizer},
+        "timesteps": timestep_chart(run.log),
         "progress": pictures_over_time(run, album),
-        "reconstruction": {"rows": rows, "picture": generated} if (rows := reconstruction_figures(run)) or generated
-        else None,
+        "reconstruction": {
+            "rows": reconstruction_figures(run),
+            "picture": single["original_reconstructed_generated"],
+        },
         "latents": latent_maps(run, album),
-        "path": {"paths": paths, "animations": moving} if (moving := animations(run, album)) or paths else None,
+        "path": {"paths": denoising_paths(run, album), "animations": []},
         "between": interpolations(run, album),
-        "metrics": table and table | {"sampling": sampling_words(evaluation), "remarks": evaluation.get("remarks") or []},
-        "sweep": {"charts": sweep_charts(sweep), "rows": sweep_table(sweep), "plot": sweep_plot, "grid": sweep_grid}
-        if sweep or sweep_plot or sweep_grid else None,
-        "memorisation": {"rows": memorised, "picture": neighbours} if memorised or neighbours else None,
+        "metrics": table
+        and table | {"sampling": sampling_words(evaluation), "remarks": evaluation.get("remarks") or []},
+        "sweep": {
+            "charts": sweep_charts(sweep),
+            "rows": sweep_table(sweep),
+            "plot": single.get("evaluation_sweep"),
+            "grid": single["guidance_sweep"],
+        },
+        "memorisation": {"rows": memorisation_table(evaluation), "picture": single["nearest_neighbours"]},
         "again": commands(run),
         "versions": versions(run),
-    }  # fmt: skip
-    return {name: content for name, content in sections.items() if content}
+    }
+    sections["path"]["animations"] = animations(
+        run, album
+    )  # after all others: the heaviest take the room that is left
+    return {
+        name: content
+        for name, content in sections.items()
+        if (any(content.values()) if isinstance(content, dict) else content)
+    }
 
 
 def render(run: Run) -> str:

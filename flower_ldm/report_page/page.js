@@ -106,6 +106,12 @@ for (const image of document.querySelectorAll(".picture img")) {
   });
 }
 dialog.addEventListener("click", () => dialog.close());
+if (document.querySelector(".zoom")) {
+  const hint = document.createElement("p");
+  hint.className = "hint";
+  hint.textContent = "Every picture opens large when it is clicked or tapped.";
+  document.querySelector("nav").append(hint);
+}
 
 for (const command of document.querySelectorAll(".command")) {
   if (!navigator.clipboard) break;  // a page from a file has none in some browsers

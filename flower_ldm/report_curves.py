@@ -1,0 +1,205 @@
+"""The curves of a report: from log lines and sweeps to what the page's template draws and its script reads.
+
+Its neighbours: `report` asks for the charts; `report_page/` stretches them to the width of a screen and lets them be
+hovered over. Ticks are chosen by matplotlib, nothing is drawn by it.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from matplotlib.ticker import MaxNLocator
+
+MAX_POINTS = 600  # of a curve; of a longer log, the lowest and the highest of each stretch are drawn
+LOG_SCALE_RATIO = 8  # of the highest to the lowest value, above which a loss is drawn on a log scale
+# What else a log line holds beside losses: how the optimizer fared.
+OPTIMIZER_NAMES = ("learning_rate", "grad_norm", "adaptive_weight", "steps_per_second")
+CURVES_FIRST = ("loss", "unweighted_loss", "pixel_loss", "perceptual_loss", "psnr", "ssim", "accuracy")
+NOT_DRAWN = ("step", "mean_squared_error", "psnr_of_mean_squared_error")  # the last two say what PSNR says
+CURVE_TITLES = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "accuracy": "Accuracy of the head",
+    "kl_loss": "KL loss",
+    "loss": "Loss, weighted",
+    "grad_norm": "Gradient norm",
+    "steps_per_second": "Updates per second",
+}
+SWEPT = {
+    "frechet_distance": ("Fréchet distance", "lower is better"),
+    "kid": ("KID", "lower is better"),
+    "class_accuracy": ("Class accuracy", "higher is better"),
+}
+
+
+def number(value: object, decimals: int | None = None) -> str:
+    """A number for people: thousands apart, four digits that count unless `decimals` are asked for; else a dash."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if decimals is not None:
+        return f"{value:,.{decimals}f}".replace("-", "−")
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return re.sub(r"e([+-])0*(\d)", lambda match: "e" + match[1].strip("+") + match[2], text).replace("-", "−")
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+class Series(NamedTuple):
+    """One curve: its name, its points, and whether each is marked, as held-out values are."""
+
+    name: str
+    points: list[tuple[float, float]]
+    marked: bool = False
+    style: str = "s1"  # a class of the style sheet: colour and dashes
+
+
+def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """At most about `limit` of the points, in order: first, last, and each stretch's lowest and highest."""
+    if len(points) <= limit:
+        return points
+    stretch = math.ceil(2 * len(points) / limit)
+    kept = {0, len(points) - 1}
+    for start in range(0, len(points), stretch):
+        indices = range(start, min(start + stretch, len(points)))
+        kept |= {min(indices, key=lambda i: points[i][1]), max(indices, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(kept)]
+
+
+def chart(
+    heading: str, series: list[Series], x_name: str, x_range: tuple[float, float] | None = None, *,
+    may_be_log: bool = False, group: str | None = None, note: str = "",
+) -> dict | None:  # fmt: skip
+    """What the template draws: paths in a square of 1000 x 1000 that the page stretches, ticks in per cent, and data.
+
+    Args:
+        series: those without points are left out.
+        x_range: of the axis; that of the points unless given.
+        may_be_log: draw the values on a log scale where they span more than `LOG_SCALE_RATIO`.
+        group: charts of one group follow each other's cross-hair.
+
+    Returns:
+        `None` where there is nothing to draw.
+    """
+    series = [one._replace(points=thin(one.points)) for one in series if one.points]
+    if not series:
+        return None
+    xs = [x for one in series for x, _ in one.points]
+    ys = [y for one in series for _, y in one.points]
+    left, right = x_range or (min(xs), max(xs))
+    if left == right:
+        left, right = left - 1, right + 1
+    log_scale = may_be_log and min(ys) > 0 and max(ys) / min(ys) > LOG_SCALE_RATIO
+    bottom, top, ticks = _y_axis(min(ys), max(ys), log_scale)
+    scale = math.log if log_scale else float
+
+    def across(x: float) -> float:
+        return (x - left) / (right - left)
+
+    def up(y: float) -> float:
+        return (scale(y) - scale(bottom)) / (scale(top) - scale(bottom))
+
+    def path(one: Series) -> str:
+        places = [f"{1000 * across(x):.1f} {1000 - 1000 * up(y):.1f}" for x, y in one.points]
+        return "M" + "L".join(places)
+
+    x_ticks = sorted(set(xs)) if len(set(xs)) <= 6 and group == "sweep" else MaxNLocator(4).tick_values(left, right)
+    x_ticks = [x for x in x_ticks if left <= x <= right]
+    return {
+        "heading": heading, "note": note, "log_scale": log_scale, "x_name": x_name, "group": group or "",
+        "paths": [{"d": path(one), "dots": "".join(f"M{p}h0" for p in path(one)[1:].split("L"))} for one in series],
+        "series": series,
+        "last": [number(float(one.points[-1][1])) for one in series],
+        "x_ticks": [(f"{100 * across(x):.2f}", number(_whole(x))) for x in x_ticks],
+        "y_ticks": [(f"{100 * up(y):.2f}", number(_whole(y))) for y in ticks],
+        "summary": "; ".join(f"{one.name} from {number(one.points[0][1])} to {number(one.points[-1][1])}"
+                             for one in series),
+        "data": {
+            "x": [left, right], "y": [bottom, top], "log": log_scale, "xName": x_name,
+            "series": [{"name": one.name, "points": [[x, float(f"{y:.5g}")] for x, y in one.points]}
+                       for one in series],
+        },
+    }  # fmt: skip
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _y_axis(low: float, high: float, log_scale: bool) -> tuple[float, float, list[float]]:
+    """Lowest and highest value of an axis with some air, and where its ticks are."""
+    if log_scale:
+        low, high = low / 1.15, high * 1.15
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for steps in ((1,), (1, 3), (1, 2, 5)):
+            ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+            if len(ticks) >= 3:
+                break
+        return low, high, ticks
+    if low >= 0 and low < high / 2:
+        low = 0.0  # an axis that starts at zero where that costs no more than half of the height
+    air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    low, high = (0.0 if low == 0 else low - air), high + air
+    return low, high, [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+
+
+def _curve(log: list[dict], name: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[name]) for line in log if is_finite(line.get(name)) and is_finite(line["step"])]
+
+
+def training_curves(log: list[dict]) -> tuple[list[dict], list[dict]]:
+    """A chart for every scalar of the log, held-out values as points: the losses and scores, and the optimizer's."""
+    names = dict.fromkeys(name.removeprefix("val_") for line in log for name in line)
+    names = [*(name for name in CURVES_FIRST if name in names), *(name for name in names if name not in CURVES_FIRST)]
+    x_range = (0, log[-1]["step"]) if log else None
+    measured_only = ("psnr", "ssim")  # in validation alone, without a prefix
+    charts: dict[str, dict | None] = {}
+    for name in names:
+        if name in NOT_DRAWN:
+            continue
+        held_out = _curve(log, name if name in measured_only else f"val_{name}")
+        trained = [] if name in measured_only else _curve(log, name)
+        if name in OPTIMIZER_NAMES:
+            series = [Series("each update" if name == "learning_rate" else "mean since the last line", trained)]
+        else:
+            series = [Series("training", trained), Series("held out", held_out, marked=True, style="s2")]
+        heading = CURVE_TITLES.get(name, name.replace("_", " ").capitalize())
+        charts[name] = chart(heading, series, "update", x_range, may_be_log=name.endswith(("loss", "grad_norm")),
+                             group="updates")  # fmt: skip
+    losses = [one for name, one in charts.items() if one and name not in OPTIMIZER_NAMES]
+    return losses, [charts[name] for name in OPTIMIZER_NAMES if charts.get(name)]
+
+
+def timestep_chart(log: list[dict]) -> dict | None:
+    """The unweighted loss by timestep, as the first, a middle and the last log line had it."""
+    lines = [line for line in log if isinstance(line.get("loss_by_timestep"), list)]
+    series = []
+    shown = sorted({0, len(lines) // 2, len(lines) - 1}) if lines else []
+    for index, style in zip(shown, ("early", "middle", "s1")[3 - len(shown) :], strict=True):
+        bins = [(low, high, mean) for low, high, mean in lines[index]["loss_by_timestep"] if is_finite(mean)]
+        points = [((low + high) / 2, mean) for low, high, mean in bins]
+        series.append(Series(f"update {number(lines[index]['step'])}", points, marked=True, style=style))
+    ends = [end for line in lines for low, high, _ in line["loss_by_timestep"] for end in (low, high)]
+    return chart("Loss by timestep, unweighted", series, "timestep", (min(ends), max(ends)) if ends else None,
+                 may_be_log=True)  # fmt: skip
+
+
+def sweep_charts(sweep: list[dict]) -> list[dict]:
+    """Frechet distance, KID and class accuracy over guidance, one curve for each number of steps; or over steps."""
+    by_guidance = len({row.get("guidance_scale") for row in sweep}) > 1
+    x_key, other = ("guidance_scale", "num_inference_steps") if by_guidance else ("num_inference_steps", None)
+    values = sorted({row.get(other) for row in sweep}) if other else [None]
+    charts = []
+    for name, (heading, note) in SWEPT.items():
+        series = []
+        for index, value in enumerate(values):
+            points = [(row.get(x_key), row.get(name)) for row in sweep if other is None or row.get(other) == value]
+            points = sorted((x, y) for x, y in points if is_finite(x) and is_finite(y))
+            label = f"{value} steps" if other else "samples"
+            series.append(Series(label, points, marked=True, style=f"s{index % 4 + 1}"))
+        x_name = "guidance scale" if by_guidance else "steps"
+        charts.append(chart(heading, series, x_name, group="sweep", note=note))
+    return [one for one in charts if one]
