@@ -40,6 +40,7 @@ from flower_ldm.data import ImageDataset
 from flower_ldm.discriminator import PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
+from flower_ldm.report import write_report
 from flower_ldm.visualization import save_loss_curves, save_reconstructions
 
 LOSS_NAMES = ["pixel_loss", "perceptual_loss", "kl_loss", "adversarial_loss", "discriminator_loss",
@@ -223,7 +224,7 @@ def measure_latents(
 
 
 def save_results(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, train_images: ImageDataset, results: dict):
-    """Measure the latents, then write the weights that `vae` holds, `best/`, the metrics and the loss curves."""
+    """Measure the latents, then write the weights that `vae` holds, `best/`, metrics, loss curves and report."""
     output_dir = Path(args.output_dir)
     measure_latents(accelerator, vae, train_images, args.train_batch_size)
     best = FlowerAutoencoderKL.from_pretrained(output_dir / "best").to(accelerator.device).eval()
@@ -232,7 +233,8 @@ def save_results(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, train
     best.save_pretrained(output_dir / "best")
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     save_loss_curves(training.read_log(output_dir / "log.jsonl"), LOSS_NAMES, output_dir / "autoencoder_losses.png")
-    print(f"autoencoder in {output_dir}, its reconstructions of held-out images in {output_dir / 'reconstructions'}")
+    report = write_report(output_dir)
+    print(f"autoencoder in {output_dir}, its reconstructions of held-out images and its losses on one page: {report}")
 
 
 def build_parts(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptual: PerceptualLoss | None) -> tuple:

@@ -38,6 +38,7 @@ from flower_ldm.diffusion import (
 )
 from flower_ldm.errors import InputError, exit_on_input_error
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
+from flower_ldm.report import write_report
 from flower_ldm.visualization import save_class_grid, save_diffusion_loss
 
 PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 4  # a class grid's columns and rows
@@ -192,7 +193,7 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
 
 
 def save_results(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, results: dict) -> None:
-    """The pipeline with the weights that `unet` holds now, its class grid, the metrics and the loss curves."""
+    """The pipeline with the weights that `unet` holds now, its class grid, metrics, loss curves and report."""
     output_dir = Path(args.output_dir)
     pipeline.save_pretrained(output_dir)
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -200,7 +201,7 @@ def save_results(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, re
     samples = output_dir / "samples" / f"step-{results['step']:08d}.png"
     draw_class_grid(accelerator, args, pipeline, samples)
     grid = shutil.copy(samples, output_dir / "vae_samples_grid_subset.png")
-    print(f"pipeline in {output_dir}, samples in {grid}")
+    print(f"pipeline in {output_dir}, samples in {grid}, the run on one page: {write_report(output_dir)}")
 
 
 def main(argv: list[str] | None = None) -> None:
