@@ -4,7 +4,7 @@ Travels to the Hub at the root of each repository that it saves, so it imports t
 diffusers only. It knows its parts by what they do, never by class: `FlowerAutoencoderKL` and `FlowerUNet2DModel`, or
 diffusers' own `AutoencoderKL` and `UNet2DModel`, with any of diffusers' schedulers.
 
-Shapes: B = labels x images per label, Z latent channels, (h, w) latent positions, (H, W) pixels.
+Shapes: L labels, B = L x images per label, K classes, Z latent channels, (h, w) latent positions, (H, W) pixels.
 """
 
 import difflib
@@ -42,7 +42,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "denoised_latents"]
 
     def __init__(
         self,
@@ -115,7 +115,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
         """Draw `num_images_per_label` images of each label, label by label.
 
         Args:
-            labels: a name, an index, or several of either.
+            labels: a name, an index, or several of either; or mixtures of classes, a float tensor `(L, K)` of weights
+                that sum to 1 in each row, where the unet takes them (`FlowerUNet2DModel` does).
             guidance_scale: classifier-free guidance (Ho & Salimans 2022, eq. 6 with scale = 1 + w); 1 means off.
             guidance_interval: from where to where guidance acts, in fractions of the trajectory: 0 is pure noise, 1
                 the clean image (Kynkäänniemi et al. 2024). Outside, a step costs half.
@@ -126,6 +127,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
                 normalised to unit variance as the unet sees them.
             callback_on_step_end: called as `(pipe, step_index, timestep, {"latents": latents})` after each step;
                 latents that it returns in a dict take the place of these.
+            callback_on_step_end_tensor_inputs: what that dict holds: "latents" after the step, as the scheduler scales
+                them; "denoised_latents", the clean ones that the step aimed at (`predict_denoised_latents`).
 
         Returns:
             `ImagePipelineOutput` with `images`, or `(images,)` where `return_dict=False`.
@@ -133,13 +136,13 @@ class FlowerLDMPipeline(DiffusionPipeline):
         Raises:
             ValueError: for each argument that can't be right, before anything is computed.
         """
-        class_labels = self.get_label_ids(labels)
+        class_labels = self.prepare_class_labels(labels)  # (L,) or (L, K + 1)
         self.check_inputs(
             len(class_labels), num_images_per_label, guidance_scale, guidance_interval, num_inference_steps, eta,
             generator, latents, output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         device = self._execution_device
-        class_labels = torch.tensor(class_labels, device=device).repeat_interleave(num_images_per_label)  # (B,)
+        class_labels = class_labels.to(device).repeat_interleave(num_images_per_label, dim=0)  # (B,) or (B, K + 1)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         latents = self.prepare_latents(len(class_labels), generator, latents, device)  # (B, Z, h, w)
@@ -153,9 +156,13 @@ class FlowerLDMPipeline(DiffusionPipeline):
                     break
                 guided = guidance_scale != 1 and begin <= step_index / len(timesteps) < end
                 prediction = self.predict(latents, timestep, class_labels, guidance_scale if guided else 1)
+                given = {}
+                if callback_on_step_end is not None and "denoised_latents" in callback_on_step_end_tensor_inputs:
+                    given["denoised_latents"] = self.predict_denoised_latents(prediction, latents, timestep)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 if callback_on_step_end is not None:
-                    given = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    if "latents" in callback_on_step_end_tensor_inputs:
+                        given["latents"] = latents
                     latents = (callback_on_step_end(self, step_index, timestep, given) or {}).get("latents", latents)
                 progress_bar.update()
 
@@ -173,13 +180,54 @@ class FlowerLDMPipeline(DiffusionPipeline):
         noisy_latents = self.scheduler.scale_model_input(latents, timestep)
         if guidance_scale != 1:
             noisy_latents = torch.cat([noisy_latents, noisy_latents])  # (2 B, Z, h, w)
-            class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.null_label)])  # (2 B,)
+            class_labels = torch.cat([class_labels, self._null_labels(class_labels)])  # (2 B,) or (2 B, K + 1)
         timesteps = timestep.expand(len(noisy_latents))
         prediction = self.unet(noisy_latents.to(self.unet.dtype), timesteps, class_labels).sample.to(latents.dtype)
         if guidance_scale == 1:
             return prediction
         conditional, unconditional = prediction.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def predict_denoised_latents(
+        self, prediction: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """The clean latents `(B, Z, h, w)`, normalised, that a prediction at this step stands for, nothing clipped.
+
+        The noisy latents are alpha x clean + sigma x noise; the prediction is one of the two, or the velocity
+        alpha x noise - sigma x clean (Salimans & Ho 2022). To be asked before the scheduler makes its step.
+
+        Raises:
+            ValueError: where the scheduler's `prediction_type` is none of the three.
+        """
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "sample":
+            return prediction
+        alpha, sigma = self.signal_and_noise(timestep)
+        # Of unit variance whatever the scheduler: those that let the noise grow scale them for the unet.
+        noisy_latents = self.scheduler.scale_model_input(latents, timestep)
+        if prediction_type == "epsilon":
+            return (noisy_latents - sigma * prediction) / alpha
+        if prediction_type == "v_prediction":
+            return alpha * noisy_latents - sigma * prediction
+        raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {prediction_type!r}")
+
+    def signal_and_noise(self, timestep: torch.Tensor | float) -> tuple[float, float]:
+        """`(alpha, sigma)`, the shares of clean latents and of noise in noisy latents; their squares sum to 1.
+
+        Between two timesteps sigma / alpha is interpolated, as in the schedulers whose timesteps are fractions.
+        """
+        timestep = float(timestep)
+        alphas_cumprod = self.scheduler.alphas_cumprod
+        lower = min(max(math.floor(timestep), 0), len(alphas_cumprod) - 1)
+        variance = float(alphas_cumprod[lower])  # of the signal
+        fraction = timestep - lower
+        if fraction > 0 and lower + 1 < len(alphas_cumprod):
+            following = float(alphas_cumprod[lower + 1])
+            if following == 0:  # pure noise: the ratio has no bound
+                return math.sqrt(variance), math.sqrt(1 - variance)
+            low, high = math.sqrt(1 / variance - 1), math.sqrt(1 / following - 1)
+            variance = 1 / (1 + (low + fraction * (high - low)) ** 2)
+        return math.sqrt(variance), math.sqrt(1 - variance)
 
     def prepare_latents(
         self,
@@ -213,16 +261,57 @@ class FlowerLDMPipeline(DiffusionPipeline):
         images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         return images if output_type == "np" else self.numpy_to_pil(images)
 
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] -> the mean of their latents `(B, Z, h, w)`, normalised, float32."""
+        raw_latents = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mean.float()
+        if hasattr(self.vae, "normalize"):
+            return self.vae.normalize(raw_latents)
+        shift, scale = self._statistics(raw_latents)
+        return (raw_latents - shift) / scale
+
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         if hasattr(self.vae, "denormalize"):
             return self.vae.denormalize(latents)
-        # diffusers' own autoencoders: one factor for all channels, or statistics per channel on top of it
+        shift, scale = self._statistics(latents)
+        return latents * scale + shift
+
+    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """Shift and scale of diffusers' own autoencoders: one factor for all channels, or statistics on top of it."""
         config = self.vae.config
-        latents = latents / config.scaling_factor
         if config.get("latents_mean") is None or config.get("latents_std") is None:
-            return latents + (config.get("shift_factor") or 0.0)
+            return config.get("shift_factor") or 0.0, 1 / config.scaling_factor
         mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-        return latents * std + mean
+        return mean, std / config.scaling_factor
+
+    def prepare_class_labels(self, labels: str | int | Sequence[str | int] | torch.Tensor) -> torch.Tensor:
+        """What the unet is given: labels `(L,)` int64, or of mixtures the weights `(L, K + 1)` of each embedding row.
+
+        Raises:
+            ValueError: for a label that there isn't, for weights that are no mixture, and for a mixture where the unet
+                knows single classes only.
+        """
+        if not (isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim == 2):
+            return torch.tensor(self.get_label_ids(labels))
+        if not getattr(self.unet, "takes_class_mixtures", False):
+            kind = type(getattr(self.unet, "_orig_mod", self.unet)).__name__
+            raise ValueError(f"labels are mixtures of classes, but {kind} takes single ones: give names or indices")
+        if labels.shape[0] == 0 or labels.shape[1] != self.num_classes:
+            raise ValueError(
+                f"labels as mixtures must have the shape (L, {self.num_classes}), a weight for each class, "
+                f"got {tuple(labels.shape)}"
+            )
+        if not ((labels >= 0).all() and ((labels.sum(dim=1) - 1).abs() < 1e-2).all()):
+            raise ValueError("labels as mixtures must hold weights of at least 0 that sum to 1 in each row")
+        return torch.nn.functional.pad(labels, (0, 1))  # no share of the null label
+
+    def _null_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """As many null labels in the same form: indices `(B,)` or weights `(B, K + 1)`."""
+        if not class_labels.is_floating_point():
+            return torch.full_like(class_labels, self.null_label)
+        weights = torch.zeros_like(class_labels)
+        weights[:, self.null_label] = 1
+        return weights
 
     def get_label_ids(self, labels: str | int | Sequence[str | int] | torch.Tensor) -> list[int]:
         """Names and indices -> indices. A string is looked up as a name first, then read as an index.

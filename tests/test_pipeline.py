@@ -1,5 +1,6 @@
 """pipelines/pipeline_flower_ldm.py: labels, guidance, noise, schedulers, outputs, saving so that it loads anywhere."""
 
+import inspect
 import json
 import logging
 import os
@@ -148,6 +149,49 @@ def test_bad_label_is_one_clear_line(stock_pipe, labels, message):
         sample(stock_pipe, labels)
     assert "\n" not in str(error.value)
     assert not calls
+
+
+def test_a_mixture_of_one_class_is_that_class():
+    pipe = make_pipeline(flower_parts)
+    calls = record_forwards(pipe)
+    mixed = sample(pipe, torch.eye(4)[[1, 3]], guidance_scale=2.0)
+    torch.testing.assert_close(mixed, sample(pipe, [1, 3], guidance_scale=2.0), rtol=1e-4, atol=1e-5)
+    assert calls[0] == torch.eye(5)[[1, 3, 4, 4]].tolist()  # guided by the null label
+
+
+def test_mixtures_lie_between_their_classes():
+    pipe = make_pipeline(flower_parts)
+    noise = torch.randn(1, *pipe.latents_shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.tensor([[1.0, 0, 0, 0], [0.9, 0, 0.1, 0], [0.5, 0, 0.5, 0], [0, 0, 1, 0]])
+    images = sample(pipe, weights, latents=noise.expand(4, -1, -1, -1), guidance_scale=1)
+    distances = (images - images[0]).flatten(1).norm(dim=1)
+    assert 0 == distances[0] < distances[1] < distances[2] < distances[3]
+    twice = sample(pipe, weights[:2], num_images_per_label=2, latents=noise.expand(4, -1, -1, -1), guidance_scale=1)
+    torch.testing.assert_close(twice, images[[0, 0, 1, 1]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.full((2, 5), 0.2), r"must have the shape \(L, 4\), a weight for each class, got \(2, 5\)"),
+        (torch.zeros(0, 4), r"must have the shape \(L, 4\), a weight for each class, got \(0, 4\)"),
+        (torch.eye(4) * 2, "weights of at least 0 that sum to 1"),
+        (torch.tensor([[1.5, -0.5, 0, 0]]), "weights of at least 0 that sum to 1"),
+        (torch.tensor([[float("nan"), 1, 0, 0]]), "weights of at least 0 that sum to 1"),
+    ],
+)
+def test_bad_mixture_is_one_clear_line(labels, message):
+    pipe = make_pipeline(flower_parts)
+    calls = record_forwards(pipe)
+    with pytest.raises(ValueError, match=message) as error:
+        sample(pipe, labels)
+    assert "\n" not in str(error.value)
+    assert not calls
+
+
+def test_a_stock_unet_takes_no_mixtures(stock_pipe):
+    with pytest.raises(ValueError, match="^labels are mixtures of classes, but UNet2DModel takes single ones: give"):
+        sample(stock_pipe, torch.eye(4))
 
 
 def test_without_names_indices_still_work():
@@ -309,6 +353,16 @@ def test_flower_vae_is_decoded_through_its_statistics():
         torch.testing.assert_close(pipe.decode_latents(latents, "pt"), (expected / 2 + 0.5).clamp(0, 1))
 
 
+def test_encoded_images_are_the_latents_that_are_decoded(pipe):
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = pipe.encode_images(images)
+    raw_latents = pipe.vae.encode(images).latent_dist.mean
+    assert not torch.allclose(latents, raw_latents, atol=0.01)
+    torch.testing.assert_close(pipe._denormalize(latents), raw_latents)
+    pipe.vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[3.0] * 4)
+    torch.testing.assert_close(pipe._denormalize(pipe.encode_images(images)), raw_latents)
+
+
 def test_bfloat16_draws_the_same_noise_and_stays_near(pipe):
     reference = sample(pipe, output_type="latent")
     pipe.to(torch.bfloat16)
@@ -334,6 +388,99 @@ def test_callback_sees_each_step_and_may_replace_the_latents(pipe):
     assert [timestep for _, timestep, _ in seen] == pipe.scheduler.timesteps.tolist()
     assert seen[0][2] == ["latents"]
     assert not latents.any()
+
+
+def recorded(pipe: FlowerLDMPipeline, monkeypatch, **options) -> tuple[list, list]:
+    """Of each step what the callback got as denoised latents, and what the scheduler itself returned."""
+    given, own = [], []
+    step = pipe.scheduler.step
+
+    def stepped(*args, **kwargs):
+        own.append(step(*args, **kwargs))
+        return own[-1]
+
+    monkeypatch.setattr(pipe.scheduler, "step", stepped)
+    sample(
+        pipe,
+        callback_on_step_end=lambda *args: given.append(args[3]),
+        callback_on_step_end_tensor_inputs=["latents", "denoised_latents"],
+        **options,
+    )
+    return given, own
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    "scheduler", ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+                  "HeunDiscreteScheduler"],
+)  # fmt: skip
+def test_denoised_latents_are_the_schedulers_own(stock_pipe, monkeypatch, scheduler, prediction_type):
+    if scheduler == "EulerAncestralDiscreteScheduler" and prediction_type == "sample":
+        pytest.skip("diffusers has not implemented it")
+    config = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False, "prediction_type": prediction_type}
+    stock_pipe.scheduler = getattr(diffusers, scheduler)(
+        **{name: value for name, value in config.items()
+           if name in inspect.signature(getattr(diffusers, scheduler)).parameters}
+    )  # fmt: skip
+    given, own = recorded(stock_pipe, monkeypatch, num_inference_steps=7)  # Euler's timesteps are fractions
+    assert len(given) == len(own) == len(stock_pipe.scheduler.timesteps)
+    for one, output in zip(given, own, strict=True):
+        scale = output.pred_original_sample.abs().max().item()
+        torch.testing.assert_close(one["denoised_latents"], output.pred_original_sample, rtol=1e-3, atol=1e-4 * scale)
+        assert torch.equal(one["latents"], output.prev_sample)
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
+                  "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"],
+)  # fmt: skip
+def test_denoised_latents_of_known_data(scheduler):
+    """Where all latents of class k are means[k], the exact denoiser predicts them from whatever noise."""
+    training = DDPMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="trailing")
+    pipe = FlowerLDMPipeline(stock_parts()[0], GaussianDenoiser([-1.0, 2.0], std=0.0, num_classes=2), training)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(training.config)
+    pipe.set_progress_bar_config(disable=True)
+    denoised = []
+    sample(
+        pipe, [0, 1], num_inference_steps=8, guidance_scale=1, callback_on_step_end_tensor_inputs=["denoised_latents"],
+        callback_on_step_end=lambda *args: denoised.append(args[3]["denoised_latents"]),
+    )  # fmt: skip
+    assert len(denoised) == len(pipe.scheduler.timesteps)
+    expected = torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    for latents in denoised:
+        torch.testing.assert_close(latents, expected, rtol=0, atol=0.05)
+
+
+def test_denoised_latents_where_the_last_step_is_pure_noise(stock_pipe, monkeypatch):
+    stock_pipe.scheduler = DDIMScheduler(
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction", clip_sample=False
+    )
+    given, own = recorded(stock_pipe, monkeypatch)
+    assert stock_pipe.signal_and_noise(999) == (0.0, 1.0)
+    for one, output in zip(given, own, strict=True):
+        torch.testing.assert_close(one["denoised_latents"], output.pred_original_sample, rtol=1e-4, atol=1e-5)
+
+
+def test_denoised_latents_are_computed_only_when_asked_for(stock_pipe, monkeypatch):
+    asked = []
+    predict = stock_pipe.predict_denoised_latents
+    monkeypatch.setattr(stock_pipe, "predict_denoised_latents", lambda *args: asked.append(1) or predict(*args))
+    expected = sample(stock_pipe)
+    sample(stock_pipe, callback_on_step_end=lambda *_: {})
+    sample(stock_pipe, callback_on_step_end_tensor_inputs=["denoised_latents"])
+    assert not asked
+    inputs = ("denoised_latents", "latents")
+    watched = sample(stock_pipe, callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=inputs)
+    assert len(asked) == STEPS and torch.equal(watched, expected)
+
+
+def test_signal_and_noise_between_timesteps(stock_pipe):
+    alphas_cumprod = stock_pipe.scheduler.alphas_cumprod.double()
+    ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    for timestep, ratio in ((0, ratios[0]), (500, ratios[500]), (500.25, torch.lerp(*ratios[500:502], 0.25))):
+        alpha, sigma = stock_pipe.signal_and_noise(torch.tensor(timestep))
+        assert sigma / alpha == pytest.approx(ratio.item(), rel=1e-4)
+        assert alpha**2 + sigma**2 == pytest.approx(1)
 
 
 def test_interrupt_ends_the_denoising(pipe):

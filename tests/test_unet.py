@@ -133,6 +133,10 @@ def test_gradient_checkpointing_gives_identical_gradients():
 def test_traces_as_one_graph(unet):
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(*make_inputs()).sample, unet(*make_inputs()).sample, atol=1e-5)
+    sample, timesteps, _ = make_inputs()
+    weights = torch.full((3, CONFIG["num_classes"] + 1), 1 / 6)
+    expected = unet(sample, timesteps, weights).sample
+    assert torch.allclose(compiled(sample, timesteps, weights).sample, expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -183,6 +187,32 @@ def test_null_label_is_the_default(unet):
     assert unet.null_label == 5
     expected = unet(sample, timesteps, torch.full((3,), 5)).sample
     assert torch.equal(unet(sample, timesteps).sample, expected)
+
+
+def test_floats_as_labels_weigh_the_rows_of_the_embedding(unet):
+    sample, timesteps, class_labels = make_inputs()
+    one_hot = F.one_hot(class_labels, CONFIG["num_classes"] + 1).float()
+    expected = unet(sample, timesteps, class_labels).sample
+    torch.testing.assert_close(unet(sample, timesteps, one_hot).sample, expected, rtol=1e-5, atol=1e-6)
+    seen = []
+    unet_of_one_class = make_unet()
+    unet_of_one_class.modulation.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    unet_of_one_class(sample[:1], 7, torch.tensor([[0.25, 0, 0.75, 0, 0, 0]]))
+    table = unet_of_one_class.class_embedding.weight
+    with torch.no_grad():
+        table[4] = 0.25 * table[0] + 0.75 * table[2]
+    unet_of_one_class(sample[:1], 7, torch.tensor([4]))
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_floats_as_labels_in_half_precision(unet, dtype):
+    sample, timesteps, class_labels = make_inputs()
+    weights = F.one_hot(class_labels, CONFIG["num_classes"] + 1).float()
+    prediction = make_unet().to(dtype)(sample.to(dtype), timesteps, weights).sample
+    assert prediction.dtype == dtype
+    expected = unet(sample, timesteps, class_labels).sample
+    assert (prediction.float() - expected).norm() < 0.03 * expected.norm()
 
 
 # Attention and skips
@@ -287,3 +317,7 @@ def test_inputs_that_do_not_fit():
         unet(sample, timesteps[:2], class_labels)
     with pytest.raises(ValueError, match=r"class_labels must have shape \(3,\)"):
         unet(sample, timesteps, class_labels[:2])
+    with pytest.raises(ValueError, match=r"float class_labels must have shape \(3, 6\), not \(3,\)"):
+        unet(sample, timesteps, class_labels.float())
+    with pytest.raises(ValueError, match=r"class_labels must have shape \(3,\), not \(3, 6\)"):
+        unet(sample, timesteps, torch.zeros(3, 6, dtype=torch.int64))

@@ -173,6 +173,7 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["FlowerTransformerBlock"]
     _repeated_blocks = ["FlowerTransformerBlock"]
+    takes_class_mixtures = True  # floats as `class_labels`, see `forward`
 
     @register_to_config
     def __init__(
@@ -267,7 +268,8 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
         Args:
             sample: noisy latents `(B, C, H, W)`, H and W multiples of `patch_size`.
             timestep: a number or a tensor of 1 or B of them.
-            class_labels: `(B,)` int64, `null_label` for no class; None: no class for the whole batch.
+            class_labels: `(B,)` int64, `null_label` for no class; None: no class for the whole batch. Or float
+                `(B, num_classes + 1)`, the weight of each row of the class embedding, for what lies between classes.
             return_dict: False for a plain tuple.
 
         Raises:
@@ -322,7 +324,11 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
             timesteps = torch.full((batch_size,), timestep, device=sample.device)
         if class_labels is None:
             class_labels = torch.full((batch_size,), self.null_label, device=sample.device)
-        if class_labels.shape != (batch_size,):
-            raise ValueError(f"class_labels must have shape ({batch_size},), not {tuple(class_labels.shape)}.")
+        mixed = class_labels.is_floating_point()
+        shape = (batch_size, self.config.num_classes + 1) if mixed else (batch_size,)
+        if class_labels.shape != shape:
+            kind = "float class_labels" if mixed else "class_labels"
+            raise ValueError(f"{kind} must have shape {shape}, not {tuple(class_labels.shape)}.")
         time = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
-        return time + self.class_embedding(class_labels)
+        table = self.class_embedding.weight
+        return time + (class_labels.to(table.dtype) @ table if mixed else self.class_embedding(class_labels))
