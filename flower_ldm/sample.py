@@ -5,7 +5,6 @@ one PNG per image and `grid.png`.
 """
 
 import argparse
-import re
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from flower_ldm import FlowerLDMPipeline
+from flower_ldm.data import file_safe_name
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
 
 DEFAULT_NUM_LABELS = 10
@@ -120,7 +120,7 @@ def file_names(names: list[str]) -> list[str]:
     count: Counter[str] = Counter()
     files = []
     for name in names:
-        stem = re.sub(r"[^\w-]+", "_", name).strip("_")[:80] or "class"
+        stem = file_safe_name(name)
         # counted without case, since some file systems don't tell "Rose_0.png" from "rose_0.png"
         files.append(f"{stem}_{count[stem.lower()]}.png")
         count[stem.lower()] += 1
