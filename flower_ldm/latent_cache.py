@@ -187,6 +187,10 @@ class LatentDataset(Dataset):
             "uniforms": uniforms[:, 1:],
         }
 
+    def posterior_means(self, indices: Sequence[int]) -> torch.Tensor:
+        """The normalised latents of these images, not flipped and without chance: `(B, C, h, w)` float32."""
+        return (self.cache.mean[torch.as_tensor(indices), 0].float() - self.latents_mean) / self.latents_std
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         """The same for one key, without the batch dimension."""
         return {name: value[0] for name, value in self.__getitems__([key]).items()}

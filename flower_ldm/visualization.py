@@ -1,18 +1,53 @@
-"""Pictures of a run: image grids, reconstructions beside their originals, loss curves.
+"""Pictures of a run: image grids, reconstructions beside their originals, loss curves, maps of the latents.
 
-Its neighbours: both training scripts call it; it reads images as `(B, 3, H, W)` in [-1, 1] and logs as
-`training.read_log` gives them.
+    python -m flower_ldm.visualization --pipeline results/flower-ldm --output pictures
+
+draws all that can be drawn from a pipeline, or with `--autoencoder` from stage 1's folder. Its neighbours: both
+training scripts call it; it reads images as `(B, 3, H, W)` in [-1, 1] and logs as `training.read_log` gives them; what
+a pipeline does on its way from noise to image is in `trajectory`.
 """
 
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
+import yaml
 from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from tqdm import tqdm
+
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
+from flower_ldm.data import ImageDataset, file_safe_name, load_datasets
+from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
+from flower_ldm.sample import fresh_folder, load_pipeline
+from flower_ldm.trajectory import LatentPlane
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+
+NAMED_CLASSES = 10  # that a picture shows by name; it has as many colours
+# Of CARTO's "Safe" palette, after Paul Tol's: colours that stay apart for the colour-blind.
+COLOURS = (
+    "#88CCEE",
+    "#CC6677",
+    "#DDCC77",
+    "#117733",
+    "#332288",
+    "#AA4499",
+    "#44AA99",
+    "#999933",
+    "#882255",
+    "#6699CC",
+)
+OTHERS = "#c9c9c9"
+# A map's sets in the order they are drawn: at most how many points of each, its marker and the marker's area.
+MAP_SETS = {"training": (1200, "o", 12), "held out": (500, "^", 26), "generated": (300, "*", 90)}
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -48,20 +83,43 @@ def save_reconstructions(
 
 def class_grid(images: np.ndarray, names: list[str], title: str | None = None) -> plt.Figure:
     """`(num_classes, images_per_class, H, W, 3)` uint8 -> one column a class, its name under it."""
-    num_classes, images_per_class = images.shape[:2]
+    return picture_table(images.swapaxes(0, 1), names, title=title)
+
+
+def picture_table(
+    images: np.ndarray,
+    column_names: Sequence[str] = (),
+    row_names: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+    title: str | None = None,
+) -> plt.Figure:
+    """`(num_rows, num_columns, H, W, 3)` uint8 as a table: names under its columns and left of its rows.
+
+    With `captions`, a line under each picture, row by row, the columns' names stand above.
+    """
+    num_rows, num_columns = images.shape[:2]
+    height = 1.25 * num_rows + 0.5 + (0.2 * num_rows if captions else 0)
     figure, axes = plt.subplots(
-        images_per_class,
-        num_classes,
-        figsize=(1.25 * num_classes, 1.25 * images_per_class + 0.5),
+        num_rows,
+        num_columns,
+        figsize=(1.25 * num_columns + (0.6 if row_names else 0), height),
         squeeze=False,
         layout="constrained",
     )
-    for column, name in enumerate(names):
-        for row in range(images_per_class):
-            axes[row, column].imshow(images[column, row], interpolation="nearest")
-            axes[row, column].set(xticks=[], yticks=[])
-            axes[row, column].spines[:].set_visible(False)
-        axes[-1, column].set_xlabel(_two_lines(name), fontsize=9)
+    for row, column in np.ndindex(num_rows, num_columns):
+        axis = axes[row, column]
+        axis.imshow(images[row, column], interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if captions:
+            axis.set_xlabel(captions[row][column], fontsize=8)
+    for column, name in enumerate(column_names):
+        if captions:
+            axes[0, column].set_title(_two_lines(name), fontsize=9)
+        else:
+            axes[-1, column].set_xlabel(_two_lines(name), fontsize=9)
+    for row, name in enumerate(row_names):
+        axes[row, 0].set_ylabel(_two_lines(name), fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
@@ -78,8 +136,37 @@ def _two_lines(name: str, width: int = 14) -> str:
 
 def save_class_grid(images: np.ndarray, names: list[str], path: Path, title: str | None = None) -> None:
     """`class_grid` as a file."""
+    _save(class_grid(images, names, title), path)
+
+
+def save_picture_table(images: np.ndarray, path: Path, **names) -> None:
+    """`picture_table` as a file."""
+    _save(picture_table(images, **names), path)
+
+
+def save_nearest_neighbours(
+    samples: np.ndarray,
+    neighbours: np.ndarray,
+    distances: np.ndarray,
+    path: Path,
+    names: Sequence[str] = (),
+    title: str | None = None,
+) -> None:
+    """Samples `(M, H, W, 3)` uint8, a row each, beside their nearest training images `(M, k, H, W, 3)`.
+
+    Args:
+        distances: `(M, k)`, written under the neighbours.
+        names: a name for each row, such as the sample's class.
+    """
+    images = np.concatenate([samples[:, None], neighbours], axis=1)
+    captions = [["", *(f"{distance:#.3g}" for distance in row)] for row in distances]
+    columns = ["sample", "nearest", "2nd", "3rd", *(f"{rank}th" for rank in range(4, neighbours.shape[1] + 1))]
+    columns = columns[: images.shape[1]]
+    save_picture_table(images, path, column_names=columns, row_names=names, captions=captions, title=title)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = class_grid(images, names, title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -105,8 +192,7 @@ def save_loss_curves(lines: list[dict], names: list[str], path: Path) -> None:
         axis.grid(alpha=0.25)
         if len(axis.lines) > 1:
             axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def save_diffusion_loss(lines: list[dict], path: Path) -> None:
@@ -126,5 +212,377 @@ def save_diffusion_loss(lines: list[dict], path: Path) -> None:
         axis.grid(alpha=0.25)
         if axis.lines:
             axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
+
+
+# --- the latents, seen from above ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Latents of one origin: `latents` `(N, Z, h, w)` float32, normalised, and `labels` `(N,)` int64."""
+
+    latents: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def named_classes(num_classes: int, count: int = NAMED_CLASSES) -> list[int]:
+    """The labels that a picture shows by name: all, or `count` of them, spread over all."""
+    return np.linspace(0, num_classes - 1, min(num_classes, count)).round().astype(int).tolist()
+
+
+def spread_over_classes(labels: np.ndarray, limit: int, favoured: Sequence[int] = (), seed: int = 0) -> np.ndarray:
+    """At most `limit` indices into `labels` `(N,)`, in order and as many of each class as there can be; of the
+    `favoured` classes up to eight times as many, so that a cloud of theirs has a shape. The same for the same seed.
+    """
+    rank = np.empty(len(labels))
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = np.arange(len(members)) / (8 if label in favoured else 1)
+    return np.sort(shuffled[np.argsort(rank[shuffled], kind="stable")[:limit]])
+
+
+def tsne(latents: np.ndarray, seed: int = 0) -> np.ndarray:
+    """`(N, Z, h, w)` -> `(N, 2)` (van der Maaten & Hinton 2008), by way of their 50 principal components."""
+    flat = latents.reshape(len(latents), -1)
+    flat = PCA(min(50, *flat.shape), random_state=seed).fit_transform(flat)
+    perplexity = min(30.0, max(1.0, (len(flat) - 1) / 3))
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(flat)
+
+
+def save_latent_maps(sets: dict[str, LatentSet], class_names: list[str], folder: Path, seed: int = 0) -> LatentPlane:
+    """Write `latent_space_tsne.png` and `latent_space_pca.png`: the sets in one picture, coloured by class.
+
+    Args:
+        sets: by name, "training" and, where there are any, "held out" and "generated". Of each no more are drawn than
+            `MAP_SETS` allows, 2,000 together, spread over the classes: t-SNE of 9,209 points took 100 s.
+
+    Returns:
+        the plane of the PCA, which is laid through the training latents alone.
+    """
+    favoured = named_classes(len(class_names))
+    shown = {}
+    for name in [name for name in MAP_SETS if name in sets]:
+        kept = spread_over_classes(sets[name].labels, MAP_SETS[name][0], favoured, seed)
+        shown[name] = LatentSet(sets[name].latents[kept], sets[name].labels[kept])
+    plane = LatentPlane.fit(shown["training"].latents, shown["training"].labels)
+    by_pca = {name: plane.project(latents.latents) for name, latents in shown.items()}
+    embedded = tsne(np.concatenate([latents.latents for latents in shown.values()]), seed)
+    starts = np.cumsum([len(latents) for latents in shown.values()])[:-1]
+    by_tsne = dict(zip(shown, np.split(embedded, starts), strict=True))
+    labels = {name: latents.labels for name, latents in shown.items()}
+
+    figure, axis = plt.subplots(figsize=(8.2, 6.2), layout="constrained")
+    latent_map(axis, by_pca, labels, class_names)
+    shares = plane.pca.explained_variance_ratio_
+    axis.set_xlabel(f"1st principal component, {shares[0]:.1%} of the variance")
+    axis.set_ylabel(f"2nd principal component, {shares[1]:.1%}")
+    axis.set_title("Latents in the plane in which the training images vary most (PCA)", fontsize=10)
+    _save(figure, folder / "latent_space_pca.png")
+    figure, axis = plt.subplots(figsize=(8.2, 6.2), layout="constrained")
+    latent_map(axis, by_tsne, labels, class_names)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title("Latents, neighbours beside each other (t-SNE)", fontsize=10)
+    _save(figure, folder / "latent_space_tsne.png")
+    return plane
+
+
+def latent_map(
+    axis: plt.Axes, points: dict[str, np.ndarray], labels: dict[str, np.ndarray], class_names: list[str]
+) -> None:
+    """Each set's points `(N, 2)` with its own marker; up to 10 classes in colours of their own, the others grey."""
+    colour_of = dict(zip(named_classes(len(class_names)), COLOURS, strict=False))
+    for name, of_set in points.items():
+        _, marker, area = MAP_SETS[name]
+        style = {"marker": marker, "s": area, "linewidths": 0, "alpha": 0.6 if name == "training" else 0.9}
+        if name != "training":
+            style |= {"edgecolors": "black", "linewidths": 0.5}
+        named = np.isin(labels[name], list(colour_of))
+        axis.scatter(*of_set[~named].T, color=OTHERS, **(style | {"s": area / 2, "linewidths": 0}))
+        axis.scatter(*of_set[named].T, c=[colour_of[label] for label in labels[name][named].tolist()], **style)
+    handles = [plt.Line2D([], [], marker="s", linestyle="", color=c, label=class_names[k].strip())
+               for k, c in colour_of.items()]  # fmt: skip
+    if len(class_names) > len(colour_of):
+        rest = len(class_names) - len(colour_of)
+        handles.append(plt.Line2D([], [], marker="s", linestyle="", color=OTHERS, label=f"{rest} other classes"))
+    for name, of_set in points.items():
+        marker, size = MAP_SETS[name][1], 11 if name == "generated" else 6
+        handles.append(plt.Line2D([], [], marker=marker, linestyle="", color="#555555", markersize=size,
+                                  label=f"{name} ({len(of_set):,})"))  # fmt: skip
+    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.2)
+
+
+def encode_some(
+    encode: Callable[[torch.Tensor], torch.Tensor], dataset: ImageDataset, indices: np.ndarray, device: torch.device
+) -> LatentSet:
+    """The latents that `encode`, images `(B, 3, H, W)` -> `(B, Z, h, w)`, gives of the dataset's images `indices`."""
+    latents = []
+    with tqdm(total=len(indices), desc="encoding", unit=" images", leave=False) as progress:
+        for start in range(0, len(indices), 64):
+            batch = dataset.__getitems__(indices[start : start + 64].tolist())
+            with torch.inference_mode():
+                latents.append(encode(batch["images"].to(device)).float().cpu().numpy())
+            progress.update(len(latents[-1]))
+    return LatentSet(np.concatenate(latents), dataset.labels[torch.from_numpy(indices)].numpy())
+
+
+def encode_for_map(encode: Callable, datasets: dict[str, ImageDataset], device: torch.device) -> dict[str, LatentSet]:
+    """What `save_latent_maps` will show of each data set, and no more, encoded."""
+    sets = {}
+    for name, dataset in datasets.items():
+        favoured = named_classes(dataset.num_classes)
+        kept = spread_over_classes(dataset.labels.numpy(), MAP_SETS[name][0], favoured)
+        sets[name] = encode_some(encode, dataset, kept, device)
+    return sets
+
+
+def nearest_images(
+    images: torch.Tensor, dataset: ImageDataset, count: int = 5, size: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+    """The dataset's images nearest to `images` `(M, 3, H, W)` in [-1, 1], by their pixels at `size` x `size`.
+
+    Returns:
+        indices and distances, each `(M, count)`, nearest first; distances are root mean squares, 2 at most.
+    """
+
+    def small(batch: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(batch.float(), size=(size, size), mode="area").flatten(1)
+
+    with tqdm(total=len(dataset), desc="nearest images", unit=" images", leave=False) as progress:
+        distances = []
+        for keys in torch.arange(len(dataset)).split(256):
+            distances.append(torch.cdist(small(images), small(dataset.__getitems__(keys.tolist())["images"])))
+            progress.update(len(keys))
+    nearest = torch.cat(distances, dim=1).topk(min(count, len(dataset)), dim=1, largest=False)
+    return nearest.indices.numpy(), nearest.values.numpy() / (3 * size**2) ** 0.5
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+DATA_FLAGS = ("dataset", "data_dir", "image_column", "label_column", "skip_bad_images", "train_splits", "val_splits",
+              "classes", "images_per_class", "seed")  # fmt: skip
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+GRID_IMAGES, MAP_IMAGES = 4, 10  # generated images of a class in the class grid and in the command's latent maps
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="python -m flower_ldm.visualization",
+        description="Draw every picture of a pipeline, or of an autoencoder.",
+    )
+    # what is looked at
+    parser.add_argument("--pipeline", help="folder of a pipeline, or its id on the Hub")
+    parser.add_argument("--autoencoder", help="stage 1's output folder")
+    parser.add_argument("--labels", nargs="+", help="classes whose denoising is drawn (default: 3, spread over all)")
+    # the images, for the pictures that need some; where the folder has an args.yaml, those of the run
+    parser.add_argument("--dataset", help="default: that of the folder's args.yaml; none: only what needs no images")
+    parser.add_argument("--data_dir")
+    parser.add_argument("--train_splits", nargs="+")
+    parser.add_argument("--val_splits", nargs="+")
+    parser.add_argument("--classes", nargs="+")
+    parser.add_argument("--image_column")
+    parser.add_argument("--label_column")
+    parser.add_argument("--skip_bad_images", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--images_per_class", type=int)
+    # how it is drawn
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_inference_steps", "--steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="1 means off")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("pictures"),
+        help="folder; where it isn't empty, NAME-2, NAME-3 ... is made",
+    )
+    args = parser.parse_args(argv)
+    if (args.pipeline is None) == (args.autoencoder is None):
+        raise InputError("give either --pipeline, of stage 2 or the Hub, or --autoencoder, stage 1's folder")
+    return args
+
+
+def load_images(args: argparse.Namespace, folder: str, resolution: int) -> dict[str, ImageDataset]:
+    """Training and held-out images, of the flags or of the run that is in `folder`; none where neither names any."""
+    run = Path(folder) / "args.yaml"
+    options = {}
+    if args.dataset is None and run.is_file():
+        options = {name: value for name, value in yaml.safe_load(run.read_text()).items() if name in DATA_FLAGS}
+    given = {name: getattr(args, name) for name in DATA_FLAGS if name != "seed"}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if options.get("dataset", "none") == "none":
+        return {}
+    return dict(zip(("training", "held out"), load_datasets(**options, resolution=resolution), strict=True))
+
+
+def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: dict[str, ImageDataset], folder: Path):
+    """Every picture of a pipeline; those that compare it with images where there are any."""
+    pipe.set_progress_bar_config(desc="denoising", leave=False)
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    columns = named_classes(pipe.num_classes)
+    names = [pipe.class_names[label] for label in columns]
+    latents = trajectory.draw_classes(pipe, columns, args.seed, MAP_IMAGES, **options)
+    images = trajectory.decode(pipe, latents)
+    images = images.reshape(len(columns), MAP_IMAGES, *images.shape[1:])
+    generated = LatentSet(latents.cpu().numpy(), np.repeat(columns, MAP_IMAGES))
+    save_class_grid(images[:, :GRID_IMAGES], names, folder / "vae_samples_grid_subset.png")
+    if datasets:
+        sets = encode_for_map(pipe.encode_images, datasets, pipe.device)
+        plane = save_latent_maps({**sets, "generated": generated}, pipe.class_names, folder)
+        save_side_by_side(pipe, datasets["held out"], columns, images[:, 0], folder)
+        save_neighbours_of(images[:, 0], names, datasets["training"], folder)
+    else:
+        plane = LatentPlane.fit(generated.latents, generated.labels)
+    labels = pipe.get_label_ids(args.labels) if args.labels else named_classes(pipe.num_classes, 3)
+    save_denoising(pipe, labels, plane, folder, args.seed, **options)
+    save_interpolations(pipe, labels, folder, args.seed, **options)
+    steps = {"num_inference_steps": args.num_inference_steps}
+    save_picture_table(
+        trajectory.sweep_guidance(pipe, labels, GUIDANCE_SCALES, args.seed, **steps),
+        folder / "guidance_sweep.png",
+        column_names=[f"{scale:g}" for scale in GUIDANCE_SCALES],
+        row_names=[pipe.class_names[label] for label in labels],
+        title="guidance scale (1 is off), each row from the same noise",
+    )
+
+
+def save_denoising(
+    pipe: FlowerLDMPipeline, labels: Sequence[int], plane: LatentPlane, folder: Path, seed: int = 0, **options
+) -> list[Path]:
+    """`denoising_path_<class>.png` and `diffusion_animation_<class>.gif` of each label; the files, the paths first."""
+    stems: dict[int, str] = {}
+    for label in labels:
+        stem = file_safe_name(pipe.class_names[label])
+        # Compared without case, since some file systems don't tell "Rose" from "rose".
+        taken = stem.lower() in [other.lower() for other in stems.values()]
+        stems[label] = f"{stem}_{label}" if taken else stem
+    pictures, animations = [], []
+    for label, stem in tqdm(stems.items(), desc="denoising paths", leave=False):
+        recorded = trajectory.record_trajectory(pipe, label, seed, **options)
+        pictures.append(folder / f"denoising_path_{stem}.png")
+        trajectory.save_denoising_path(recorded, plane, pictures[-1])
+        animations += trajectory.save_animation(recorded, folder / f"diffusion_animation_{stem}.gif")
+    return pictures + animations
+
+
+def save_interpolations(
+    pipe: FlowerLDMPipeline, labels: Sequence[int], folder: Path, seed: int = 0, num_images: int = 8, **options
+) -> None:
+    """`interpolation_seeds.png`, a row for each label, and `interpolation_classes.png`, a row from each to the next.
+
+    The second needs two labels and a unet that takes mixtures of classes; without, it says so and leaves it out.
+    """
+    rows = [trajectory.interpolate_seeds(pipe, label, (seed, seed + 1), num_images, **options) for label in labels]
+    names = [pipe.class_names[label] for label in labels]
+    title = f"one class, from the noise of seed {seed} to that of seed {seed + 1} along the arc"
+    save_picture_table(np.stack(rows), folder / "interpolation_seeds.png", row_names=names, title=title)
+    if len(labels) < 2:
+        print("left out interpolation_classes.png: it needs two --labels")
+        return
+    pairs = list(zip(labels, [*labels[1:], labels[0]], strict=True))[: 1 if len(labels) == 2 else None]
+    try:
+        rows = [trajectory.interpolate_classes(pipe, *pair, num_images, seed, **options) for pair in pairs]
+    except ValueError as error:
+        print(f"left out interpolation_classes.png: {error}")
+        return
+    save_picture_table(
+        np.stack(rows),
+        folder / "interpolation_classes.png",
+        row_names=[f"{pipe.class_names[start]} to {pipe.class_names[end]}" for start, end in pairs],
+        title="from class to class, each row from the same noise",
+    )
+
+
+def save_side_by_side(
+    pipe: FlowerLDMPipeline, images: ImageDataset, labels: Sequence[int], generated: np.ndarray, folder: Path
+) -> None:
+    """`original_reconstructed_generated.png`: of each class a held-out image, its reconstruction and a sample.
+
+    Classes without a held-out image are left out. `generated`: `(len(labels), H, W, 3)` uint8.
+    """
+    first = {label: torch.nonzero(images.labels == label)[:1].flatten().tolist() for label in labels}
+    columns = [number for number, label in enumerate(labels) if first[label]]
+    originals = images.__getitems__([first[labels[number]][0] for number in columns])["images"]
+    rebuilt = trajectory.decode(pipe, pipe.encode_images(originals))
+    save_picture_table(
+        np.stack([to_uint8(originals), rebuilt, generated[columns]]),
+        folder / "original_reconstructed_generated.png",
+        column_names=[pipe.class_names[labels[number]] for number in columns],
+        row_names=["held out", "reconstructed", "generated"],
+    )
+
+
+def save_neighbours_of(samples: np.ndarray, names: list[str], images: ImageDataset, folder: Path) -> None:
+    """`nearest_neighbours.png` of samples `(M, H, W, 3)` uint8, a row each, among these images."""
+    indices, distances = nearest_images(torch.from_numpy(samples).permute(0, 3, 1, 2) / 127.5 - 1, images)
+    neighbours = to_uint8(images.__getitems__(indices.flatten().tolist())["images"])
+    neighbours = neighbours.reshape(*indices.shape, *neighbours.shape[1:])
+    title = "samples and their nearest training images (root mean square of pixels in [-1, 1])"
+    save_nearest_neighbours(samples, neighbours, distances, folder / "nearest_neighbours.png", names, title)
+
+
+def draw_autoencoder(vae: FlowerAutoencoderKL, datasets: dict[str, ImageDataset], folder: Path) -> None:
+    """Reconstructions of held-out images, and the maps of the latents."""
+    held_out = datasets["held out"]
+    keys = np.linspace(0, len(held_out) - 1, min(16, len(held_out))).astype(int).tolist()
+    originals = held_out.__getitems__(keys)["images"].to(vae.device)
+    with torch.no_grad():
+        save_reconstructions(originals, vae(originals).sample, folder / "reconstructions.png")
+    save_latent_maps(encode_for_map(vae_encoder(vae), datasets, vae.device), held_out.class_names, folder)
+
+
+def vae_encoder(vae: FlowerAutoencoderKL) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Images `(B, 3, H, W)` -> normalised latents `(B, Z, h, w)`, the posterior's mean."""
+    return lambda images: vae.normalize(vae.encode(images).latent_dist.mean)
+
+
+def load_autoencoder(name: str, device: str) -> FlowerAutoencoderKL:
+    """Stage 1's result.
+
+    Raises:
+        InputError: where there is none, or no such device.
+    """
+    try:
+        return FlowerAutoencoderKL.from_pretrained(name).eval().to(torch.device(device))
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--autoencoder {name} can't be loaded to --device {device}: {reason}") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.autoencoder is not None:
+        vae = load_autoencoder(args.autoencoder, args.device)
+        datasets = load_images(args, args.autoencoder, vae.config.sample_size)
+        if not datasets:
+            raise InputError(f"--autoencoder {args.autoencoder} has no args.yaml: say by --dataset what to encode")
+        folder = fresh_folder(args.output)
+        draw_autoencoder(vae, datasets, folder)
+    else:
+        pipe = load_pipeline(args.pipeline, None, args.device, "float32")
+        try:
+            pipe.get_label_ids(args.labels or 0)
+            pipe.check_inputs(1, 1, args.guidance_scale, num_inference_steps=args.num_inference_steps)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        with torch.no_grad():
+            resolution = pipe.decode_latents(torch.zeros(1, *pipe.latents_shape, device=pipe.device), "pt").shape[-1]
+        datasets = load_images(args, args.pipeline, resolution)
+        if datasets and datasets["training"].class_names != pipe.class_names:
+            raise InputError(
+                f"--dataset has other classes than --pipeline, which draws {', '.join(pipe.class_names[:5])} ...: "
+                "name the same ones by --classes"
+            )
+        folder = fresh_folder(args.output)
+        draw_pipeline(args, pipe, datasets, folder)
+    print(f"{len(list(folder.iterdir()))} pictures are in {folder}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -448,6 +448,30 @@ def test_bad_classes(classes: list, message: str) -> None:
         data.select_classes(data.FLOWERS102_CLASSES, classes)
 
 
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("bishop of llandaff", "bishop_of_llandaff"),
+        ("hippeastrum ", "hippeastrum"),
+        ("globe-flower", "globe-flower"),
+        ("colt's foot", "colt_s_foot"),
+        ("pink-yellow dahlia?", "pink-yellow_dahlia"),
+        ("../up", "up"),
+        ("???", "class"),
+        ("edelweiß", "edelweiß"),
+        ("薔薇" * 50, ("薔薇" * 13)),  # 6 bytes a time
+    ],
+)
+def test_file_safe_name(name: str, safe: str) -> None:
+    assert data.file_safe_name(name) == safe
+    assert len(safe.encode()) <= 80
+
+
+def test_the_flowers_of_oxford_have_file_safe_names_of_their_own() -> None:
+    safe = {data.file_safe_name(name).lower() for name in data.FLOWERS102_CLASSES}
+    assert len(safe) == 102
+
+
 def test_select_classes_by_index_and_name() -> None:
     assert data.select_classes(data.FLOWERS102_CLASSES, [3, "17", " Sunflower"]) == [3, 17, 53]
     assert data.select_classes(["rose", "Rose"], ["Rose"]) == [1]

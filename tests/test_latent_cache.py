@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -278,6 +279,14 @@ def test_sample_follows_the_posterior_of_image_or_flip(latents):
         assert batch["uniforms"][side].mean(dim=0).tolist() == pytest.approx(
             [0.5, 0.5], abs=0.06
         )  # flip tells nothing
+
+
+def test_posterior_means_are_normalised_and_not_flipped(latents):
+    means = latents.posterior_means([2, 0])
+    expected = latents.cache.mean[[2, 0], 0].float()
+    expected = (expected - latents.latents_mean) / latents.latents_std
+    assert means.dtype == torch.float32 and torch.equal(means, expected)
+    assert torch.equal(latents.posterior_means(np.array([2, 0])), means)
 
 
 def test_noise_and_uniforms_are_what_they_are_called(latents):

@@ -1,21 +1,41 @@
 """`flower_ldm.visualization`: every picture shows what it was given, where it should."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from flower_ldm import FlowerLDMPipeline
+from flower_ldm.data import load_datasets
+from flower_ldm.errors import InputError
+from flower_ldm.synthetic import CLASS_NAMES
 from flower_ldm.visualization import (
+    COLOURS,
+    OTHERS,
+    LatentSet,
     class_grid,
     image_grid,
+    latent_map,
+    main,
+    named_classes,
+    nearest_images,
+    picture_table,
     save_class_grid,
+    save_denoising,
     save_diffusion_loss,
+    save_latent_maps,
     save_loss_curves,
+    save_nearest_neighbours,
     save_reconstructions,
+    spread_over_classes,
     to_uint8,
+    tsne,
 )
 
 SIZE, GAP = 64, 2  # of images that need no enlarging
@@ -114,6 +134,132 @@ def test_save_class_grid_writes_a_picture_and_leaves_no_figure_open(tmp_path):
     assert not plt.get_fignums()
 
 
+def test_picture_table_names_rows_columns_and_pictures():
+    images = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1).repeat(8, 2).repeat(8, 3).repeat(3, 4)
+    captions = [["a", "b", "c"], ["d", "e", "f"]]
+    figure = picture_table(images, ["1", "2", "4"], ["rose", "love-in-the-mist"], captions, title="scales")
+    axes = np.array(figure.axes).reshape(2, 3)
+    for row, column in np.ndindex(2, 3):
+        assert axes[row, column].images[0].get_array()[0, 0, 0] == images[row, column, 0, 0, 0]
+        assert axes[row, column].get_xlabel() == captions[row][column]
+    assert [axis.get_title() for axis in axes[0]] == ["1", "2", "4"]
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["rose", "love-in-\nthe-mist"]
+    plt.close(figure)
+    figure = picture_table(images, ["1", "2", "4"])
+    assert [axis.get_xlabel() for axis in figure.axes[3:]] == ["1", "2", "4"]
+    plt.close(figure)
+
+
+def test_nearest_neighbours_stand_beside_their_sample_with_their_distance(tmp_path, figures):
+    samples = np.full((2, 8, 8, 3), 7, dtype=np.uint8)
+    neighbours = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1).repeat(8, 2).repeat(8, 3).repeat(3, 4)
+    distances = np.array([[0.125, 0.25, 0.5], [0.0, 1.0, 2.0]])
+    save_nearest_neighbours(samples, neighbours, distances, tmp_path / "new" / "near.png", ["rose", "daisy"])
+    axes = np.array(figures[0].axes).reshape(2, 4)
+    assert [[axis.images[0].get_array()[0, 0, 0] for axis in row] for row in axes] == [[7, 0, 1, 2], [7, 3, 4, 5]]
+    assert [axis.get_xlabel() for axis in axes[0]] == ["", "0.125", "0.250", "0.500"]
+    assert [axis.get_title() for axis in axes[0]] == ["sample", "nearest", "2nd", "3rd"]
+    assert (tmp_path / "new" / "near.png").is_file()
+
+
+def test_nearest_images_by_their_pixels():
+    dataset, _ = load_datasets("synthetic", resolution=32, classes=[0, 1], images_per_class=10, show_progress=False)
+    images = dataset.__getitems__(list(range(20)))["images"]
+    indices, distances = nearest_images(images[[13, 4]] + 0.01, dataset, count=3)
+    assert indices[:, 0].tolist() == [13, 4]
+    np.testing.assert_allclose(distances[:, 0], 0.01, atol=1e-3)
+    for row, index in enumerate([13, 4]):
+        measured = (images - images[index] - 0.01).square().mean(dim=(1, 2, 3)).sqrt()
+        np.testing.assert_allclose(distances[row], measured.sort().values[:3], rtol=1e-3)
+    white, black = torch.ones(1, 3, 32, 32), -torch.ones(20, 3, 32, 32)
+    dataset._pixels = to_uint8_pixels(black)
+    assert nearest_images(white, dataset)[1] == pytest.approx(2)
+
+
+def to_uint8_pixels(images: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(to_uint8(images)).flatten()
+
+
+# Latents
+
+
+def test_named_classes_are_spread_over_all():
+    assert named_classes(4) == [0, 1, 2, 3]
+    assert named_classes(102) == [0, 11, 22, 34, 45, 56, 67, 79, 90, 101]
+    assert named_classes(102, 3) == [0, 50, 101] and named_classes(2, 3) == [0, 1]
+
+
+def test_points_are_spread_over_the_classes():
+    labels = np.repeat([0, 1, 2], [100, 20, 5])
+    kept = spread_over_classes(labels, 30)
+    assert np.bincount(labels[kept]).tolist() in ([13, 12, 5], [12, 13, 5])
+    assert (np.diff(kept) > 0).all()
+    assert np.array_equal(kept, spread_over_classes(labels, 30))
+    assert not np.array_equal(kept, spread_over_classes(labels, 30, seed=1))
+    assert kept[labels[kept] == 0].max() > 50  # not the first ones, which are alike in many a data set
+    assert np.array_equal(spread_over_classes(labels, 1000), np.arange(125))
+    few = np.bincount(labels[spread_over_classes(np.repeat(np.arange(3), 100), 100, favoured=[1])[:0]], minlength=3)
+    assert few.sum() == 0
+    counts = np.bincount(np.repeat(np.arange(3), 100)[spread_over_classes(np.repeat(np.arange(3), 100), 100, [1])])
+    assert counts[1] == 80 and counts.sum() == 100
+
+
+def clouds(num_classes: int, of_each: int, spread: float = 0.1, seed: int = 0) -> LatentSet:
+    """Latents around a centre for each class; the centres are the same for every seed."""
+    centres = np.random.default_rng(99).standard_normal((num_classes, 4, 2, 2))
+    labels = np.repeat(np.arange(num_classes), of_each)
+    noise = spread * np.random.default_rng(seed).standard_normal((len(labels), 4, 2, 2))
+    return LatentSet((centres[labels] + noise).astype(np.float32), labels)
+
+
+def test_tsne_keeps_classes_together():
+    latents = clouds(4, 20)
+    points = tsne(latents.latents)
+    distances = np.linalg.norm(points[:, None] - points, axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    assert (latents.labels[distances.argmin(axis=1)] == latents.labels).all()
+    assert np.array_equal(points, tsne(latents.latents))
+
+
+def test_tsne_of_few_images():
+    assert np.isfinite(tsne(clouds(2, 1).latents)).all()
+
+
+@pytest.mark.parametrize("num_classes", [3, 102])
+def test_latent_map_shows_classes_by_colour_and_sets_by_marker(num_classes):
+    figure, axis = plt.subplots()
+    names = [f"class {label} " for label in range(num_classes)]
+    labels = {"training": np.arange(num_classes), "generated": np.array([0, num_classes - 1])}
+    points = {name: np.column_stack([of_set, of_set]) for name, of_set in labels.items()}
+    latent_map(axis, points, labels, names)
+    shown = named_classes(num_classes)
+    drawn = {}
+    for collection in axis.collections:
+        for (x, _), colour in zip(collection.get_offsets(), collection.get_facecolors(), strict=False):
+            drawn.setdefault(int(x), set()).add(
+                "#{:02X}{:02X}{:02X}".format(*(int(255 * c + 0.5) for c in colour[:3]))
+            )
+    expected = {label: {COLOURS[shown.index(label)]} if label in shown else {OTHERS.upper()} for label in drawn}
+    assert drawn.keys() >= set(shown) and all(drawn[label] == expected[label] for label in shown)
+    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    others = [f"{num_classes - 10} other classes"] if num_classes > 10 else []
+    sets = [f"training ({num_classes})", "generated (2)"]
+    assert legend == [*(f"class {label}" for label in shown), *others, *sets]
+    plt.close(figure)
+
+
+def test_latent_maps_put_every_set_into_one_picture(tmp_path, figures):
+    sets = {"training": clouds(3, 30), "held out": clouds(3, 4, seed=1), "generated": clouds(3, 2, spread=9, seed=2)}
+    plane = save_latent_maps(sets, ["a", "b", "c"], tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"latent_space_pca.png", "latent_space_tsne.png"}
+    for figure in figures:
+        named = [len(collection.get_offsets()) for collection in figure.axes[0].collections]
+        assert named == [0, 90, 0, 12, 0, 6]
+    assert len(plane.points) == 90 and np.array_equal(plane.labels, sets["training"].labels)
+    alone = save_latent_maps({"training": sets["training"]}, ["a", "b", "c"], tmp_path / "alone")
+    np.testing.assert_allclose(alone.points, plane.points)  # what is generated doesn't turn the plane
+
+
 # Curves
 
 
@@ -159,3 +305,101 @@ def test_diffusion_loss_over_steps_and_by_timestep(tmp_path, figures):
 def test_diffusion_loss_of_a_run_without_a_log_line(tmp_path: Path):
     save_diffusion_loss([{"step": 0, "val_loss": 1.0}], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").is_file()
+
+
+# The command
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".mp4")
+
+
+def of_paths(*names: str) -> list[str]:
+    return [file for name in names for file in (f"denoising_path_{name}.png", f"diffusion_animation_{name}.gif")]
+
+
+def test_every_picture_of_a_pipeline(finished_runs, tmp_path, capsys):
+    flags = ["--labels", "0", CLASS_NAMES[2], "--output", str(tmp_path / "out"), "--steps", "3", "--device", "cpu"]
+    main(["--pipeline", str(finished_runs.flower_ldm), *flags])
+    first, second = (CLASS_NAMES[label].replace(" ", "_") for label in (0, 2))
+    expected = "vae_samples_grid_subset latent_space_tsne latent_space_pca original_reconstructed_generated"
+    expected += " nearest_neighbours guidance_sweep interpolation_classes interpolation_seeds"
+    expected = [f"{name}.png" for name in expected.split()] + of_paths(first, second)
+    assert pictures(tmp_path / "out") == sorted(expected)
+    for path in (tmp_path / "out").iterdir():
+        if path.suffix != ".mp4":
+            with Image.open(path) as picture:
+                assert np.asarray(picture.convert("L")).std() > 5, path.name
+    assert f"pictures are in {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_a_pipeline_with_a_stock_unet_and_without_images(finished_runs, tmp_path, capsys):
+    pipe = FlowerLDMPipeline.from_pretrained(finished_runs.flower_ldm)
+    channels, size, _ = pipe.latents_shape
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "norm_num_groups": 4}
+    unet = UNet2DModel(
+        sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(8, 16), layers_per_block=1,
+        num_class_embeds=5, **blocks,
+    )  # fmt: skip
+    FlowerLDMPipeline(pipe.vae, unet.eval(), pipe.scheduler, pipe.config.id2label).save_pretrained(tmp_path / "stock")
+    main(["--pipeline", str(tmp_path / "stock"), "--output", str(tmp_path / "out"), "--steps", "2", "--device", "cpu"])
+    names = [CLASS_NAMES[label].replace(" ", "_") for label in (0, 2, 3)]
+    rest = ["guidance_sweep.png", "interpolation_seeds.png", "vae_samples_grid_subset.png"]
+    assert pictures(tmp_path / "out") == sorted([*rest, *of_paths(*names)])
+    assert "left out interpolation_classes.png: labels are mixtures of classes" in capsys.readouterr().out
+
+
+def test_pictures_of_an_autoencoder(finished_runs, tmp_path):
+    main(["--autoencoder", str(finished_runs.autoencoder), "--output", str(tmp_path / "out"), "--device", "cpu"])
+    assert pictures(tmp_path / "out") == ["latent_space_pca.png", "latent_space_tsne.png", "reconstructions.png"]
+    last = finished_runs.autoencoder / "reconstructions" / "step-00000006.png"
+    drawn, expected = (
+        np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "out" / "reconstructions.png", last)
+    )
+    assert abs(drawn - expected).max() <= 1
+
+
+def test_classes_whose_file_safe_names_are_the_same_have_files_of_their_own(finished_runs, tmp_path):
+    pipe = FlowerLDMPipeline.from_pretrained(finished_runs.flower_ldm)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.register_to_config(id2label={"0": "a b", "1": "A?b", "2": "c", "3": "d"})
+    plane = save_latent_maps({"training": clouds(4, 3)}, pipe.class_names, tmp_path)
+    plane.pca.n_features_in_ = int(np.prod(pipe.latents_shape))
+    plane.pca.mean_ = np.zeros(plane.pca.n_features_in_)
+    plane.pca.components_ = np.eye(2, plane.pca.n_features_in_)
+    written = save_denoising(pipe, [0, 1], plane, tmp_path, num_inference_steps=2)
+    assert pictures(tmp_path) == sorted(["latent_space_pca.png", "latent_space_tsne.png", *of_paths("a_b", "A_b_1")])
+    assert written[:2] == [tmp_path / "denoising_path_a_b.png", tmp_path / "denoising_path_A_b_1.png"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "give either --pipeline, of stage 2 or the Hub, or --autoencoder"),
+        ("--pipeline {run} --autoencoder {run}", "give either --pipeline"),
+        ("--pipeline {run} --labels rse", "unknown label 'rse'"),
+        ("--pipeline {run} --guidance_scale nan", "guidance_scale must be a finite number"),
+        ("--pipeline {run} --steps 0", "num_inference_steps must be a whole number of at least 1"),
+        ("--pipeline {run} --classes 0 1 2", "--dataset has other classes than --pipeline, which draws"),
+        ("--pipeline {run} --dataset imagefolder --data_dir {tmp}/nowhere", "there is no such folder"),
+        ("--pipeline {tmp}", "is not the folder of a pipeline"),
+        ("--autoencoder {tmp}", "--autoencoder {tmp} can't be loaded"),
+        ("--autoencoder {ae} --dataset none", "say by --dataset what to encode"),
+        ("--autoencoder {ae} --device toaster", "can't be loaded to --device toaster"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(finished_runs, tmp_path, flags, message):
+    places = {"run": finished_runs.flower_ldm, "ae": finished_runs.autoencoder, "tmp": tmp_path}
+    with pytest.raises(InputError) as error:
+        main([*flags.format(**places).split(), "--output", str(tmp_path / "out")])
+    assert message.format(**places) in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_a_command_bad_input_is_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["visualization"])
+    monkeypatch.delitem(sys.modules, "flower_ldm.visualization")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("flower_ldm.visualization", run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: give either --pipeline")

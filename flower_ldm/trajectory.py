@@ -1,0 +1,348 @@
+"""What a pipeline draws on the way, and from one place to another: denoising paths, interpolations, guidance sweeps.
+
+Runs any `FlowerLDMPipeline`; `visualization` and `train_latent_diffusion.py` call it. Nothing is re-noised: a path is
+what the pipeline's own steps went through.
+
+Shapes: T steps, S states = T + 1, Z latent channels, (h, w) latent positions, (H, W) pixels.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.decomposition import PCA
+
+from flower_ldm import FlowerLDMPipeline
+
+PANEL = 192  # pixels a side of an image in an animation
+MAX_GIF_BYTES = 2_000_000
+MAX_FRAMES = 30  # of an animation; of a longer path, as many states, evenly spread
+MILLISECONDS = {"first": 600, "between": 120, "last": 2400}  # how long a frame stands
+PATH_COLUMNS = 9  # states in the picture of a path
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sample from pure noise (state 0) to the image (state T), as the pipeline's steps went.
+
+    Attributes:
+        label, name: its class.
+        noise_levels: `(S,)`, the share of noise in each state: 1 is pure noise, 0 the sample.
+        noisy_latents: `(S, Z, h, w)` float32, normalised to unit variance whatever the scheduler.
+        denoised_latents: `(S, Z, h, w)` float32, the clean latents predicted from each state; of the last, itself.
+        noisy_images, denoised_images: `(S, H, W, 3)` uint8, the same decoded.
+    """
+
+    label: int
+    name: str
+    noise_levels: np.ndarray
+    noisy_latents: np.ndarray
+    denoised_latents: np.ndarray
+    noisy_images: np.ndarray
+    denoised_images: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.noise_levels)
+
+
+def seeded_noise(pipeline: FlowerLDMPipeline, generator: torch.Generator) -> torch.Tensor:
+    """The noise `(1, Z, h, w)` that the pipeline would start one image from with this generator, float32."""
+    return randn_tensor((1, *pipeline.latents_shape), generator, pipeline.device, torch.float32)
+
+
+@torch.no_grad()
+def decode(pipeline: FlowerLDMPipeline, latents: torch.Tensor, batch_size: int = 32) -> np.ndarray:
+    """Latents `(B, Z, h, w)` -> images `(B, H, W, 3)` uint8; one at a time as the pipeline decodes one, to the bit."""
+    images = np.concatenate([pipeline.decode_latents(some, "np") for some in latents.split(batch_size)])
+    return (images * 255).round().astype(np.uint8)
+
+
+def record_trajectory(
+    pipeline: FlowerLDMPipeline, label: int | str, seed: int = 0, num_inference_steps: int = 25, **options
+) -> Trajectory:
+    """Draw one image of a class and keep every state on its way.
+
+    The last state is the image that the pipeline returns for `torch.Generator("cpu").manual_seed(seed)` and the same
+    options, to the bit. With a scheduler of second order (Heun) each of its two forwards makes a state.
+
+    Args:
+        options: of the pipeline's call: `guidance_scale`, `guidance_interval`, `eta`.
+
+    Raises:
+        ValueError: whatever the pipeline refuses.
+    """
+    (label,) = pipeline.get_label_ids(label)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = seeded_noise(pipeline, generator)
+    noisy, denoised, noise_levels = [noise], [], [1.0]
+
+    def keep(_, step_index: int, timestep: torch.Tensor, given: dict) -> dict:
+        denoised.append(given["denoised_latents"])
+        timesteps = pipeline.scheduler.timesteps
+        if step_index + 1 == len(timesteps):
+            noisy.append(given["latents"])
+            noise_levels.append(0.0)
+        else:
+            following = timesteps[step_index + 1]
+            noisy.append(pipeline.scheduler.scale_model_input(given["latents"], following))
+            noise_levels.append(pipeline.signal_and_noise(following)[1])
+        return {}
+
+    (sample,) = pipeline(
+        label,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        latents=noise,
+        output_type="latent",
+        return_dict=False,
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=("latents", "denoised_latents"),
+        **options,
+    )
+    noisy_latents, denoised_latents = torch.cat(noisy), torch.cat([*denoised, sample])
+    return Trajectory(
+        label=label,
+        name=pipeline.class_names[label],
+        noise_levels=np.array(noise_levels),
+        noisy_latents=noisy_latents.float().cpu().numpy(),
+        denoised_latents=denoised_latents.float().cpu().numpy(),
+        noisy_images=decode(pipeline, noisy_latents, batch_size=1),
+        denoised_images=decode(pipeline, denoised_latents, batch_size=1),
+    )
+
+
+# --- interpolation and guidance --------------------------------------------------------------------------------------
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, fraction: float) -> torch.Tensor:
+    """From `start` to `end` along the arc between them (Shoemake 1985, "Animating rotation", section 3.3).
+
+    What lies on the straight line between two draws of Gaussian noise is shorter than any draw, and would be denoised
+    to something flat; along the arc it keeps its length. Vectors that point the same way, or opposite ways, have no
+    arc of their own: there it is the straight line.
+    """
+    cosine = torch.dot(start.flatten(), end.flatten()) / (start.norm() * end.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle.sin().abs() < 1e-3:  # what float32 tells apart
+        return torch.lerp(start, end, fraction)
+    return (torch.sin((1 - fraction) * angle) * start + torch.sin(fraction * angle) * end) / torch.sin(angle)
+
+
+def interpolate_seeds(
+    pipeline: FlowerLDMPipeline, label: int | str, seeds: tuple[int, int], num_images: int = 8, **options
+) -> np.ndarray:
+    """Images `(num_images, H, W, 3)` uint8 of one class, from one seed's noise to another's by `slerp`."""
+    start, end = (seeded_noise(pipeline, torch.Generator("cpu").manual_seed(seed)) for seed in seeds)
+    noises = torch.cat([slerp(start, end, float(fraction)) for fraction in np.linspace(0, 1, num_images)])
+    generators = [torch.Generator("cpu").manual_seed(seeds[0]) for _ in noises]  # for schedulers that add noise
+    return draw(pipeline, label, num_images_per_label=num_images, latents=noises, generator=generators, **options)
+
+
+def interpolate_classes(
+    pipeline: FlowerLDMPipeline, start: int | str, end: int | str, num_images: int = 8, seed: int = 0, **options
+) -> np.ndarray:
+    """Images `(num_images, H, W, 3)` uint8 from one class to another, all from the same noise: the weight of the class
+    embeddings goes from the one to the other.
+
+    Raises:
+        ValueError: where the unet doesn't take mixtures of classes.
+    """
+    first, last = pipeline.get_label_ids([start, end])
+    one_hot = torch.eye(pipeline.num_classes)
+    weights = torch.stack([torch.lerp(one_hot[first], one_hot[last], i / (num_images - 1)) for i in range(num_images)])
+    return draw(pipeline, weights, generator=same_seed(seed, num_images), **options)
+
+
+def sweep_guidance(
+    pipeline: FlowerLDMPipeline, labels: Sequence[int | str], scales: Sequence[float], seed: int = 0, **options
+) -> np.ndarray:
+    """Images `(len(labels), len(scales), H, W, 3)` uint8, each label's from the same noise at every guidance scale."""
+    columns = [
+        draw(pipeline, labels, generator=same_seed(seed, len(labels)), guidance_scale=scale, **options)
+        for scale in scales
+    ]
+    return np.stack(columns, axis=1)
+
+
+def draw_classes(
+    pipeline: FlowerLDMPipeline, labels: Sequence[int], seed: int = 0, images_per_class: int = 10, **options
+) -> torch.Tensor:
+    """Latents `(len(labels) * images_per_class, Z, h, w)`, class by class, always from the same noise: those of one
+    image are the same however many are drawn of a class.
+    """
+    numbers = np.arange(images_per_class) * len(labels) + np.arange(len(labels))[:, None]  # by class and image
+    return pipeline(
+        labels,
+        num_images_per_label=images_per_class,
+        generator=[torch.Generator("cpu").manual_seed(seed + number) for number in numbers.flatten().tolist()],
+        output_type="latent",
+        **options,
+    ).images
+
+
+def same_seed(seed: int, count: int) -> list[torch.Generator]:
+    """As many generators, all at the same place."""
+    return [torch.Generator("cpu").manual_seed(seed) for _ in range(count)]
+
+
+def draw(pipeline: FlowerLDMPipeline, labels, **options) -> np.ndarray:
+    """The pipeline's images as `(B, H, W, 3)` uint8."""
+    return (pipeline(labels, output_type="np", **options).images * 255).round().astype(np.uint8)
+
+
+# --- pictures of a path ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LatentPlane:
+    """The plane in which latents vary most (PCA), and where those lie that it was laid through.
+
+    Attributes:
+        pca: maps flattened latents to two coordinates.
+        points: `(N, 2)`, the latents that it was fitted to; labels: `(N,)`, their classes.
+    """
+
+    pca: PCA
+    points: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def fit(cls, latents: np.ndarray, labels: np.ndarray) -> "LatentPlane":
+        """From latents `(N, Z, h, w)`, N at least 2, and labels `(N,)`."""
+        pca = PCA(n_components=2, random_state=0).fit(latents.reshape(len(latents), -1))
+        return cls(pca, pca.transform(latents.reshape(len(latents), -1)), labels)
+
+    def project(self, latents: np.ndarray) -> np.ndarray:
+        """`(N, Z, h, w)` -> `(N, 2)`."""
+        return self.pca.transform(latents.reshape(len(latents), -1))
+
+
+def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) -> None:
+    """The noisy latents, decoded, above the clean image predicted from each; beside them the way through the plane."""
+    states = np.unique(np.linspace(0, len(trajectory) - 1, PATH_COLUMNS).round().astype(int))
+    height, side, gap = 3.5, 1.2, 0.06  # inches; a picture's side and what lies between two
+    strip = (side + gap) * len(states) - gap
+    width = 0.7 + strip + 0.85 + 4.2 + 0.15
+    figure = Figure(figsize=(width, height))
+    figure.text(0.7 / width, 0.92, f"{trajectory.name}: from noise to image", fontsize=12)
+    box = (strip / width, side / height)
+    upper, lower = (figure.add_axes((0.7 / width, bottom / height, *box)) for bottom in (0.35 + side + gap, 0.35))
+    centres = draw_strip(upper, trajectory.noisy_images[states], gap / side)
+    draw_strip(lower, trajectory.denoised_images[states], gap / side)
+    upper.set_xticks(centres, [f"{100 * level:.0f} % noise" for level in trajectory.noise_levels[states]])
+    lower.set_xticks(centres, [f"step {state}" for state in states])
+    upper.xaxis.tick_top()
+    upper.set_ylabel("noisy latents,\ndecoded", fontsize=9)
+    lower.set_ylabel("predicted\nclean image", fontsize=9)
+    left = 0.7 + strip + 0.85
+    draw_way(figure.add_axes((left / width, 0.45 / height, 4.2 / width, 2.4 / height)), trajectory, plane)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw_strip(axis: Axes, images: np.ndarray, gap: float) -> np.ndarray:
+    """Images `(n, H, W, 3)` uint8 in a row, `gap` of their width apart. Returns where their middles lie.
+
+    One picture for matplotlib, which takes long over many.
+    """
+    scale = -(-100 // images.shape[2])  # so that the gap is a whole number of pixels
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    width = images.shape[2]
+    gap = round(gap * width)
+    apart = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)  # (n, H, W + gap, 3)
+    axis.imshow(np.concatenate(apart, axis=1)[:, :-gap], interpolation="nearest", aspect="auto")
+    axis.tick_params(length=0, labelsize=8)
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    return np.arange(len(images)) * (width + gap) + (width - 1) / 2
+
+
+def draw_way(axis: Axes, trajectory: Trajectory, plane: LatentPlane) -> None:
+    """A trajectory, and what was predicted along it, over the clouds of the classes."""
+    own = plane.labels == trajectory.label
+    axis.scatter(*plane.points[~own].T, s=5, color="#d3d3d3", linewidths=0, label="other classes")
+    axis.scatter(*plane.points[own].T, s=12, color="#44AA99", linewidths=0, label=trajectory.name)
+    for latents, colour, label in (
+        (trajectory.denoised_latents, "#CC6677", "predicted clean latents"),
+        (trajectory.noisy_latents, "#332288", "noisy latents"),
+    ):
+        axis.plot(*plane.project(latents).T, ".-", color=colour, markersize=4, linewidth=1.2, label=label)
+    noise, sample = plane.project(trajectory.noisy_latents[[0, -1]])
+    axis.plot(*noise, "o", color="white", markeredgecolor="#332288", markersize=7, label="noise")
+    axis.plot(*sample, "*", color="#DDCC77", markeredgecolor="black", markersize=13, label="sample")
+    shares = plane.pca.explained_variance_ratio_
+    axis.set_xlabel(f"1st principal component ({shares[0]:.0%} of variance)", fontsize=8)
+    axis.set_ylabel(f"2nd ({shares[1]:.0%})", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1.0), frameon=False)
+
+
+# --- animations ------------------------------------------------------------------------------------------------------
+
+
+def animation_frames(trajectory: Trajectory) -> list[np.ndarray]:
+    """`(240, 400, 3)` uint8 each: a state decoded, the clean image predicted from it, and how much noise is left."""
+    states = np.unique(np.linspace(0, len(trajectory) - 1, MAX_FRAMES).round().astype(int))
+    margin, gap = 4, 8
+    width, bar = 2 * PANEL + gap + 2 * margin, PANEL + margin + 20
+    font = ImageFont.load_default(size=12)
+    frames = []
+    for state in states:
+        frame = Image.new("RGB", (width, 240), "white")
+        draw = ImageDraw.Draw(frame)
+        for left, images, caption in (
+            (margin, trajectory.noisy_images, trajectory.name),
+            (margin + PANEL + gap, trajectory.denoised_images, "predicted clean image"),
+        ):
+            image = Image.fromarray(images[state]).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
+            frame.paste(image, (left, margin))
+            draw.text((left + PANEL / 2, margin + PANEL + 2), caption[:32], "black", font, anchor="ma")
+        level = float(trajectory.noise_levels[state])
+        right = width - margin - 84
+        draw.rectangle((margin, bar, right, bar + 8), fill="#e4e4e4")
+        if level > 0:
+            draw.rectangle((margin, bar, margin + level * (right - margin), bar + 8), fill="#332288")
+        draw.text((width - margin, bar + 4), f"{100 * level:.0f} % noise", "black", font, anchor="rm")
+        frames.append(np.asarray(frame))
+    return frames
+
+
+def to_palette(frame: np.ndarray, dither: Image.Dither) -> Image.Image:
+    """256 colours, by octree: of noise, Pillow's median cut takes half a second a frame, and looks no better."""
+    image = Image.fromarray(frame)
+    return image.quantize(palette=image.quantize(256, Image.Quantize.FASTOCTREE), dither=dither)
+
+
+def save_animation(trajectory: Trajectory, path: Path) -> list[Path]:
+    """The frames as a GIF at `path`, the last one held; and as MP4 beside it where imageio's ffmpeg is installed.
+
+    Returns:
+        the files that were written.
+    """
+    frames = animation_frames(trajectory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durations = [MILLISECONDS["first"], *[MILLISECONDS["between"]] * (len(frames) - 2), MILLISECONDS["last"]]
+    for dither in (Image.Dither.FLOYDSTEINBERG, Image.Dither.NONE):  # noise may have to do with coarser colours
+        pages = [to_palette(frame, dither) for frame in frames]
+        pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0)
+        if path.stat().st_size < MAX_GIF_BYTES:
+            break
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        return [path]
+    repeats = [round(duration / MILLISECONDS["between"]) for duration in durations]
+    film = np.repeat(np.stack(frames), repeats, axis=0)
+    video = path.with_suffix(".mp4")
+    imageio.imwrite(video, film, plugin="FFMPEG", fps=1000 / MILLISECONDS["between"], codec="libx264")
+    return [path, video]
