@@ -41,7 +41,13 @@ from flower_ldm.discriminator import PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 from flower_ldm.report import write_report
-from flower_ldm.visualization import save_loss_curves, save_reconstructions
+from flower_ldm.visualization import (
+    encode_for_map,
+    save_latent_maps,
+    save_loss_curves,
+    save_reconstructions,
+    vae_encoder,
+)
 
 LOSS_NAMES = ["pixel_loss", "perceptual_loss", "kl_loss", "adversarial_loss", "discriminator_loss",
               "classification_loss", "center_loss", "repulsion_loss", "psnr", "ssim"]  # fmt: skip
@@ -174,22 +180,29 @@ def validate(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptua
 
 
 @torch.inference_mode()
-def draw_reconstructions(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, images: ImageDataset, step: int):
-    """16 held-out images, spread over all classes, above what the autoencoder makes of them."""
+def draw_reconstructions(
+    accelerator: Accelerator, args, vae: FlowerAutoencoderKL, images: ImageDataset, step: int
+) -> Path:
+    """16 held-out images, spread over all classes, above what the autoencoder makes of them. Returns the file."""
     keys = np.linspace(0, len(images) - 1, min(16, len(images))).astype(int).tolist()
     originals = images.__getitems__(keys)["images"].to(accelerator.device)
     with accelerator.autocast():
         reconstructions = vae(originals).sample
     path = Path(args.output_dir) / "reconstructions" / f"step-{step:08d}.png"
     save_reconstructions(originals, reconstructions, path)
+    return path
 
 
 def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: training.LossLog, progress) -> dict:
     """`validate`, logged; the weights go to `best/` where held-out pixel + perceptual loss is the lowest so far."""
+    step = progress.global_step
     metrics = validate(accelerator, args, vae, perceptual, batches)
+    log.append(step, metrics)
     if accelerator.is_main_process:
-        draw_reconstructions(accelerator, args, vae, batches.dataset, progress.global_step)
-    log.append(progress.global_step, metrics)
+        curves = Path(args.output_dir) / "autoencoder_losses.png"
+        save_loss_curves(training.read_log(log.path), LOSS_NAMES, curves)
+        rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
+        log.show(step, {"reconstructions": rows, "autoencoder_losses": curves})
     score = metrics["val_pixel_loss"] + metrics.get("val_perceptual_loss", 0.0)
     best_dir = Path(args.output_dir) / "best"
     if score < progress.best_score or not best_dir.is_dir():
@@ -224,7 +237,7 @@ def measure_latents(
 
 
 def save_results(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, train_images: ImageDataset, results: dict):
-    """Measure the latents, then write the weights that `vae` holds, `best/`, metrics, loss curves and report."""
+    """Measure the latents, then write the weights that `vae` holds, `best/` and the metrics."""
     output_dir = Path(args.output_dir)
     measure_latents(accelerator, vae, train_images, args.train_batch_size)
     best = FlowerAutoencoderKL.from_pretrained(output_dir / "best").to(accelerator.device).eval()
@@ -232,9 +245,17 @@ def save_results(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, train
     vae.save_pretrained(output_dir)
     best.save_pretrained(output_dir / "best")
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    save_loss_curves(training.read_log(output_dir / "log.jsonl"), LOSS_NAMES, output_dir / "autoencoder_losses.png")
-    report = write_report(output_dir)
-    print(f"autoencoder in {output_dir}, its reconstructions of held-out images and its losses on one page: {report}")
+    print(f"autoencoder in {output_dir}, its reconstructions of held-out images in {output_dir / 'reconstructions'}")
+
+
+def draw_latent_maps(accelerator: Accelerator, args, vae, train_images, val_images, log: training.LossLog) -> None:
+    """Where the latents of training and held-out images lie, by t-SNE and PCA, on disk and in the trackers."""
+    with accelerator.autocast():
+        images = {"training": train_images, "held out": val_images}
+        sets = encode_for_map(vae_encoder(vae), images, accelerator.device)
+    save_latent_maps(sets, train_images.class_names, Path(args.output_dir))
+    maps = ("latent_space_tsne", "latent_space_pca")
+    log.show(args.max_train_steps, {name: Path(args.output_dir) / f"{name}.png" for name in maps})
 
 
 def build_parts(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptual: PerceptualLoss | None) -> tuple:
@@ -359,6 +380,9 @@ def main(argv: list[str] | None = None) -> None:
         results |= {"dataset": train_images.name, "splits": val_images.splits, "vgg_weights": args.vgg_weights}
         if accelerator.is_main_process:
             save_results(accelerator, args, vae, train_images, results)
+            if args.final_pictures:
+                draw_latent_maps(accelerator, args, vae, train_images, val_images, log)
+            print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()
 
 

@@ -39,9 +39,20 @@ from flower_ldm.diffusion import (
 from flower_ldm.errors import InputError, exit_on_input_error
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
 from flower_ldm.report import write_report
-from flower_ldm.visualization import save_class_grid, save_diffusion_loss
+from flower_ldm.trajectory import decode, draw_classes
+from flower_ldm.visualization import (
+    GRID_IMAGES,
+    MAP_SETS,
+    LatentSet,
+    named_classes,
+    save_class_grid,
+    save_denoising,
+    save_diffusion_loss,
+    save_latent_maps,
+    spread_over_classes,
+)
 
-PREVIEW_CLASSES, PREVIEW_IMAGES = 10, 4  # a class grid's columns and rows
+PATH_CLASSES = 3  # whose denoising is drawn at the end of a run
 
 
 def parse_args(argv: list[str] | None = None):
@@ -106,21 +117,38 @@ def build_pipeline(vae: nn.Module, unet: nn.Module, noise_scheduler: DDPMSchedul
     return pipeline
 
 
-def draw_class_grid(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, path: Path) -> None:
-    """Up to 10 classes, spread over all of them, 4 images each, always from the same noise."""
-    num_classes = pipeline.num_classes
-    labels = np.linspace(0, num_classes - 1, min(num_classes, PREVIEW_CLASSES)).round().astype(int).tolist()
-    generators = [torch.Generator("cpu").manual_seed(args.seed + i) for i in range(len(labels) * PREVIEW_IMAGES)]
+def draw_class_grid(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, path: Path) -> LatentSet:
+    """Up to 10 classes, spread over all of them, 4 images each, always from the same noise. Returns their latents."""
+    labels = named_classes(pipeline.num_classes)
     with accelerator.autocast():
-        images = pipeline(
-            labels,
-            num_images_per_label=PREVIEW_IMAGES,
-            guidance_scale=args.guidance_scale,
-            generator=generators,
-            output_type="np",
-        ).images
-    images = (images * 255).round().astype(np.uint8).reshape(len(labels), PREVIEW_IMAGES, *images.shape[1:])
+        latents = draw_classes(pipeline, labels, args.seed, GRID_IMAGES, guidance_scale=args.guidance_scale)
+        images = decode(pipeline, latents)
+    images = images.reshape(len(labels), GRID_IMAGES, *images.shape[1:])
     save_class_grid(images, [pipeline.class_names[label] for label in labels], path)
+    return LatentSet(latents.cpu().numpy(), np.repeat(labels, GRID_IMAGES))
+
+
+def draw_preview(
+    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
+) -> LatentSet:
+    """The class grid and the loss curves of this step, on disk and in the trackers. Returns the grid's latents."""
+    grid, curves = samples_path(args, step), Path(args.output_dir) / "diffusion_loss.png"
+    generated = draw_class_grid(accelerator, args, pipeline, grid)
+    save_diffusion_loss(training.read_log(log.path), curves)
+    log.show(step, {"samples": grid, "diffusion_loss": curves})
+    return generated
+
+
+def samples_path(args, step: int) -> Path:
+    """Where the class grid of a step goes."""
+    return Path(args.output_dir) / "samples" / f"step-{step:08d}.png"
+
+
+def map_set(latents: LatentDataset, name: str) -> LatentSet:
+    """Of a split's latents as many as a latent map shows, spread over the classes."""
+    labels = latents.cache.labels.numpy()
+    kept = spread_over_classes(labels, MAP_SETS[name][0], named_classes(len(latents.cache.class_names)))
+    return LatentSet(latents.posterior_means(kept).numpy(), labels[kept])
 
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
@@ -192,16 +220,36 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
     return LatentDataset(cache, latents_mean, latents_std, args.seed)
 
 
-def save_results(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, results: dict) -> None:
-    """The pipeline with the weights that `unet` holds now, its class grid, metrics, loss curves and report."""
+def save_results(
+    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, results: dict, log: training.LossLog
+) -> LatentSet:
+    """The pipeline with the weights that `unet` holds now, its class grid, the metrics and the loss curves.
+
+    Returns the grid's latents.
+    """
     output_dir = Path(args.output_dir)
     pipeline.save_pretrained(output_dir)
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    save_diffusion_loss(training.read_log(output_dir / "log.jsonl"), output_dir / "diffusion_loss.png")
-    samples = output_dir / "samples" / f"step-{results['step']:08d}.png"
-    draw_class_grid(accelerator, args, pipeline, samples)
-    grid = shutil.copy(samples, output_dir / "vae_samples_grid_subset.png")
-    print(f"pipeline in {output_dir}, samples in {grid}, the run on one page: {write_report(output_dir)}")
+    generated = draw_preview(accelerator, args, pipeline, results["step"], log)
+    grid = shutil.copy(samples_path(args, results["step"]), output_dir / "vae_samples_grid_subset.png")
+    print(f"pipeline in {output_dir}, samples in {grid}")
+    return generated
+
+
+def draw_latents(
+    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, train_latents: LatentDataset,
+    val_latents: LatentDataset, generated: LatentSet, log: training.LossLog,
+) -> None:  # fmt: skip
+    """Maps of the latents, training, held-out and generated, and the way of a few samples through them."""
+    output_dir = Path(args.output_dir)
+    sets = {"training": map_set(train_latents, "training"), "held out": map_set(val_latents, "held out")}
+    plane = save_latent_maps({**sets, "generated": generated}, pipeline.class_names, output_dir)
+    labels = named_classes(pipeline.num_classes, PATH_CLASSES)
+    with accelerator.autocast():
+        denoising = save_denoising(pipeline, labels, plane, output_dir, args.seed, guidance_scale=args.guidance_scale)
+    maps = [output_dir / f"latent_space_{name}.png" for name in ("tsne", "pca")]
+    stills = {path.stem: path for path in [*maps, *denoising] if path.suffix == ".png"}
+    log.show(args.max_train_steps, stills)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -286,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             with training.ema_weights(ema, unet), clock.paused():
                 log.append(step, validate(accelerator, args, unet, noise_scheduler, val_batches))
                 if accelerator.is_main_process:
-                    draw_class_grid(accelerator, args, pipeline, output_dir / "samples" / f"step-{step:08d}.png")
+                    draw_preview(accelerator, args, pipeline, step, log)
                 accelerator.wait_for_everyone()
         stopping = stop.agreed(step, args.logging_steps)
         if step % args.checkpointing_steps == 0 or at_end or stopping:
@@ -303,7 +351,10 @@ def main(argv: list[str] | None = None) -> None:
         results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
         results |= {"dataset": train_images.name, "splits": val_images.splits}
         if accelerator.is_main_process:
-            save_results(accelerator, args, pipeline, results)
+            generated = save_results(accelerator, args, pipeline, results, log)
+            if args.final_pictures:
+                draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
+            print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()
 
 

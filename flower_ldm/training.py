@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -34,6 +35,7 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -49,7 +51,7 @@ MAY_CHANGE = {
     "num_train_epochs", "val_splits", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "logging_steps", "report_to", "dataloader_num_workers", "torch_compile", "gradient_checkpointing",
     "mixed_precision", "skip_bad_images", "train_batch_size", "gradient_accumulation_steps", "model_config",
-    "vgg_weights", "autoencoder", "latent_cache_dir", "guidance_scale",
+    "vgg_weights", "autoencoder", "latent_cache_dir", "guidance_scale", "final_pictures",
 }  # fmt: skip
 # diffusers' schedules that these flags can describe.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -102,6 +104,8 @@ def common_parser(description: str) -> OneLineParser:
     flag("--resume_from_checkpoint", "--checkpoint_path", help="latest, or a checkpoint folder")
     flag("--validation_steps", "--visualize_every", type=int, default=1000)
     flag("--logging_steps", type=int, default=50)
+    flag("--final_pictures", action=switch, default=True,
+         help="at the end: maps of the latents, denoising paths, animations")  # fmt: skip
     flag("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, all or none")
     return parser
 
@@ -643,6 +647,14 @@ class LossLog:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": global_step, **line}) + "\n")
         self.accelerator.log({key: value for key, value in line.items() if isinstance(value, float)}, step=global_step)
+
+    def show(self, global_step: int, pictures: dict[str, Path]) -> None:
+        """Pictures that lie on disk, by name, to each tracker that takes images. For the main process."""
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):  # accelerate's for trackio has none
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                images = {name: np.asarray(Image.open(path).convert("RGB"))[None] for name, path in pictures.items()}
+                tracker.log_images(images, step=global_step, **options)
 
 
 def not_finite(name: str, global_step: float) -> InputError:

@@ -84,7 +84,7 @@ def tiny_stages(folder: Path, vgg_weights: Path) -> tuple[list[str], list[str]]:
     (folder / "unet.json").write_text(json.dumps(unet))
     common = "--dataset synthetic --classes 0 1 2 3 --images_per_class 12 --resolution 32 --train_batch_size 8"
     common += " --max_train_steps 6 --lr_warmup_steps 2 --logging_steps 2 --validation_steps 4 --checkpointing_steps 4"
-    common += " --dataloader_num_workers 0 --report_to none"
+    common += " --dataloader_num_workers 0 --report_to none --no-final_pictures"
     stage1 = f"{common} --model_config {folder}/vae.json --vgg_weights {vgg_weights} --disc_start 2"
     stage1 += f" --loss_ramp_steps 2 --adaptive_weight_steps 2 --output_dir {folder}/autoencoder"
     stage2 = f"{common} --model_config {folder}/unet.json --autoencoder {folder}/autoencoder"
@@ -109,12 +109,13 @@ class FinishedRuns(NamedTuple):
 
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory, random_vgg: Path, run_script) -> FinishedRuns:
-    """A tiny run of both stages, every loss in use, with TensorBoard's files; and the flags of each."""
+    """A tiny run of both stages, every loss in use, with TensorBoard's files and all pictures; the flags of each."""
     import train_autoencoder
     import train_latent_diffusion
 
     folder = tmp_path_factory.mktemp("finished")
-    stage1, stage2 = ([*flags, "--report_to", "tensorboard"] for flags in tiny_stages(folder, random_vgg))
+    more = ["--report_to", "tensorboard", "--final_pictures"]
+    stage1, stage2 = ([*flags, *more] for flags in tiny_stages(folder, random_vgg))
     stage1 += ["--perceptual_every", "2"]
     run_script(train_autoencoder.main, stage1)
     run_script(train_latent_diffusion.main, stage2)

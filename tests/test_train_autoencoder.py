@@ -4,6 +4,7 @@ One tiny run with every loss in use (`finished_runs` of conftest) serves most te
 Bad input is in `test_bad_input.py`.
 """
 
+import io
 import itertools
 import math
 from pathlib import Path
@@ -89,6 +90,7 @@ def weights_in(checkpoint: Path) -> list[set[str]]:
 def test_every_promised_file_is_there(run_dir):
     promised = "config.json diffusion_pytorch_model.safetensors args.yaml log.jsonl metrics.json reconstructions"
     promised += " best/config.json best/diffusion_pytorch_model.safetensors autoencoder_losses.png"
+    promised += " latent_space_tsne.png latent_space_pca.png"
     promised += " checkpoint-4 checkpoint-6"
     assert [name for name in promised.split() if not (run_dir / name).exists()] == []
     assert list(run_dir.glob("unfinished-*")) == []
@@ -164,6 +166,28 @@ def test_tensorboard_has_the_same_figures(run_dir):
         assert [(line["step"], line[name]) for line in logged if name in line] == seen
 
 
+def test_tensorboard_has_the_same_pictures(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = run_dir.rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events.parent), size_guidance={"images": 0}).Reload()
+    files = {("reconstructions", step): f"reconstructions/step-{step:08d}.png" for step in (4, 6)}
+    files |= {(name, 6): f"{name}.png" for name in ("autoencoder_losses", "latent_space_tsne", "latent_space_pca")}
+    for (name, step), file in files.items():
+        (encoded,) = [event.encoded_image_string for event in board.Images(name) if event.step == step]
+        seen, drawn = Image.open(io.BytesIO(encoded)), Image.open(run_dir / file).convert("RGB")
+        assert np.array_equal(np.asarray(seen), np.asarray(drawn)), file
+    assert [event.step for event in board.Images("autoencoder_losses")] == [4, 6]
+
+
+def test_without_final_pictures_there_are_the_cheap_ones(train):
+    run_dir = train("--validation_steps 1")
+    pictures = sorted(path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*.png"))
+    assert pictures == [
+        "autoencoder_losses.png", "reconstructions/step-00000001.png", "reconstructions/step-00000002.png"
+    ]  # fmt: skip
+
+
 def test_metrics_are_of_the_saved_weights_on_the_held_out_images(run_dir, datasets):
     metrics = yaml.safe_load((run_dir / "metrics.json").read_text())
     images = all_images(datasets[1])
@@ -179,8 +203,9 @@ def test_metrics_are_of_the_saved_weights_on_the_held_out_images(run_dir, datase
 
 
 def test_pictures(run_dir, datasets):
-    with Image.open(run_dir / "autoencoder_losses.png") as curves:
-        assert np.asarray(curves.convert("L")).std() > 5  # not blank
+    for name in ("autoencoder_losses", "latent_space_tsne", "latent_space_pca"):
+        with Image.open(run_dir / f"{name}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 5  # not blank
     names = [f"step-{step:08d}.png" for step in (4, 6)]
     assert sorted(path.name for path in (run_dir / "reconstructions").iterdir()) == names
     before, after = (np.asarray(Image.open(run_dir / "reconstructions" / name).convert("RGB")) for name in names)

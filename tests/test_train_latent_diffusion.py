@@ -4,6 +4,7 @@ One tiny run (`finished_runs` of conftest) serves most tests; the others train f
 input is in `test_bad_input.py`.
 """
 
+import io
 import itertools
 import json
 import math
@@ -18,15 +19,19 @@ from safetensors.torch import load_file
 
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
-from flower_ldm.data import load_datasets
+from flower_ldm.data import file_safe_name, load_datasets
 from flower_ldm.latent_cache import LatentDataset, cache_key, cache_path, read_latent_cache
 from flower_ldm.synthetic import CLASS_NAMES
 from flower_ldm.training import read_log
+from flower_ldm.trajectory import PANEL
 from train_latent_diffusion import parse_args
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 QUICK = "--images_per_class 4 --classes 0 1 --train_batch_size 4 --max_train_steps 2 --logging_steps 1"
 QUICK += " --validation_steps 2 --checkpointing_steps 2"
+
+
+PATHS = [file_safe_name(CLASS_NAMES[label]) for label in (0, 2, 3)]  # of 4 classes, 3 spread over them
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,9 @@ def test_every_promised_file_is_there(run_dir):
     promised = "model_index.json vae/config.json unet/config.json scheduler/scheduler_config.json args.yaml log.jsonl"
     promised += " metrics.json diffusion_loss.png vae_samples_grid_subset.png checkpoint-4 checkpoint-6"
     promised += " vae/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.safetensors"
+    promised += " latent_space_tsne.png latent_space_pca.png"
+    for name in PATHS:
+        promised += f" denoising_path_{name}.png diffusion_animation_{name}.gif"
     assert [name for name in promised.split() if not (run_dir / name).exists()] == []
     assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["step-00000004.png", "step-00000006.png"]
     assert list(run_dir.glob("unfinished-*")) == []
@@ -127,6 +135,38 @@ def test_tensorboard_has_the_same_figures(run_dir):
         assert [(line["step"], line[name]) for line in logged if name in line] == seen
 
 
+def test_tensorboard_has_the_same_pictures(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = run_dir.rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events.parent), size_guidance={"images": 0}).Reload()
+    files = {("samples", step): f"samples/step-{step:08d}.png" for step in (4, 6)}
+    stills = ["diffusion_loss", "latent_space_tsne", "latent_space_pca", *(f"denoising_path_{name}" for name in PATHS)]
+    files |= {(name, 6): f"{name}.png" for name in stills}
+    for (name, step), file in files.items():
+        (encoded,) = [event.encoded_image_string for event in board.Images(name) if event.step == step]
+        seen, drawn = Image.open(io.BytesIO(encoded)), Image.open(run_dir / file).convert("RGB")
+        assert np.array_equal(np.asarray(seen), np.asarray(drawn)), file
+    assert [event.step for event in board.Images("diffusion_loss")] == [4, 6]
+
+
+def test_animation_ends_with_what_the_pipeline_draws(run_dir):
+    image = load(run_dir)(0, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
+    with Image.open(run_dir / f"diffusion_animation_{PATHS[0]}.gif") as animation:
+        assert animation.n_frames == 26 and animation.info["loop"] == 0
+        animation.seek(25)
+        last = np.asarray(animation.convert("RGB")).astype(int)[4 : 4 + PANEL, 4 : 4 + PANEL]
+    assert abs(last - image.resize((PANEL, PANEL), Image.Resampling.BICUBIC)).mean() < 8  # 256 colours
+
+
+def test_without_final_pictures_there_are_the_cheap_ones(train):
+    run_dir = train("--validation_steps 1")
+    pictures = sorted(path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*.[pg][ni][gf]"))
+    assert pictures == [
+        "diffusion_loss.png", "samples/step-00000001.png", "samples/step-00000002.png", "vae_samples_grid_subset.png"
+    ]  # fmt: skip
+
+
 def test_metrics_are_of_the_saved_weights_on_the_held_out_latents(run_dir):
     metrics = json.loads((run_dir / "metrics.json").read_text())
     pipeline = load(run_dir)
@@ -155,7 +195,8 @@ def test_metrics_are_of_the_saved_weights_on_the_held_out_latents(run_dir):
 
 
 def test_pictures(run_dir):
-    for name in ("diffusion_loss.png", "vae_samples_grid_subset.png", "samples/step-00000004.png"):
+    names = ["diffusion_loss.png", "vae_samples_grid_subset.png", "samples/step-00000004.png", "latent_space_tsne.png"]
+    for name in [*names, "latent_space_pca.png", f"denoising_path_{PATHS[1]}.png"]:
         with Image.open(run_dir / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5, name  # not blank
     last = (run_dir / "samples" / "step-00000006.png").read_bytes()
