@@ -302,7 +302,7 @@ def test_batch_equals_single_images_with_a_list_of_generators(pipe, scheduler):
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     together = sample(pipe, ["rose", 3], generator=generators(5, 6))
     alone = torch.cat([sample(pipe, "rose", generator=generators(5)), sample(pipe, 3, generator=generators(6)[0])])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
