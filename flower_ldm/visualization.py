@@ -298,7 +298,7 @@ def latent_map(
     colour_of = dict(zip(named_classes(len(class_names)), COLOURS, strict=False))
     for name, of_set in points.items():
         _, marker, area = MAP_SETS[name]
-        style = {"marker": marker, "s": area, "linewidths": 0, "alpha": 0.6 if name == "training" else 0.9}
+        style = {"marker": marker, "s": area, "linewidths": 0, "alpha": 0.75 if name == "training" else 0.9}
         if name != "training":
             style |= {"edgecolors": "black", "linewidths": 0.5}
         named = np.isin(labels[name], list(colour_of))
