@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import sklearn
 import torch
+import torch.nn.functional as F
 import torchmetrics
 import yaml
 from sklearn.linear_model import LogisticRegression
@@ -66,6 +67,7 @@ from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
 from flower_ldm.visualization import image_grid, to_uint8
 
 MEMORISED_RATIO = 1 / 3
+PIXEL_SPACE = 64  # pixels a side
 SUSPECTS = 8  # columns of nearest_neighbours.png
 # What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
 DATA_FLAGS = {
@@ -220,10 +222,18 @@ class TrainingNeighbours:
         """
         queries = torch.arange(len(images))
         feature_distances, feature_keys = nearest_two(
-            lambda keys: features[keys], queries, lambda keys: self.features[keys], self.distinct
+            lambda keys: features[keys],
+            queries,
+            lambda keys: self.features[keys],
+            self.distinct,
+            title="neighbours by features",
         )
         pixel_distances, pixel_keys = nearest_two(
-            lambda keys: pixel_rows(images, keys), queries, lambda keys: pixel_rows(self.images, keys), self.distinct
+            lambda keys: pixel_rows(images, keys),
+            queries,
+            lambda keys: pixel_rows(self.images, keys),
+            self.distinct,
+            title="neighbours by pixels",
         )
         is_copy = [
             digest in self.first_of
@@ -241,9 +251,12 @@ def image_digests(images: np.ndarray) -> list[bytes]:
 
 
 def pixel_rows(images: ImageDataset | np.ndarray, keys: torch.Tensor) -> torch.Tensor:
-    """`(B, 3 H W)` in [-1, 1]."""
-    pixels = torch.from_numpy(uint8_images(images, keys.tolist())).flatten(1)
-    return pixels.float().div_(127.5).sub_(1)
+    """Pixels `(B, 3 H W)` in [-1, 1], averaged down to at most 64 a side: copies are as near there as at full size."""
+    pixels = torch.from_numpy(uint8_images(images, keys.tolist())).permute(0, 3, 1, 2)
+    pixels = pixels.float().div_(127.5).sub_(1)
+    if pixels.shape[-1] > PIXEL_SPACE:
+        pixels = F.interpolate(pixels, size=(PIXEL_SPACE, PIXEL_SPACE), mode="area")
+    return pixels.flatten(1)
 
 
 def memorised(distances: torch.Tensor) -> torch.Tensor:
@@ -635,7 +648,6 @@ def evaluate(
         name: measure_set(features, of_class, real.held_out_features, real.classifier)
         for name, (features, of_class) in sets.items()
     }
-    print("looking for memorised images", flush=True)
     neighbours = TrainingNeighbours(real.train, real.train_features)
     found = neighbours.search(samples, sets["samples"][0])
     held_out_found = neighbours.search(real.held_out, real.held_out_features)

@@ -40,7 +40,7 @@ CLIP_REPOSITORY = "openai/clip-vit-base-patch32"  # as in Kynkäänniemi et al. 
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # as in the papers
 MIN_IMAGES = DENSITY_NEIGHBOURS + 1  # an image is no neighbour of its own
 KID_SUBSETS, KID_MAX_SUBSET = 100, 500
-ROWS_AT_A_TIME = 512  # of a distance matrix
+ROWS_AT_A_TIME = 1024  # of a distance matrix
 Rows = Callable[[torch.Tensor], torch.Tensor]  # keys (B,) -> vectors (B, D)
 
 
@@ -336,25 +336,30 @@ def neighbourhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> di
 
 
 def nearest_two(
-    query_rows: Rows, queries: torch.Tensor, reference_rows: Rows, references: torch.Tensor
+    query_rows: Rows,
+    queries: torch.Tensor,
+    reference_rows: Rows,
+    references: torch.Tensor,
+    title: str = "nearest neighbours",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two nearest references of each query: distances `(Q, 2)` and their keys `(Q, 2)`, nearest first.
 
     Args:
-        query_rows, reference_rows: vectors `(B, D)` of the keys that they are given; only a few hundred at once.
+        query_rows, reference_rows: vectors `(B, D)` of the keys that they are given; only a thousand at once.
         queries, references: keys `(Q,)` and `(R,)`.
     """
     distances = torch.full((len(queries), 2), torch.inf)
     keys = torch.zeros(len(queries), 2, dtype=torch.int64)
-    for block in references.split(ROWS_AT_A_TIME):
-        rows = reference_rows(block)
-        for start in range(0, len(queries), ROWS_AT_A_TIME):
-            here = slice(start, start + ROWS_AT_A_TIME)
-            found = torch.cdist(query_rows(queries[here]), rows)  # (B, R'), good enough to find the nearest
-            candidates = torch.cat([distances[here], found], dim=1)
-            candidate_keys = torch.cat([keys[here], block.expand(len(found), -1)], dim=1)
-            distances[here], chosen = candidates.topk(2, largest=False)
-            keys[here] = candidate_keys.gather(1, chosen)
+    with tqdm(total=len(queries) * len(references), desc=title, unit=" pairs", unit_scale=True) as progress:
+        for here in torch.arange(len(queries)).split(ROWS_AT_A_TIME):
+            rows = query_rows(queries[here])
+            for block in references.split(ROWS_AT_A_TIME):
+                found = torch.cdist(rows, reference_rows(block))  # (B, R'), good enough to find the nearest
+                candidates = torch.cat([distances[here], found], dim=1)
+                candidate_keys = torch.cat([keys[here], block.expand(len(found), -1)], dim=1)
+                distances[here], chosen = candidates.topk(2, largest=False)
+                keys[here] = candidate_keys.gather(1, chosen)
+                progress.update(found.numel())
     for here in torch.arange(len(queries)).split(ROWS_AT_A_TIME // 4):
         # by matrix products, equal vectors are not quite at distance 0
         rows = query_rows(queries[here])
