@@ -38,7 +38,7 @@ from flower_ldm.evaluation import (
     train_classifier,
     write_metrics,
 )
-from flower_ldm.features import extract_features, load_feature_network, load_or_extract_features, uint8_images
+from flower_ldm.features import uint8_images
 
 OPTIONS = {"guidance_scale": 2.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 2}
 ENTRIES = ["n", "n_reference", "frechet_distance", "kid", "kid_std", "precision", "recall", "density", "coverage",
@@ -492,55 +492,3 @@ def test_sweep_over_steps_alone_and_with_one_class(tmp_path):
              for name in ("real", "reconstructions")}  # fmt: skip
     save_sweep(sweep, known, tmp_path / "sweep.png")
     assert np.asarray(Image.open(tmp_path / "sweep.png")).std() > 10
-
-
-# On the real photographs: the floor is a floor
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """All of Oxford 102 Flowers at 64 px with the features of the default network: 1 to 3 minutes on two cores."""
-    if "FLOWERS102_ROOT" not in os.environ:
-        pytest.skip("FLOWERS102_ROOT names no folder with flowers-102/")
-    torch.set_num_threads(os.cpu_count())
-    train, held_out = load_datasets("flowers102", os.environ["FLOWERS102_ROOT"], resolution=64, show_progress=False)
-    network = load_feature_network("efficientnet-lite0")
-    cache = tmp_path_factory.mktemp("features")
-    features = [load_or_extract_features(network, images, cache) for images in (train, held_out)]
-    started = time.perf_counter()
-    for images in (train, held_out):
-        load_or_extract_features(network, images, cache)
-    assert time.perf_counter() - started < 5
-    return network, train, held_out, *features
-
-
-@pytest.mark.slow
-def test_real_images_beat_noise_by_far_and_know_their_classes(photographs):
-    network, train, held_out, train_features, held_out_features = photographs
-    held_back, rest = hold_back(train.labels, torch.full((102,), 10))
-    classifier = train_classifier(train_features[rest], train.labels[rest])
-    noise = extract_features(network, random_images(1020, 64))
-    real = measure_set(train_features[held_back], train.labels[held_back], held_out_features, classifier)
-    bad = measure_set(noise, held_out.labels, held_out_features, classifier)
-    assert real["n"] == bad["n"] == real["n_reference"] == 1020
-    assert bad["frechet_distance"] > 20 * real["frechet_distance"]
-    assert abs(real["kid"]) < 2 * real["kid_std"] and bad["kid"] > 50 * real["kid_std"]
-    assert real["precision"] > 0.6 and real["recall"] > 0.6 and bad["precision"] == bad["recall"] == 0
-    assert real["class_accuracy"] > 0.7 > 0.05 > bad["class_accuracy"]
-    held_out_accuracy = class_accuracy(classifier, held_out_features, held_out.labels)
-    assert held_out_accuracy == pytest.approx(real["class_accuracy"], abs=0.06)
-    shuffled = torch.randperm(1020, generator=torch.Generator().manual_seed(0))
-    assert class_accuracy(classifier, held_out_features, held_out.labels[shuffled]) < 0.04  # chance is 1 in 102
-
-
-@pytest.mark.slow
-def test_training_photographs_are_memorised_and_held_out_ones_are_not(photographs):
-    _, train, held_out, train_features, held_out_features = photographs
-    neighbours = TrainingNeighbours(train, train_features)
-    assert len(neighbours.distinct) < len(train)  # byte-identical pairs
-    rates = memorisation_rates(neighbours.search(train, train_features))
-    assert rates["n"] == rates["exact_duplicates"] == 7169
-    assert rates["feature_rate"] >= 0.999 and rates["pixel_rate"] >= 0.999
-    null = memorisation_rates(neighbours.search(held_out, held_out_features))
-    assert null["n"] == 1020
-    assert null["feature_rate"] <= 0.005 and null["pixel_rate"] <= 0.005
