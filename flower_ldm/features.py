@@ -6,10 +6,8 @@ data sets are kept in a file keyed by data, size and network. Made for `evaluati
 Shapes: N images, M reference images, B in a batch; (H, W) pixels; D features.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import textwrap
 import warnings
@@ -20,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -28,7 +25,7 @@ from tqdm import tqdm
 
 from flower_ldm.data import ImageDataset
 from flower_ldm.errors import InputError
-from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
+from flower_ldm.latent_cache import UnusableCacheError, tensors_digest, write_whole
 from flower_ldm.visualization import to_uint8
 
 FORMAT_VERSION = "1"
@@ -392,18 +389,12 @@ def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[st
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, **metadata: str) -> None:
-    """Write a safetensors file beside its place, then move it there: a reader sees the whole file or none.
+    """Write a safetensors file with its key and digest, whole or not at all.
 
     Raises:
         InputError: where that can't be done.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, metadata={"key": key, "digest": tensors_digest(tensors), **metadata})
-        os.replace(unfinished, path)
+        write_whole(path, tensors, {"key": key, "digest": tensors_digest(tensors), **metadata})
     except (OSError, SafetensorError) as error:
         raise InputError(f"--cache_dir: can't write {path} ({error}); is there space, and permission?") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()

@@ -205,6 +205,22 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
     return digest.hexdigest()
 
 
+def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file beside its place, then move it there: a reader sees the old one or the new one.
+
+    Raises:
+        OSError, SafetensorError: where that can't be done; nothing unfinished is left.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished, metadata=metadata)
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
 def _encode(
     vae: torch.nn.Module, loader: DataLoader, device: torch.device, autocast_dtype: torch.dtype | None
 ) -> LatentCache:
@@ -231,23 +247,16 @@ def _encode(
 
 
 def _write(cache: LatentCache, path: Path, key: str) -> None:
-    """Write the whole file beside its place, then move it there: a reader sees the old one or the new one."""
     metadata = {
         "format_version": FORMAT_VERSION,
         "key": key,
         "class_names": json.dumps(cache.class_names),
         "digest": tensors_digest(cache.tensors()),
     }
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(cache.tensors(), unfinished, metadata=metadata)
-        os.replace(unfinished, path)
+        write_whole(path, cache.tensors(), metadata)
     except (OSError, SafetensorError) as error:
         raise InputError(f"can't write the latent cache {path} ({error}); is there space, and permission?") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
 
 
 def _is_finite(*tensors: torch.Tensor) -> bool:
