@@ -153,7 +153,7 @@ def test_everything_from_the_command_line_in_another_folder(tiny, tmp_path):
     command = [sys.executable, str(SCRIPT), *tiny]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     results = json.loads((tmp_path / "throughput.json").read_text())
-    assert results.keys() == {"device", "torch", "options", "memory_gib", "stage1", "stage2"}
+    assert results.keys() == {"device", "torch", "precision", "options", "memory_gib", "stage1", "stage2"}
     for name, gib in results["memory_gib"].items():
         assert 0.1 < gib < 4  # a process of its own, with little more than its imports
         assert any(line.startswith(name) and f"{gib:.2f} GiB" in line for line in output.splitlines())
