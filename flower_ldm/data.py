@@ -318,6 +318,19 @@ class ImageDataset(Dataset):
         return batch
 
 
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """`(B, 3, H, W)` in [-1, 1] -> `(B, H, W, 3)` uint8, rounded, what lies outside clipped."""
+    scaled = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
+    return scaled.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+
+
+def uint8_images(images: ImageDataset | np.ndarray, keys: Sequence[int]) -> np.ndarray:
+    """Some images of a data set (centre-cropped, not flipped) or an array, as `(B, H, W, 3)` uint8."""
+    if isinstance(images, np.ndarray):
+        return images[np.asarray(keys)]
+    return to_uint8(images.__getitems__(list(keys))["images"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources: each lists its class names and, for every split that is used, its records.
 

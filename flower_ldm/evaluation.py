@@ -15,7 +15,6 @@ import os
 import platform
 import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,7 +27,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import sklearn
 import torch
-import torch.nn.functional as F
 import torchmetrics
 import yaml
 from sklearn.linear_model import LogisticRegression
@@ -41,7 +39,7 @@ from tqdm import tqdm
 import flower_ldm
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.autoencoder_losses import PerceptualLoss
-from flower_ldm.data import ImageDataset, load_datasets
+from flower_ldm.data import ImageDataset, load_datasets, to_uint8
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
 from flower_ldm.features import (
     DEFAULT_FEATURES,
@@ -49,26 +47,22 @@ from flower_ldm.features import (
     KID_SUBSETS,
     MIN_IMAGES,
     NETWORKS,
-    ROWS_AT_A_TIME,
     FeatureNetwork,
     extract_features,
     frechet_distance,
     kernel_distance,
     load_feature_network,
     load_or_extract_features,
-    nearest_two,
     neighbourhood_metrics,
     read_tensors,
-    uint8_images,
     write_tensors,
 )
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
+from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
+from flower_ldm.report import write_report
 from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
-from flower_ldm.visualization import image_grid, to_uint8
+from flower_ldm.visualization import save_nearest_neighbours
 
-MEMORISED_RATIO = 1 / 3
-PIXEL_SPACE = 64  # pixels a side
-SUSPECTS = 8  # columns of nearest_neighbours.png
 # What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
 DATA_FLAGS = {
     "dataset": "flowers102", "data_dir": None, "image_column": "image", "label_column": "label",
@@ -185,96 +179,6 @@ def measure_set(
         "kid_std": kid_std,
         **(neighbourhood_metrics(features, reference) if neighbourhoods else {}),
         "class_accuracy": class_accuracy(classifier, features, class_labels),
-    }
-
-
-# --- memorisation ----------------------------------------------------------------------------------------------------
-
-
-class TrainingNeighbours:
-    """The training images, each distinct one once, to look up the two nearest to any other image.
-
-    Copies of an image count as one: else the nearest of a memorised image and the second nearest could be the same
-    picture, and the rule would miss it, or see it everywhere.
-
-    Args:
-        images: the training split, or `(N, H, W, 3)` uint8.
-        features: `(N, D)`, of the same images.
-    """
-
-    def __init__(self, images: ImageDataset | np.ndarray, features: torch.Tensor):
-        self.images = images
-        self.features = features
-        self.first_of: dict[bytes, int] = {}
-        for keys in np.array_split(np.arange(len(images)), -(-len(images) // ROWS_AT_A_TIME)):
-            for key, digest in zip(keys.tolist(), image_digests(uint8_images(images, keys.tolist())), strict=True):
-                self.first_of.setdefault(digest, key)
-        self.distinct = torch.tensor(list(self.first_of.values()))
-        if len(self.distinct) < 2:
-            raise InputError("memorisation needs at least 2 different training images: choose other --train_splits")
-
-    def search(self, images: ImageDataset | np.ndarray, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """For Q images and their features: what `memorisation_rates` and `save_nearest_neighbours` need.
-
-        Returns:
-            "feature_distances", "pixel_distances" `(Q, 2)`, nearest first; "feature_keys", "pixel_keys" `(Q, 2)`, the
-            training images' indices; "is_copy" `(Q,)`, whether its bytes are those of a training image.
-        """
-        queries = torch.arange(len(images))
-        feature_distances, feature_keys = nearest_two(
-            lambda keys: features[keys],
-            queries,
-            lambda keys: self.features[keys],
-            self.distinct,
-            title="neighbours by features",
-        )
-        pixel_distances, pixel_keys = nearest_two(
-            lambda keys: pixel_rows(images, keys),
-            queries,
-            lambda keys: pixel_rows(self.images, keys),
-            self.distinct,
-            title="neighbours by pixels",
-        )
-        is_copy = [
-            digest in self.first_of
-            for keys in queries.split(ROWS_AT_A_TIME)
-            for digest in image_digests(uint8_images(images, keys.tolist()))
-        ]
-        return {
-            "feature_distances": feature_distances, "feature_keys": feature_keys,
-            "pixel_distances": pixel_distances, "pixel_keys": pixel_keys, "is_copy": torch.tensor(is_copy),
-        }  # fmt: skip
-
-
-def image_digests(images: np.ndarray) -> list[bytes]:
-    return [hashlib.sha256(image.tobytes()).digest() for image in images]
-
-
-def pixel_rows(images: ImageDataset | np.ndarray, keys: torch.Tensor) -> torch.Tensor:
-    """Pixels `(B, 3 H W)` in [-1, 1], averaged down to at most 64 a side: copies are as near there as at full size."""
-    pixels = torch.from_numpy(uint8_images(images, keys.tolist())).permute(0, 3, 1, 2)
-    pixels = pixels.float().div_(127.5).sub_(1)
-    if pixels.shape[-1] > PIXEL_SPACE:
-        pixels = F.interpolate(pixels, size=(PIXEL_SPACE, PIXEL_SPACE), mode="area")
-    return pixels.flatten(1)
-
-
-def memorised(distances: torch.Tensor) -> torch.Tensor:
-    """Whether the nearest training image is nearer than a third of the second nearest, `(Q, 2)` -> `(Q,)`.
-
-    The rule of Yoon et al. 2023. Where both are at distance 0 the features can't tell training images apart, so
-    nothing is said.
-    """
-    return (distances[:, 0] <= MEMORISED_RATIO * distances[:, 1]) & (distances[:, 1] > 0)
-
-
-def memorisation_rates(found: dict[str, torch.Tensor]) -> dict[str, float | int]:
-    """The entry of `metrics.json` for what `TrainingNeighbours.search` has found."""
-    return {
-        "n": len(found["is_copy"]),
-        "feature_rate": memorised(found["feature_distances"]).double().mean().item(),
-        "pixel_rate": memorised(found["pixel_distances"]).double().mean().item(),
-        "exact_duplicates": int(found["is_copy"].sum()),
     }
 
 
@@ -477,50 +381,6 @@ def hold_back(class_labels: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def save_nearest_neighbours(
-    samples: np.ndarray,
-    names: Sequence[str],
-    train: ImageDataset | np.ndarray,
-    found: dict[str, torch.Tensor],
-    path: Path,
-) -> None:
-    """The samples that look most like copies, above their two nearest training images, in feature and pixel space.
-
-    Args:
-        samples: `(N, H, W, 3)` uint8.
-        names: the class of each.
-        train: the training images that `found` counts.
-        found: what `TrainingNeighbours.search` found for the samples.
-    """
-    num_columns = min(SUSPECTS, len(samples))
-    figure, axes = plt.subplots(2, 1, figsize=(1.35 * num_columns + 1.2, 10.2), layout="constrained")
-    for axis, space in zip(axes, ("feature", "pixel"), strict=True):
-        distances, keys = found[f"{space}_distances"], found[f"{space}_keys"]
-        ratios = distances[:, 0] / distances[:, 1].clamp(min=1e-12)
-        suspects = ratios.argsort()[:num_columns]
-        rows = [samples[suspects.numpy()], *(uint8_images(train, keys[suspects, rank].tolist()) for rank in (0, 1))]
-        grid = np.asarray(image_grid(np.concatenate(rows), num_columns, gap=4, min_pixels=96))
-        axis.imshow(grid)
-        width, height = grid.shape[1] / num_columns, grid.shape[0] / len(rows)
-        captions = [f"{textwrap.shorten(names[i], 20, placeholder='…')}\nratio {ratios[i]:.2f}" for i in suspects]
-        axis.set_xticks([(column + 0.5) * width for column in range(num_columns)], captions, fontsize=8)
-        row_names = ("sample", "nearest\ntraining\nimage", "second\nnearest")
-        axis.set_yticks([(row + 0.5) * height for row in range(len(rows))], row_names, fontsize=9)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-        for caption, copied in zip(axis.get_xticklabels(), memorised(distances[suspects]).tolist(), strict=True):
-            if copied:
-                caption.set(color="#c1272d", fontweight="bold")
-        axis.set_title(
-            f"Most suspicious in {space} space. Memorised (ratio of distances at most 0.33): "
-            f"{memorised(distances).sum()} of {len(samples):,} samples",
-            fontsize=10,
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes too
@@ -836,6 +696,8 @@ def main(argv: list[str] | None = None) -> None:
     write_metrics(args.output, evaluation)
     print(table(evaluation))
     print(f"metrics in {args.output}, pictures beside it")
+    if args.output.name == "metrics.json" and (args.output.parent / "args.yaml").is_file():
+        print(f"the run's page, with them: {write_report(args.output.parent)}")
 
 
 if __name__ == "__main__":

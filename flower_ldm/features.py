@@ -23,10 +23,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from flower_ldm.data import ImageDataset
+from flower_ldm.data import ImageDataset, uint8_images
 from flower_ldm.errors import InputError
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest, write_whole
-from flower_ldm.visualization import to_uint8
 
 FORMAT_VERSION = "1"
 DEFAULT_FEATURES = "efficientnet-lite0"  # its weights are in a Python package: it works offline, and everywhere alike
@@ -38,7 +37,6 @@ PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # as in the papers
 MIN_IMAGES = DENSITY_NEIGHBOURS + 1  # an image is no neighbour of its own
 KID_SUBSETS, KID_MAX_SUBSET = 100, 500
 ROWS_AT_A_TIME = 1024  # of a distance matrix
-Rows = Callable[[torch.Tensor], torch.Tensor]  # keys (B,) -> vectors (B, D)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -206,13 +204,6 @@ def _in_255(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], l
 # --- extraction ------------------------------------------------------------------------------------------------------
 
 
-def uint8_images(images: ImageDataset | np.ndarray, keys: Sequence[int]) -> np.ndarray:
-    """Some images of a data set (centre-cropped, not flipped) or an array, as `(B, H, W, 3)` uint8."""
-    if isinstance(images, np.ndarray):
-        return images[np.asarray(keys)]
-    return to_uint8(images.__getitems__(list(keys))["images"])
-
-
 @torch.no_grad()
 def extract_features(
     network: FeatureNetwork, images: ImageDataset | np.ndarray, *, batch_size: int = 64, title: str = "features"
@@ -330,40 +321,6 @@ def neighbourhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> di
         "density": inside / (DENSITY_NEIGHBOURS * len(features)),
         "coverage": covered.double().mean().item(),
     }
-
-
-def nearest_two(
-    query_rows: Rows,
-    queries: torch.Tensor,
-    reference_rows: Rows,
-    references: torch.Tensor,
-    title: str = "nearest neighbours",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two nearest references of each query: distances `(Q, 2)` and their keys `(Q, 2)`, nearest first.
-
-    Args:
-        query_rows, reference_rows: vectors `(B, D)` of the keys that they are given; only a thousand at once.
-        queries, references: keys `(Q,)` and `(R,)`.
-    """
-    distances = torch.full((len(queries), 2), torch.inf)
-    keys = torch.zeros(len(queries), 2, dtype=torch.int64)
-    with tqdm(total=len(queries) * len(references), desc=title, unit=" pairs", unit_scale=True) as progress:
-        for here in torch.arange(len(queries)).split(ROWS_AT_A_TIME):
-            rows = query_rows(queries[here])
-            for block in references.split(ROWS_AT_A_TIME):
-                found = torch.cdist(rows, reference_rows(block))  # (B, R'), good enough to find the nearest
-                candidates = torch.cat([distances[here], found], dim=1)
-                candidate_keys = torch.cat([keys[here], block.expand(len(found), -1)], dim=1)
-                distances[here], chosen = candidates.topk(2, largest=False)
-                keys[here] = candidate_keys.gather(1, chosen)
-                progress.update(found.numel())
-    for here in torch.arange(len(queries)).split(ROWS_AT_A_TIME // 4):
-        # by matrix products, equal vectors are not quite at distance 0
-        rows = query_rows(queries[here])
-        exact = [(rows - reference_rows(keys[here, column])).norm(dim=1) for column in range(2)]
-        distances[here], order = torch.stack(exact, dim=1).sort(dim=1)
-        keys[here] = keys[here].gather(1, order)
-    return distances, keys
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

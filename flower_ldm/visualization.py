@@ -8,6 +8,7 @@ a pipeline does on its way from noise to image is in `trajectory`.
 """
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -23,14 +23,16 @@ from sklearn.manifold import TSNE
 from tqdm import tqdm
 
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
-from flower_ldm.data import ImageDataset, file_safe_name, load_datasets
+from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
+from flower_ldm.memorisation import TrainingNeighbours, memorised
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.trajectory import LatentPlane
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
+SUSPECTS = 8  # columns of nearest_neighbours.png
 NAMED_CLASSES = 10  # that a picture shows by name; it has as many colours
 # Of CARTO's "Safe" palette, after Paul Tol's: colours that stay apart for the colour-blind.
 COLOURS = (
@@ -48,12 +50,6 @@ COLOURS = (
 OTHERS = "#c9c9c9"
 # A map's sets in the order they are drawn: at most how many points of each, its marker and the marker's area.
 MAP_SETS = {"training": (1200, "o", 12), "held out": (500, "^", 26), "generated": (300, "*", 90)}
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """`(B, 3, H, W)` in [-1, 1] -> `(B, H, W, 3)` uint8, rounded, what lies outside clipped."""
-    scaled = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
-    return scaled.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
 def image_grid(images: np.ndarray, num_columns: int, gap: int = 2, min_pixels: int = 64) -> Image.Image:
@@ -90,19 +86,14 @@ def picture_table(
     images: np.ndarray,
     column_names: Sequence[str] = (),
     row_names: Sequence[str] = (),
-    captions: Sequence[Sequence[str]] = (),
     title: str | None = None,
 ) -> plt.Figure:
-    """`(num_rows, num_columns, H, W, 3)` uint8 as a table: names under its columns and left of its rows.
-
-    With `captions`, a line under each picture, row by row, the columns' names stand above.
-    """
+    """`(num_rows, num_columns, H, W, 3)` uint8 as a table: names under its columns and left of its rows."""
     num_rows, num_columns = images.shape[:2]
-    height = 1.25 * num_rows + 0.5 + (0.2 * num_rows if captions else 0)
     figure, axes = plt.subplots(
         num_rows,
         num_columns,
-        figsize=(1.25 * num_columns + (0.6 if row_names else 0), height),
+        figsize=(1.25 * num_columns + (0.6 if row_names else 0), 1.25 * num_rows + 0.5),
         squeeze=False,
         layout="constrained",
     )
@@ -111,13 +102,8 @@ def picture_table(
         axis.imshow(images[row, column], interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        if captions:
-            axis.set_xlabel(captions[row][column], fontsize=8)
     for column, name in enumerate(column_names):
-        if captions:
-            axes[0, column].set_title(_two_lines(name), fontsize=9)
-        else:
-            axes[-1, column].set_xlabel(_two_lines(name), fontsize=9)
+        axes[-1, column].set_xlabel(_two_lines(name), fontsize=9)
     for row, name in enumerate(row_names):
         axes[row, 0].set_ylabel(_two_lines(name), fontsize=9)
     if title:
@@ -146,23 +132,46 @@ def save_picture_table(images: np.ndarray, path: Path, **names) -> None:
 
 def save_nearest_neighbours(
     samples: np.ndarray,
-    neighbours: np.ndarray,
-    distances: np.ndarray,
+    names: Sequence[str],
+    train: ImageDataset | np.ndarray,
+    found: dict[str, torch.Tensor],
     path: Path,
-    names: Sequence[str] = (),
-    title: str | None = None,
 ) -> None:
-    """Samples `(M, H, W, 3)` uint8, a row each, beside their nearest training images `(M, k, H, W, 3)`.
+    """The samples that look most like copies, above their two nearest training images, in feature and pixel space.
 
     Args:
-        distances: `(M, k)`, written under the neighbours.
-        names: a name for each row, such as the sample's class.
+        samples: `(N, H, W, 3)` uint8.
+        names: the class of each.
+        train: the training images that `found` counts.
+        found: what `TrainingNeighbours.search` found for the samples; a panel for each space that it has.
     """
-    images = np.concatenate([samples[:, None], neighbours], axis=1)
-    captions = [["", *(f"{distance:#.3g}" for distance in row)] for row in distances]
-    columns = ["sample", "nearest", "2nd", "3rd", *(f"{rank}th" for rank in range(4, neighbours.shape[1] + 1))]
-    columns = columns[: images.shape[1]]
-    save_picture_table(images, path, column_names=columns, row_names=names, captions=captions, title=title)
+    num_columns = min(SUSPECTS, len(samples))
+    spaces = [space for space in ("feature", "pixel") if f"{space}_keys" in found]
+    size = 1.35 * num_columns + 1.2, 5.1 * len(spaces)
+    figure, axes = plt.subplots(len(spaces), 1, figsize=size, squeeze=False, layout="constrained")
+    for axis, space in zip(axes[:, 0], spaces, strict=True):
+        distances, keys = found[f"{space}_distances"], found[f"{space}_keys"]
+        ratios = distances[:, 0] / distances[:, 1].clamp(min=1e-12)
+        suspects = ratios.argsort()[:num_columns]
+        rows = [samples[suspects.numpy()], *(uint8_images(train, keys[suspects, rank].tolist()) for rank in (0, 1))]
+        grid = np.asarray(image_grid(np.concatenate(rows), num_columns, gap=4, min_pixels=96))
+        axis.imshow(grid)
+        width, height = grid.shape[1] / num_columns, grid.shape[0] / len(rows)
+        captions = [f"{textwrap.shorten(names[i], 20, placeholder='…')}\nratio {ratios[i]:.2f}" for i in suspects]
+        axis.set_xticks([(column + 0.5) * width for column in range(num_columns)], captions, fontsize=8)
+        row_names = ("sample", "nearest\ntraining\nimage", "second\nnearest")
+        axis.set_yticks([(row + 0.5) * height for row in range(len(rows))], row_names, fontsize=9)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        for caption, copied in zip(axis.get_xticklabels(), memorised(distances[suspects]).tolist(), strict=True):
+            if copied:
+                caption.set(color="#c1272d", fontweight="bold")
+        axis.set_title(
+            f"Most suspicious in {space} space. Memorised (ratio of distances at most 0.33): "
+            f"{memorised(distances).sum()} of {len(samples):,} samples",
+            fontsize=10,
+        )
+    _save(figure, path)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
@@ -342,27 +351,6 @@ def encode_for_map(encode: Callable, datasets: dict[str, ImageDataset], device: 
     return sets
 
 
-def nearest_images(
-    images: torch.Tensor, dataset: ImageDataset, count: int = 5, size: int = 32
-) -> tuple[np.ndarray, np.ndarray]:
-    """The dataset's images nearest to `images` `(M, 3, H, W)` in [-1, 1], by their pixels at `size` x `size`.
-
-    Returns:
-        indices and distances, each `(M, count)`, nearest first; distances are root mean squares, 2 at most.
-    """
-
-    def small(batch: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(batch.float(), size=(size, size), mode="area").flatten(1)
-
-    with tqdm(total=len(dataset), desc="nearest images", unit=" images", leave=False) as progress:
-        distances = []
-        for keys in torch.arange(len(dataset)).split(256):
-            distances.append(torch.cdist(small(images), small(dataset.__getitems__(keys.tolist())["images"])))
-            progress.update(len(keys))
-    nearest = torch.cat(distances, dim=1).topk(min(count, len(dataset)), dim=1, largest=False)
-    return nearest.indices.numpy(), nearest.values.numpy() / (3 * size**2) ** 0.5
-
-
 # --- the command -----------------------------------------------------------------------------------------------------
 
 DATA_FLAGS = ("dataset", "data_dir", "image_column", "label_column", "skip_bad_images", "train_splits", "val_splits",
@@ -435,7 +423,8 @@ def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: d
         sets = encode_for_map(pipe.encode_images, datasets, pipe.device)
         plane = save_latent_maps({**sets, "generated": generated}, pipe.class_names, folder)
         save_side_by_side(pipe, datasets["held out"], columns, images[:, 0], folder)
-        save_neighbours_of(images[:, 0], names, datasets["training"], folder)
+        found = TrainingNeighbours(datasets["training"]).search(images[:, 0])
+        save_nearest_neighbours(images[:, 0], names, datasets["training"], found, folder / "nearest_neighbours.png")
     else:
         plane = LatentPlane.fit(generated.latents, generated.labels)
     labels = pipe.get_label_ids(args.labels) if args.labels else named_classes(pipe.num_classes, 3)
@@ -515,15 +504,6 @@ def save_side_by_side(
         column_names=[pipe.class_names[labels[number]] for number in columns],
         row_names=["held out", "reconstructed", "generated"],
     )
-
-
-def save_neighbours_of(samples: np.ndarray, names: list[str], images: ImageDataset, folder: Path) -> None:
-    """`nearest_neighbours.png` of samples `(M, H, W, 3)` uint8, a row each, among these images."""
-    indices, distances = nearest_images(torch.from_numpy(samples).permute(0, 3, 1, 2) / 127.5 - 1, images)
-    neighbours = to_uint8(images.__getitems__(indices.flatten().tolist())["images"])
-    neighbours = neighbours.reshape(*indices.shape, *neighbours.shape[1:])
-    title = "samples and their nearest training images (root mean square of pixels in [-1, 1])"
-    save_nearest_neighbours(samples, neighbours, distances, folder / "nearest_neighbours.png", names, title)
 
 
 def draw_autoencoder(vae: FlowerAutoencoderKL, datasets: dict[str, ImageDataset], folder: Path) -> None:

@@ -21,7 +21,6 @@ from flower_ldm.features import (
     kernel_distance,
     load_feature_network,
     load_or_extract_features,
-    nearest_two,
     neighbourhood_metrics,
     torchscript,
 )
@@ -324,16 +323,3 @@ def test_neighbourhood_metrics_of_identical_disjoint_and_one_sided_sets():
     assert neighbourhood_metrics(right, left) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
     half = neighbourhood_metrics(left, torch.cat([left, right]))  # one of two modes is missing
     assert half == {"precision": 1, "recall": 0.5, "density": pytest.approx(6 / 5), "coverage": 0.5}
-
-
-def test_nearest_two_are_the_nearest(monkeypatch):
-    monkeypatch.setattr(features_module, "ROWS_AT_A_TIME", 8)
-    rng = torch.Generator().manual_seed(0)
-    queries, references = torch.randn(20, 6, generator=rng), torch.randn(50, 6, generator=rng)
-    queries[3] = references[17]
-    keys = torch.arange(10, 50)  # the first ones are left out
-    distances, found = nearest_two(lambda k: queries[k], torch.arange(20), lambda k: references[k], keys)
-    expected = (queries[:, None].double() - references[10:].double()).norm(dim=2).topk(2, largest=False)
-    torch.testing.assert_close(distances.double(), expected.values, rtol=1e-5, atol=1e-6)
-    assert torch.equal(found, expected.indices + 10)
-    assert distances[3, 0] == 0 and found[3, 0] == 17

@@ -1,0 +1,136 @@
+"""Whether samples are memorised training images: the training images nearest to others, by features and by pixels.
+
+Knows neither networks nor pictures: `evaluation` gives it features and `visualization` draws what it finds; images
+come from `data`.
+
+Shapes: Q queries, R references; D features or pixels; (H, W) pixels.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from flower_ldm.data import ImageDataset, uint8_images
+from flower_ldm.errors import InputError
+
+MEMORISED_RATIO = 1 / 3
+PIXEL_SPACE = 64  # pixels a side
+ROWS_AT_A_TIME = 1024  # of a distance matrix
+Rows = Callable[[torch.Tensor], torch.Tensor]  # keys (B,) -> vectors (B, D)
+
+
+def nearest_two(
+    query_rows: Rows,
+    queries: torch.Tensor,
+    reference_rows: Rows,
+    references: torch.Tensor,
+    title: str = "nearest neighbours",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two nearest references of each query: distances `(Q, 2)` and their keys `(Q, 2)`, nearest first.
+
+    Args:
+        query_rows, reference_rows: vectors `(B, D)` of the keys that they are given; only a thousand at once.
+        queries, references: keys `(Q,)` and `(R,)`.
+    """
+    distances = torch.full((len(queries), 2), torch.inf)
+    keys = torch.zeros(len(queries), 2, dtype=torch.int64)
+    with tqdm(total=len(queries) * len(references), desc=title, unit=" pairs", unit_scale=True) as progress:
+        for here in torch.arange(len(queries)).split(ROWS_AT_A_TIME):
+            rows = query_rows(queries[here])
+            for block in references.split(ROWS_AT_A_TIME):
+                found = torch.cdist(rows, reference_rows(block))  # (B, R'), good enough to find the nearest
+                candidates = torch.cat([distances[here], found], dim=1)
+                candidate_keys = torch.cat([keys[here], block.expand(len(found), -1)], dim=1)
+                distances[here], chosen = candidates.topk(2, largest=False)
+                keys[here] = candidate_keys.gather(1, chosen)
+                progress.update(found.numel())
+    for here in torch.arange(len(queries)).split(ROWS_AT_A_TIME // 4):
+        # by matrix products, equal vectors are not quite at distance 0
+        rows = query_rows(queries[here])
+        exact = [(rows - reference_rows(keys[here, column])).norm(dim=1) for column in range(2)]
+        distances[here], order = torch.stack(exact, dim=1).sort(dim=1)
+        keys[here] = keys[here].gather(1, order)
+    return distances, keys
+
+
+class TrainingNeighbours:
+    """The training images, each distinct one once, to look up the two nearest to any other image.
+
+    Copies of an image count as one: else the nearest of a memorised image and the second nearest could be the same
+    picture, and the rule would miss it, or see it everywhere.
+
+    Args:
+        images: the training split, or `(N, H, W, 3)` uint8.
+        features: `(N, D)`, of the same images; without, they are looked up by their pixels alone.
+    """
+
+    def __init__(self, images: ImageDataset | np.ndarray, features: torch.Tensor | None = None):
+        self.images = images
+        self.features = features
+        self.first_of: dict[bytes, int] = {}
+        for keys in np.array_split(np.arange(len(images)), -(-len(images) // ROWS_AT_A_TIME)):
+            for key, digest in zip(keys.tolist(), image_digests(uint8_images(images, keys.tolist())), strict=True):
+                self.first_of.setdefault(digest, key)
+        self.distinct = torch.tensor(list(self.first_of.values()))
+        if len(self.distinct) < 2:
+            raise InputError("memorisation needs at least 2 different training images: choose other --train_splits")
+
+    def search(
+        self, images: ImageDataset | np.ndarray, features: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """For Q images and their features: what `memorisation_rates` and `save_nearest_neighbours` need.
+
+        Returns:
+            "feature_distances" (where there are features), "pixel_distances" `(Q, 2)`, nearest first; "feature_keys",
+            "pixel_keys" `(Q, 2)`, the training images' indices; "is_copy" `(Q,)`, whether its bytes are those of a
+            training image.
+        """
+        rows_in = {"pixel": (partial(pixel_rows, images), partial(pixel_rows, self.images))}
+        if features is not None:
+            rows_in["feature"] = (features.__getitem__, self.features.__getitem__)
+        queries = torch.arange(len(images))
+        found = {}
+        for space, (query_rows, training_rows) in rows_in.items():
+            found[f"{space}_distances"], found[f"{space}_keys"] = nearest_two(
+                query_rows, queries, training_rows, self.distinct, title=f"neighbours by {space}s"
+            )
+        digests = (image_digests(uint8_images(images, keys.tolist())) for keys in queries.split(ROWS_AT_A_TIME))
+        found["is_copy"] = torch.tensor([digest in self.first_of for block in digests for digest in block])
+        return found
+
+
+def image_digests(images: np.ndarray) -> list[bytes]:
+    return [hashlib.sha256(image.tobytes()).digest() for image in images]
+
+
+def pixel_rows(images: ImageDataset | np.ndarray, keys: torch.Tensor) -> torch.Tensor:
+    """Pixels `(B, 3 H W)` in [-1, 1], averaged down to at most 64 a side: copies are as near there as at full size."""
+    pixels = torch.from_numpy(uint8_images(images, keys.tolist())).permute(0, 3, 1, 2)
+    pixels = pixels.float().div_(127.5).sub_(1)
+    if pixels.shape[-1] > PIXEL_SPACE:
+        pixels = F.interpolate(pixels, size=(PIXEL_SPACE, PIXEL_SPACE), mode="area")
+    return pixels.flatten(1)
+
+
+def memorised(distances: torch.Tensor) -> torch.Tensor:
+    """Whether the nearest training image is nearer than a third of the second nearest, `(Q, 2)` -> `(Q,)`.
+
+    The rule of Yoon et al. 2023. Where both are at distance 0 the features can't tell training images apart, so
+    nothing is said.
+    """
+    return (distances[:, 0] <= MEMORISED_RATIO * distances[:, 1]) & (distances[:, 1] > 0)
+
+
+def memorisation_rates(found: dict[str, torch.Tensor]) -> dict[str, float | int]:
+    """The entry of `metrics.json` for what `TrainingNeighbours.search` has found."""
+    return {
+        "n": len(found["is_copy"]),
+        "feature_rate": memorised(found["feature_distances"]).double().mean().item(),
+        "pixel_rate": memorised(found["pixel_distances"]).double().mean().item(),
+        "exact_duplicates": int(found["is_copy"].sum()),
+    }
