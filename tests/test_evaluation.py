@@ -243,7 +243,8 @@ def test_the_evaluation_stands_beside_the_runs_other_metrics(evaluated, finished
     after = json.loads((folder / "metrics.json").read_text())
     assert after == before | {"evaluation": evaluation} and "evaluation" not in before
     assert {path.name for path in folder.iterdir()} == {
-        "metrics.json", "args.yaml", "nearest_neighbours.png", "evaluation_sweep.png", "evaluation_cache", "report.html"
+        "metrics.json", "args.yaml", "nearest_neighbours.png", "evaluation_sweep.png", "evaluation_cache",
+        "report.html",
     }  # fmt: skip
     page = (folder / "report.html").read_text()
     assert f"{evaluation['against_held_out']['samples']['class_accuracy']:.1%}" in page
@@ -455,7 +456,8 @@ def test_real_images_beat_noise_by_far_and_know_their_classes(photographs):
     assert real["n"] == bad["n"] == real["n_reference"] == 1020
     assert bad["frechet_distance"] > 5 * real["frechet_distance"]
     assert abs(real["kid"]) < 2 * real["kid_std"] and bad["kid"] > 50 * real["kid_std"]
-    assert real["precision"] > 0.6 and real["recall"] > 0.6 and bad["precision"] == bad["recall"] == 0
+    assert real["precision"] > 0.6 and real["recall"] > 0.6 and real["density"] > 0.9 and real["coverage"] > 0.9
+    assert bad["precision"] == bad["recall"] == bad["density"] == bad["coverage"] == 0
     assert real["class_accuracy"] > 0.7 > 0.05 > bad["class_accuracy"]
     held_out_accuracy = class_accuracy(classifier, held_out_features, held_out.labels)
     assert held_out_accuracy == pytest.approx(real["class_accuracy"], abs=0.06)
