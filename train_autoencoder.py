@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     parts, optimizer, disc_optimizer, lr_scheduler = build_parts(accelerator, args, vae, perceptual)
     progress = training.Progress(training.run_identity(accelerator, args, train_images, vae))
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    training.resume(accelerator, args, checkpoint, progress, ema)
+    training.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
     training.claim_output_dir(accelerator, args)
 
     train_batches = training.training_batches(accelerator, args, train_images, progress.global_step, last_step)

@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     identity = training.run_identity(accelerator, args, train_images, unet)
     progress = training.Progress(identity | {"autoencoder": cache_key(vae, train_images)})
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    training.resume(accelerator, args, checkpoint, progress, ema)
+    training.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
     training.claim_output_dir(accelerator, args)
     train_latents = load_latents(accelerator, args, vae, train_images)
     val_latents = load_latents(accelerator, args, vae, val_images)

@@ -37,6 +37,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -51,7 +52,7 @@ MAY_CHANGE = {
     "num_train_epochs", "val_splits", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "logging_steps", "report_to", "dataloader_num_workers", "torch_compile", "gradient_checkpointing",
     "mixed_precision", "skip_bad_images", "train_batch_size", "gradient_accumulation_steps", "model_config",
-    "vgg_weights", "autoencoder", "latent_cache_dir", "guidance_scale", "final_pictures",
+    "vgg_weights", "autoencoder", "latent_cache_dir", "guidance_scale", "final_pictures", "learning_rate",
 }  # fmt: skip
 # diffusers' schedules that these flags can describe.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -558,9 +559,16 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def resume(
-    accelerator: Accelerator, args: argparse.Namespace, checkpoint: Path | None, progress: Progress, ema: EMAModel
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    checkpoint: Path | None,
+    progress: Progress,
+    ema: EMAModel,
+    lr_scheduler: LambdaLR,
 ) -> None:
     """Load a checkpoint, if there is one, into all that has been prepared or registered.
+
+    The schedule goes on from the checkpoint's update, with this run's `--learning_rate`.
 
     Raises:
         InputError: where it is damaged, belongs to another run, or is beyond this run's end.
@@ -574,6 +582,9 @@ def resume(
                 f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"
             ) from error
         ema.to(accelerator.device)  # accelerate loads what is registered to the CPU
+        lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
+        for group, lr_lambda in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+            group["lr"] = args.learning_rate * lr_lambda(lr_scheduler.last_epoch)
     if progress.global_step > args.max_train_steps:
         raise InputError(
             f"{checkpoint} is at step {progress.global_step}, beyond the {args.max_train_steps} of this run: "
@@ -661,7 +672,7 @@ def not_finite(name: str, global_step: float) -> InputError:
     """What ends a run that has met a number like this."""
     return InputError(
         f"{name} is not finite at step {global_step:.0f}: the run stops here, earlier checkpoints are kept; "
-        "try a lower --learning_rate, or --mixed_precision bf16 in place of fp16"
+        "go on from one with a lower --learning_rate, or --mixed_precision bf16 in place of fp16"
     )
 
 

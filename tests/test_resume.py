@@ -297,6 +297,27 @@ def test_one_batch_or_two_halves_are_one_update(flags, run, tmp_path, stage):
             assert apart(*states) < (1e-3 if name.startswith("optimizer") else 1e-2), name
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_takes_another_learning_rate(run, tmp_path, stage):
+    """What the line that ends a run with a NaN advises."""
+    schedule = ["--lr_scheduler", "linear", "--lr_warmup_steps", "0"]
+    run(stage, tmp_path / "run", "--max_train_steps", "4", "--learning_rate", "1e-3", *schedule)
+    same, lower = tmp_path / "same", tmp_path / "lower"
+    for folder, rate in ((same, "1e-3"), (lower, "1e-4")):
+        checkpoint = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")]
+        run(stage, folder, "--max_train_steps", "4", "--learning_rate", rate, *schedule, *checkpoint)
+    rates = {}
+    for folder in (same, lower):
+        rates[folder] = [line["learning_rate"] for line in losses_after(folder, 2) if "learning_rate" in line]
+    assert rates[lower] == pytest.approx([rate / 10 for rate in rates[same]])
+    before = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    moved = {}
+    for folder in (same, lower):
+        after = load_file(folder / "checkpoint-4" / "model.safetensors")
+        moved[folder] = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert moved[lower] < 0.3 * moved[same]
+
+
 # What can't be resumed
 
 
