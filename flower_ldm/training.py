@@ -662,9 +662,13 @@ class LossLog:
     def show(self, global_step: int, pictures: dict[str, Path]) -> None:
         """Pictures that lie on disk, by name, to each tracker that takes images. For the main process."""
         for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):  # accelerate's for trackio has none
+            images = {name: np.asarray(Image.open(path).convert("RGB"))[None] for name, path in pictures.items()}
+            if tracker.name == "trackio":  # accelerate has no log_images for it
+                import trackio
+
+                tracker.log({name: trackio.Image(image[0]) for name, image in images.items()}, step=global_step)
+            elif hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                images = {name: np.asarray(Image.open(path).convert("RGB"))[None] for name, path in pictures.items()}
                 tracker.log_images(images, step=global_step, **options)
 
 
