@@ -7,7 +7,7 @@ Shapes: Q queries, R references; D features or pixels; (H, W) pixels.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -21,6 +21,7 @@ from flower_ldm.errors import InputError
 MEMORISED_RATIO = 1 / 3
 PIXEL_SPACE = 64  # pixels a side
 ROWS_AT_A_TIME = 1024  # of a distance matrix
+IMAGES_AT_A_TIME = 64  # at full size, in float32: a thousand of 128 x 128 pixels would be 200 MB, several times over
 Rows = Callable[[torch.Tensor], torch.Tensor]  # keys (B,) -> vectors (B, D)
 
 
@@ -73,9 +74,8 @@ class TrainingNeighbours:
         self.images = images
         self.features = features
         self.first_of: dict[bytes, int] = {}
-        for keys in np.array_split(np.arange(len(images)), -(-len(images) // ROWS_AT_A_TIME)):
-            for key, digest in zip(keys.tolist(), image_digests(uint8_images(images, keys.tolist())), strict=True):
-                self.first_of.setdefault(digest, key)
+        for key, digest in enumerate(image_digests(images)):
+            self.first_of.setdefault(digest, key)
         self.distinct = torch.tensor(list(self.first_of.values()))
         if len(self.distinct) < 2:
             raise InputError("memorisation needs at least 2 different training images: choose other --train_splits")
@@ -99,22 +99,27 @@ class TrainingNeighbours:
             found[f"{space}_distances"], found[f"{space}_keys"] = nearest_two(
                 query_rows, queries, training_rows, self.distinct, title=f"neighbours by {space}s"
             )
-        digests = (image_digests(uint8_images(images, keys.tolist())) for keys in queries.split(ROWS_AT_A_TIME))
-        found["is_copy"] = torch.tensor([digest in self.first_of for block in digests for digest in block])
+        found["is_copy"] = torch.tensor([digest in self.first_of for digest in image_digests(images)])
         return found
 
 
-def image_digests(images: np.ndarray) -> list[bytes]:
-    return [hashlib.sha256(image.tobytes()).digest() for image in images]
+def image_digests(images: ImageDataset | np.ndarray) -> Iterator[bytes]:
+    """A digest of each image's pixels, in order."""
+    for keys in torch.arange(len(images)).split(IMAGES_AT_A_TIME):
+        for image in uint8_images(images, keys.tolist()):
+            yield hashlib.sha256(image.tobytes()).digest()
 
 
 def pixel_rows(images: ImageDataset | np.ndarray, keys: torch.Tensor) -> torch.Tensor:
     """Pixels `(B, 3 H W)` in [-1, 1], averaged down to at most 64 a side: copies are as near there as at full size."""
-    pixels = torch.from_numpy(uint8_images(images, keys.tolist())).permute(0, 3, 1, 2)
-    pixels = pixels.float().div_(127.5).sub_(1)
-    if pixels.shape[-1] > PIXEL_SPACE:
-        pixels = F.interpolate(pixels, size=(PIXEL_SPACE, PIXEL_SPACE), mode="area")
-    return pixels.flatten(1)
+    rows = []
+    for some in keys.split(IMAGES_AT_A_TIME):
+        pixels = torch.from_numpy(uint8_images(images, some.tolist())).permute(0, 3, 1, 2)
+        pixels = pixels.float().div_(127.5).sub_(1)
+        if pixels.shape[-1] > PIXEL_SPACE:
+            pixels = F.interpolate(pixels, size=(PIXEL_SPACE, PIXEL_SPACE), mode="area")
+        rows.append(pixels.flatten(1))
+    return torch.cat(rows)
 
 
 def memorised(distances: torch.Tensor) -> torch.Tensor:
