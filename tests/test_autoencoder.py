@@ -258,7 +258,8 @@ def test_statistics_are_saved_in_the_config(vae, noise, tmp_path, low_cpu_mem_us
 
 def test_saved_and_loaded_it_is_the_same(vae, images, noise, tmp_path):
     vae.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    files = {"config.json", "diffusion_pytorch_model.safetensors", "autoencoder_flower.py"}
+    assert {path.name for path in tmp_path.iterdir()} == files
     loaded = FlowerAutoencoderKL.from_pretrained(tmp_path)
     assert not loaded.training
     assert json.loads(loaded.to_json_string()) == {**json.loads(vae.to_json_string()), "_name_or_path": str(tmp_path)}

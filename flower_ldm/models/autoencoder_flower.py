@@ -1,13 +1,19 @@
 """FlowerAutoencoderKL: images -> spatial latents -> images, with a classifier head on the latents.
 
-Travels to the Hub beside its weights, so it imports torch and diffusers only. Trained by `train_autoencoder.py` with
-the losses of `autoencoder_losses`; its latents feed `latent_cache`, `FlowerUNet2DModel` and `FlowerLDMPipeline`.
+Travels to the Hub beside its weights, so it imports the standard library, torch and diffusers only. Trained by
+`train_autoencoder.py` with the losses of `autoencoder_losses`; its latents feed `latent_cache`, `FlowerUNet2DModel`
+and `FlowerLDMPipeline`.
 
 Shapes: B images, (H, W) pixels, (h, w) = (H, W) / downsample_factor, C channels of a block, Z latent channels,
 K classes.
 """
 
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -304,3 +310,43 @@ class FlowerAutoencoderKL(ModelMixin, ConfigMixin):
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         """The inverse of `normalize`."""
         return latents * self.channel_std + self.channel_mean
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save a folder that loads anywhere: the stock one, this file, and the entry that points `AutoModel` to it.
+
+        Without this package diffusers loads it by `AutoModel.from_pretrained(folder, trust_remote_code=True)`. With
+        `push_to_hub=True` the same is saved again to a temporary folder and uploaded from there, so that nothing else
+        that lies in `save_directory` goes along.
+        """
+        hub_names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        hub_options = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        super().save_pretrained(
+            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, **kwargs
+        )
+        if not is_main_process:
+            return
+        folder, source = Path(save_directory), Path(__file__)
+        (folder / source.name).write_bytes(source.read_bytes())
+        config_file = folder / self.config_name
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # where on this machine it was loaded from
+        config["auto_map"] = {"AutoModel": f"{source.stem}.{type(self).__name__}"}
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if push_to_hub:
+            repo_id = hub_options.pop("repo_id", folder.name)
+            self.push_to_hub(repo_id, safe_serialization=safe_serialization, variant=variant, **hub_options)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
+        # The entry for `AutoModel` is no argument of the model: diffusers would warn that it doesn't know it.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
