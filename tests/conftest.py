@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 
 
@@ -122,6 +123,27 @@ def finished_runs(tmp_path_factory, random_vgg: Path, run_script) -> FinishedRun
     return FinishedRuns(folder / "autoencoder", folder / "flower-ldm", stage1, stage2)
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """An empty Hub of this test's own; this process's `huggingface_hub` is logged in to it, caches in `tmp_path`."""
+    from diffusers.utils import dynamic_modules_utils
+    from huggingface_hub import constants, hf_api
+
+    with LoopbackHub() as hub:
+        # What the client reads from its environment when it is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "hf" / "modules"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
 # The flags that both scripts promise, each with a value that isn't its default.
 COMMON_FLAGS = """
     --dataset imagefolder; --data_dir flowers; --image_column picture; --label_column class; --skip_bad_images
@@ -131,7 +153,7 @@ COMMON_FLAGS = """
     --mixed_precision bf16; --seed 1; --dataloader_num_workers 0; --checkpointing_steps 5
     --checkpoints_total_limit 2; --resume_from_checkpoint latest; --checkpoint_path latest; --validation_steps 5
     --visualize_every 5; --logging_steps 5; --report_to none; --model_config model.json; --ema_decay 0.5
-    --torch_compile; --gradient_checkpointing
+    --torch_compile; --gradient_checkpointing; --push_to_hub; --hub_model_id me/flowers; --hub_private_repo
 """
 OTHER_SPELLINGS = {
     "total_epochs": "num_train_epochs",
@@ -149,7 +171,9 @@ def misread_flags():
         for words in filter(None, map(str.strip, f"{COMMON_FLAGS};{own_flags}".replace("\n", ";").split(";"))):
             flag, *values = words.split()
             name = flag.removeprefix("--")
-            read = getattr(parse_args([flag, *values]), OTHER_SPELLINGS.get(name, name))
+            with pytest.MonkeyPatch.context() as environment:
+                environment.setenv("HF_TOKEN", TOKEN)  # without one --push_to_hub is refused
+                read = getattr(parse_args([flag, *values]), OTHER_SPELLINGS.get(name, name))
             meant = True if not values else values if isinstance(read, list) else type(read)(values[0])
             if read != meant:
                 wrong.append(words)

@@ -4,10 +4,8 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -17,9 +15,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines import pipeline_utils
-from diffusers.utils import BaseOutput, hub_utils
-from huggingface_hub import ModelCard
+from diffusers.utils import BaseOutput
+from huggingface_hub import constants, create_branch
 
 from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel
 from pipelines.pipeline_flower_ldm import FlowerLDMPipeline
@@ -610,36 +607,51 @@ def test_components_can_be_passed_to_from_pretrained(pipe, tmp_path):
     assert loaded.config.id2label is None
 
 
-def test_from_the_hub_the_installed_class_needs_no_trust(tmp_path, monkeypatch):
-    """The Hub client's two calls find a downloaded snapshot, as after a first download."""
+def same_images(loaded: FlowerLDMPipeline, pipe: FlowerLDMPipeline) -> bool:
+    loaded.set_progress_bar_config(disable=True)
+    return torch.equal(sample(loaded, "Tulip", "pt"), sample(pipe, "Tulip", "pt"))
+
+
+def test_from_the_hub_the_installed_class_needs_no_trust(hub):
     pipe = make_pipeline(flower_parts)
-    pipe.save_pretrained(tmp_path)
-    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    info = SimpleNamespace(sha="0" * 40, siblings=[SimpleNamespace(rfilename=file) for file in files])
-    monkeypatch.setattr(pipeline_utils, "_resolve_revision", lambda *_, **__: info.sha)
-    monkeypatch.setattr(pipeline_utils, "model_info", lambda *_, **__: info)
-    monkeypatch.setattr(pipeline_utils, "hf_hub_download", lambda _, file, **__: str(tmp_path / file))
-    loaded = FlowerLDMPipeline.from_pretrained("me/flowers")
+    pipe.push_to_hub("gardener/flowers")
+    loaded = FlowerLDMPipeline.from_pretrained("gardener/flowers")
     assert type(loaded) is FlowerLDMPipeline and type(loaded.vae) is FlowerAutoencoderKL
-    torch.testing.assert_close(sample(loaded, "rose", "pt"), sample(pipe, "rose", "pt"), rtol=0, atol=0)
+    assert same_images(loaded, pipe)
 
 
-def test_push_to_hub_uploads_a_loadable_folder_and_nothing_else(stock_pipe, tmp_path, monkeypatch):
-    """The Hub client's three calls stand in for the Hub; what it would be sent is kept and looked at."""
+def test_saving_with_push_to_hub_uploads_a_loadable_folder_and_nothing_else(stock_pipe, tmp_path, hub):
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-1" / "state.bin").write_bytes(b"not for the Hub")
+    stock_pipe.save_pretrained(tmp_path / "run", push_to_hub=True, repo_id="gardener/flowers", private=True)
+    repository = hub.repositories["gardener/flowers"]
+    assert repository.private and len(repository.commits) == 2  # the Hub's own first one, and all of this
+    assert json.loads(repository.files["model_index.json"]) == read_index(tmp_path / "run")
+    assert not [path for path in repository.files if path.startswith("checkpoint-")]
+    assert same_images(FlowerLDMPipeline.from_pretrained("gardener/flowers"), stock_pipe)
 
-    def upload_folder(*, repo_id, folder_path, **_):
-        shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
 
-    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: ModelCard("---\n{}\n---\n"))
-    monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
-    stock_pipe.save_pretrained(tmp_path / "run", push_to_hub=True, repo_id="me/flowers", private=True)
-    uploaded = tmp_path / "hub" / "me" / "flowers"
-    assert not list(uploaded.glob("checkpoint-*"))
-    assert read_index(uploaded) == read_index(tmp_path / "run")
-    torch.testing.assert_close(sample(FlowerLDMPipeline.from_pretrained(uploaded)), sample(stock_pipe), rtol=0, atol=0)
+def test_from_the_hub_by_revision_variant_and_from_a_cache_without_network(tmp_path, hub, monkeypatch):
+    before, after = make_pipeline(flower_parts), make_pipeline(flower_parts)
+    with torch.no_grad():
+        for parameter in after.unet.parameters():
+            parameter.mul_(1.1)
+    before.push_to_hub("gardener/flowers")
+    create_branch("gardener/flowers", branch="before")
+    after.push_to_hub("gardener/flowers")
+    after.push_to_hub("gardener/flowers", variant="fp16")
+    options = {"pretrained_model_name_or_path": "gardener/flowers", "cache_dir": tmp_path / "cache"}
+    assert same_images(FlowerLDMPipeline.from_pretrained(**options), after)
+    assert same_images(FlowerLDMPipeline.from_pretrained(**options, revision="before"), before)
+    assert same_images(FlowerLDMPipeline.from_pretrained(**options, variant="fp16"), after)
+    assert (tmp_path / "cache" / "models--gardener--flowers").is_dir()
+    assert not list((tmp_path / "hf").glob("hub/*/snapshots/*/*/*.safetensors"))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    num_requests = len(hub.requests)
+    assert same_images(FlowerLDMPipeline.from_pretrained(**options), after)
+    assert same_images(FlowerLDMPipeline.from_pretrained(**options, revision="before"), before)
+    assert len(hub.requests) == num_requests
 
 
 ELSEWHERE = """
