@@ -377,13 +377,15 @@ def main(argv: list[str] | None = None) -> None:
     with training.ema_weights(ema, vae):
         results = validate_and_keep_best(accelerator, args, vae, parts.perceptual, val_batches, log, progress)
         results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
-        results |= {"dataset": train_images.name, "splits": val_images.splits, "vgg_weights": args.vgg_weights}
+        results |= {"dataset": train_images.name, "splits": val_images.splits}
+        results |= {"vgg_weights": args.vgg_weights and Path(args.vgg_weights).name}
         if accelerator.is_main_process:
             save_results(accelerator, args, vae, train_images, results)
             if args.final_pictures:
                 draw_latent_maps(accelerator, args, vae, train_images, val_images, log)
             print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()
+    training.push_results(accelerator, args)
 
 
 if __name__ == "__main__":

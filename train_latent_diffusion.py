@@ -356,6 +356,7 @@ def main(argv: list[str] | None = None) -> None:
                 draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
             print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()
+    training.push_results(accelerator, args)
 
 
 def held_out_batches(accelerator: Accelerator, args, latents: LatentDataset) -> DataLoader:

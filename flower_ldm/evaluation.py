@@ -534,7 +534,7 @@ def evaluate(
 def describe(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork, real: Real) -> dict:
     """What was measured with what: the first entries of the evaluation."""
     return {
-        "pipeline": args.pipeline,
+        "pipeline": Path(args.pipeline).resolve().name if Path(args.pipeline).is_dir() else args.pipeline,
         "dataset": real.train.name,
         "splits": {"train": list(real.train.splits), "held_out": list(real.held_out.splits)},
         "resolution": real.train.resolution,

@@ -1,0 +1,168 @@
+"""A finished run to the Hugging Face Hub: `python -m flower_ldm.hub results/flower-ldm --hub_model_id user/name`.
+
+Both training scripts do the same with `--push_to_hub`. What goes is listed here, file by file: the model with its
+code, the card, generated pictures and curves, the metrics, the flags that aren't paths. All else stays, such as
+checkpoints, logs, and pictures that show photographs of the data set.
+
+Its neighbours: `training`, which calls it; `FlowerLDMPipeline.save_pretrained`, which makes the folder loadable.
+"""
+
+import argparse
+import json
+import shlex
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.utils import validate_repo_id
+
+from .errors import InputError, OneLineParser, exit_on_input_error
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# By the file that makes a folder one of the two kinds: what of it goes to the Hub.
+AUTOENCODER_FILES = ("config.json", *WEIGHTS, "autoencoder_flower.py", "autoencoder_losses.png", "latent_space_*.png")
+PIPELINE_FILES = (
+    "model_index.json", "pipeline_flower_ldm.py", "scheduler/scheduler_config.json",
+    *(f"vae/{name}" for name in ("config.json", *WEIGHTS, "autoencoder_flower.py")),
+    *(f"unet/{name}" for name in ("config.json", *WEIGHTS, "unet_flower.py")),
+    "samples/*.png", "vae_samples_grid_subset.png", "diffusion_loss.png", "latent_space_*.png",
+    "denoising_path_*.png", "diffusion_animation_*.gif", "diffusion_animation_*.mp4", "evaluation_sweep.png",
+)  # fmt: skip
+# Of args.yaml go all numbers and switches, and these; the other texts are paths, or names of places.
+TEXT_FLAGS = {
+    "dataset", "image_column", "label_column", "train_splits", "val_splits", "classes", "lr_scheduler",
+    "mixed_precision", "report_to", "prediction_type", "beta_schedule",
+}  # fmt: skip
+
+
+def check_upload(repo_id: str) -> None:
+    """Refuse, before anything is computed, an upload that can't succeed.
+
+    Raises:
+        InputError: where that can't be a repository's name, or there is no token, or no network by choice.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise InputError(f"--hub_model_id {repo_id} is no repository's name: {_one_line(error)}") from None
+    if constants.HF_HUB_OFFLINE:
+        raise InputError("--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or leave the flag out")
+    if get_token() is None:
+        raise InputError("--push_to_hub needs a token of the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def create_repository(repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
+    """The repository of that name, made where there is none yet; its full name, `user/name`.
+
+    Raises:
+        InputError: where this token may not write there, or the Hub can't be reached.
+    """
+    try:
+        return (api or HfApi()).create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+    except Exception as error:  # HTTP, network, a token that is none: the client has no common base for them
+        raise InputError(f"--push_to_hub can't write to {repo_id}: {_one_line(error)}") from error
+
+
+def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
+    """Upload what a finished run may show, in one commit, so that a broken upload leaves the repository as it was.
+
+    What an earlier push left there and this run no longer has goes away; other files stay.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: where the folder is no finished run, or the upload breaks off; with the command that finishes it.
+    """
+    allowed, additions = run_files(run_dir)
+    command = f"python -m flower_ldm.hub {shlex.quote(str(run_dir))} --hub_model_id {repo_id}"
+    command += " --hub_private_repo" if private else ""
+    print(f"uploading {len(additions)} files to {repo_id}; should that break off: {command}", flush=True)
+    api = api or HfApi()
+    try:
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        operations = [CommitOperationAdd(path, content) for path, content in additions.items()]
+        for path in api.list_repo_files(repo_id):
+            if path not in additions and path != "README.md" and is_allowed(path, allowed):
+                operations.append(CommitOperationDelete(path))
+        return api.create_commit(repo_id, operations, commit_message="Upload a run of flower_ldm").commit_url
+    except (Exception, KeyboardInterrupt) as error:  # whatever the reason, the run is on disk and can be pushed again
+        raise InputError(
+            f"the upload to {repo_id} broke off: {_one_line(error)}; {run_dir} is complete, finish by: {command}"
+        ) from error
+
+
+def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
+    """Patterns of what may go to the Hub, and what there is of it, by its path in the repository.
+
+    Raises:
+        InputError: where the folder is no finished run.
+    """
+    for name in ("metrics.json", "args.yaml"):
+        if not (run_dir / name).is_file():
+            raise InputError(f"{run_dir} is no finished run of flower_ldm: it has no {name}")
+    is_pipeline = (run_dir / "model_index.json").is_file()
+    allowed = ("README.md", "metrics.json", "args.yaml", *(PIPELINE_FILES if is_pipeline else AUTOENCODER_FILES))
+    files: dict[str, Path | bytes] = {}
+    for path in sorted(run_dir.rglob("*")):
+        name = path.relative_to(run_dir).as_posix()
+        if is_allowed(name, allowed) and path.is_file():
+            files[name] = path
+    try:
+        metrics = without_paths(json.loads((run_dir / "metrics.json").read_text()))
+        flags = public_flags(yaml.safe_load((run_dir / "args.yaml").read_text()))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # damaged, or none of ours
+        raise InputError(f"{run_dir} is no finished run of flower_ldm: {_one_line(error)}") from error
+    files["metrics.json"] = (json.dumps(metrics, indent=2) + "\n").encode()
+    files["args.yaml"] = yaml.safe_dump(flags, sort_keys=True).encode()
+    return allowed, files
+
+
+def is_allowed(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file fits one of the patterns; a star stands for part of one name, never for a folder."""
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def public_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run that are numbers, switches or names."""
+    kept = {
+        name: value
+        for name, value in flags.items()
+        if value is None or isinstance(value, (bool, int, float)) or name in TEXT_FLAGS
+    }
+    return without_paths(kept)
+
+
+def without_paths(value: Any) -> Any:
+    """Nested lists and dicts with each text that is a path on this machine cut down to its last part."""
+    if isinstance(value, dict):
+        return {name: without_paths(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_paths(inner) for inner in value]
+    if isinstance(value, str) and "/" in value and (Path(value).expanduser().is_absolute() or Path(value).exists()):
+        return Path(value).name
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(prog="python -m flower_ldm.hub", description="Push a finished run to the Hugging Face Hub.")
+    parser.add_argument("run_dir", type=Path, help="folder that a training script wrote")
+    parser.add_argument("--hub_model_id", help="user/name, or a name in your own namespace; unset: the folder's name")
+    parser.add_argument(
+        "--hub_private_repo", action=argparse.BooleanOptionalAction, default=False, help="where it is made now"
+    )
+    args = parser.parse_args(argv)
+    repo_id = args.hub_model_id or args.run_dir.resolve().name
+    check_upload(repo_id)
+    print(push_run(args.run_dir, repo_id, args.hub_private_repo))
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
