@@ -127,11 +127,7 @@ def is_allowed(name: str, patterns: tuple[str, ...]) -> bool:
 
 def public_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags of a run that are numbers, switches or names."""
-    kept = {
-        name: value
-        for name, value in flags.items()
-        if value is None or isinstance(value, (bool, int, float)) or name in TEXT_FLAGS
-    }
+    kept = {name: value for name, value in flags.items() if isinstance(value, (int, float)) or name in TEXT_FLAGS}
     return without_paths(kept)
 
 

@@ -124,7 +124,7 @@ def finished_runs(tmp_path_factory, random_vgg: Path, run_script) -> FinishedRun
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """An empty Hub of this test's own; this process's `huggingface_hub` is logged in to it, caches in `tmp_path`."""
     from diffusers.utils import dynamic_modules_utils
     from huggingface_hub import constants, hf_api

@@ -1,0 +1,383 @@
+"""flower_ldm/hub.py and `--push_to_hub`: what goes to the Hub, what never does, and how it comes back.
+
+The Hub is `loopback_hub`; the client is the real one, and its requests cross a socket.
+"""
+
+import hashlib
+import itertools
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import PIPE
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_stages
+from huggingface_hub import HfApi
+from loopback_hub import TOKEN, Blob, LoopbackHub, Repository
+
+import train_autoencoder
+import train_latent_diffusion
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, hub
+from flower_ldm.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+AUTOENCODER_FILES = {
+    ".gitattributes", "args.yaml", "autoencoder_flower.py", "autoencoder_losses.png", "config.json",
+    "diffusion_pytorch_model.safetensors", "latent_space_pca.png", "latent_space_tsne.png", "metrics.json",
+}  # fmt: skip
+PIPELINE_FILES = {
+    ".gitattributes", "args.yaml", "diffusion_loss.png", "latent_space_pca.png", "latent_space_tsne.png",
+    "metrics.json", "model_index.json", "pipeline_flower_ldm.py", "scheduler/scheduler_config.json",
+    "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/unet_flower.py",
+    "vae/autoencoder_flower.py", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    "vae_samples_grid_subset.png",
+}  # fmt: skip
+
+
+def draw(pipe) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe([0, 1], num_inference_steps=3, generator=generator, output_type="pt").images
+
+
+def same_weights(state_dict: dict, model: torch.nn.Module) -> bool:
+    expected = model.state_dict()
+    return state_dict.keys() == expected.keys() and all(
+        torch.equal(state_dict[key], expected[key]) for key in expected
+    )
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """A digest of each file in a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# What goes
+
+
+def test_a_run_of_each_stage_goes_and_comes_back(finished_runs, hub_server, tmp_path):
+    before = snapshot(finished_runs.flower_ldm)
+    hub.push_run(finished_runs.autoencoder, "gardener/autoencoder", private=True)
+    hub.push_run(finished_runs.flower_ldm, "gardener/flower-ldm")
+    repositories = hub_server.repositories
+    assert repositories["gardener/autoencoder"].private and not repositories["gardener/flower-ldm"].private
+    assert set(repositories["gardener/autoencoder"].files) == AUTOENCODER_FILES
+    pictures = {f"samples/{path.name}" for path in finished_runs.flower_ldm.glob("samples/*.png")}
+    for pattern in ("denoising_path_*.png", "diffusion_animation_*.gif"):
+        pictures |= {path.name for path in finished_runs.flower_ldm.glob(pattern)}
+    assert len(pictures) > 4
+    assert set(repositories["gardener/flower-ldm"].files) == PIPELINE_FILES | pictures
+    assert snapshot(finished_runs.flower_ldm) == before
+
+    loaded = FlowerLDMPipeline.from_pretrained("gardener/flower-ldm")
+    assert torch.equal(draw(loaded), draw(FlowerLDMPipeline.from_pretrained(finished_runs.flower_ldm)))
+    vae = FlowerAutoencoderKL.from_pretrained("gardener/autoencoder")
+    assert vae.config.latents_mean is not None
+    assert (
+        train_latent_diffusion.load_autoencoder("gardener/autoencoder").config.latents_mean == vae.config.latents_mean
+    )
+
+
+def test_flags_go_without_paths(finished_runs):
+    flags = yaml.safe_load(hub.run_files(finished_runs.flower_ldm)[1]["args.yaml"])
+    assert flags["dataset"] == "synthetic" and flags["learning_rate"] == 3e-4 and flags["classes"] == list("0123")
+    assert not {"output_dir", "autoencoder", "model_config", "data_dir", "config"} & flags.keys()
+
+
+def test_every_flag_that_takes_text_is_a_path_or_may_go():
+    """A new flag that takes text has to be thought about: on the list of what goes, or on this one."""
+    stay = {
+        "config", "data_dir", "output_dir", "model_config", "resume_from_checkpoint", "hub_model_id", "vgg_weights",
+        "autoencoder", "latent_cache_dir",
+    }  # fmt: skip
+    for script in (train_autoencoder, train_latent_diffusion):
+        defaults = vars(script.parse_args([]))
+        text = {name for name, value in defaults.items() if value is None or isinstance(value, (str, list))}
+        numbers = {"max_train_steps", "checkpoints_total_limit"}  # unset
+        assert text - numbers <= hub.TEXT_FLAGS | stay, script.__name__
+
+
+@pytest.mark.parametrize(
+    ("value", "public"),
+    [
+        ("/data/vgg16.pth", "vgg16.pth"),
+        ("~/models/net.pt", "net.pt"),
+        ("user/dataset", "user/dataset"),
+        ({"a": ["/b/c", 1.5, None]}, {"a": ["c", 1.5, None]}),
+    ],
+)
+def test_paths_are_cut_down_to_names(value, public):
+    assert hub.without_paths(value) == public
+
+
+def test_what_an_earlier_push_left_goes_and_other_files_stay(finished_runs, hub_server):
+    hub.push_run(finished_runs.autoencoder, "flowers")
+    repository = hub_server.repositories["gardener/flowers"]
+    stale = {"diffusion_pytorch_model.fp16.safetensors", "latent_space_old.png"}
+    others = {"README.md", "notes.txt", "best/config.json"}
+    files = repository.find("main")[1] | {name: Blob(b"old", False) for name in stale | others}
+    repository.commit("main", files, "by hand")
+    hub.push_run(finished_runs.autoencoder, "flowers")
+    assert set(repository.files) == AUTOENCODER_FILES | others
+
+
+def test_the_command_pushes_too(finished_runs, hub_server, capsys):
+    hub.main([str(finished_runs.autoencoder), "--hub_model_id", "flowers", "--hub_private_repo"])
+    repository = hub_server.repositories["gardener/flowers"]
+    assert repository.private and set(repository.files) == AUTOENCODER_FILES
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{hub_server.url}/gardener/flowers/commit/")
+
+
+# What ends in one line
+
+
+def test_without_a_token_no_training_starts(hub_server, monkeypatch, stage_flags, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    for script, flags in zip((train_autoencoder, train_latent_diffusion), stage_flags, strict=True):
+        with pytest.raises(InputError, match=r"--push_to_hub needs a token of the Hub: run `hf auth login`"):
+            script.main([*flags, "--push_to_hub"])
+    assert not (tmp_path / "autoencoder").exists() and not hub_server.requests
+
+
+def test_a_token_that_may_not_write_there_starts_no_training(hub_server, stage_flags, tmp_path):
+    with pytest.raises(InputError, match="--push_to_hub can't write to somebody/flowers: .*rights") as caught:
+        train_autoencoder.main([*stage_flags[0], "--push_to_hub", "--hub_model_id", "somebody/flowers"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "autoencoder").exists() and not hub_server.repositories
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hub_model_id", "a/b/c"], "--hub_model_id a/b/c is no repository's name"),
+        (["--output_dir", "results/what is this"], "--hub_model_id what is this is no repository's name"),
+    ],
+)
+def test_a_name_that_cannot_be_is_refused_at_once(flags, message, hub_server):
+    with pytest.raises(InputError, match=message) as caught:
+        train_autoencoder.parse_args(["--push_to_hub", *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_is_refused_at_once(hub_server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="--push_to_hub can't work with HF_HUB_OFFLINE set"):
+        train_autoencoder.parse_args(["--push_to_hub"])
+
+
+def test_only_a_finished_run_can_be_pushed(tmp_path, hub_server):
+    with pytest.raises(InputError, match="is no finished run of flower_ldm: it has no metrics.json"):
+        hub.main([str(tmp_path)])
+    (tmp_path / "args.yaml").write_text("- not a mapping")
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(InputError, match="is no finished run of flower_ldm"):
+        hub.main([str(tmp_path)])
+    assert not hub_server.requests
+
+
+def test_a_card_that_the_hub_refuses_is_one_line_with_the_command(finished_runs, hub_server, tmp_path):
+    run = tmp_path / "my run"
+    shutil.copytree(finished_runs.autoencoder, run)
+    (run / "README.md").write_text("---\n- no mapping\n---\nA card.\n")
+    with pytest.raises(InputError, match="Invalid metadata in README.md") as caught:
+        hub.push_run(run, "flowers", private=True)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(f"python -m flower_ldm.hub '{run}' --hub_model_id flowers --hub_private_repo")
+
+
+# Where the package isn't installed
+
+ELSEWHERE = """
+import sys
+from pathlib import Path
+
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("flower_ldm", "pipelines"):
+            raise ModuleNotFoundError(f"no module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, NotInstalled())
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+
+for loader, repository in ((DiffusionPipeline, "gardener/marked"), (AutoModel, "gardener/marked-autoencoder")):
+    try:
+        loader.from_pretrained(repository)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
+    else:
+        raise AssertionError("loaded without trust")
+    assert not Path("executed").exists()
+    loader.from_pretrained(repository, trust_remote_code=True)
+    Path("executed").unlink()
+
+for name, again in (("gardener/flower-ldm", "again"), ("gardener/again", "and-again"), ("saved", "saved-again")):
+    pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe([0, 1], num_inference_steps=3, generator=generator, output_type="pt").images
+    torch.save(images, name.removeprefix("gardener/") + ".pt")
+    pipe.push_to_hub(f"gardener/{again}")
+    pipe.save_pretrained("saved")
+for name, again in (("autoencoder", "autoencoder-again"), ("autoencoder-again", "autoencoder-and-again")):
+    vae = AutoModel.from_pretrained(f"gardener/{name}", trust_remote_code=True)
+    torch.save(vae.state_dict(), f"{name}.pt")
+    vae.push_to_hub(f"gardener/{again}")
+assert "flower_ldm" not in sys.modules and "pipelines" not in sys.modules
+"""
+
+
+def check_elsewhere(hub_server: LoopbackHub, finished, folder: Path) -> None:
+    """Both repositories, `autoencoder` and `flower-ldm`, in an empty folder without the package: same bits as here."""
+    for name, marked in (("flower-ldm", "marked"), ("autoencoder", "marked-autoencoder")):
+        files = hub_server.repositories[f"gardener/{name}"].find("main")[1]
+        repository = hub_server.repositories[f"gardener/{marked}"] = Repository()
+        mark = b"\nopen('executed', 'w').close()\n"
+        repository.commit("main", {path: Blob(blob.content + mark if path.endswith(".py") else blob.content, blob.lfs)
+                                   for path, blob in files.items()}, "marked")  # fmt: skip
+    environment = hub_server.environment(folder / "hf")
+    (folder / "empty").mkdir(parents=True)
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder / "empty", env=environment, check=True, timeout=300)
+    expected = draw(FlowerLDMPipeline.from_pretrained(finished.flower_ldm))
+    vae = FlowerAutoencoderKL.from_pretrained(finished.autoencoder)
+    for name in ("flower-ldm", "again", "saved"):
+        assert torch.equal(torch.load(folder / "empty" / f"{name}.pt"), expected), name
+    for name in ("autoencoder", "autoencoder-again"):
+        assert same_weights(torch.load(folder / "empty" / f"{name}.pt"), vae), name
+    files = hub_server.repositories["gardener/flower-ldm"].files
+    code = {path: content for path, content in files.items() if path.endswith((".py", ".json", ".safetensors"))}
+    code.pop("metrics.json")
+    for name in ("again", "and-again", "saved-again"):
+        files = hub_server.repositories[f"gardener/{name}"].files
+        assert {path: files[path] for path in files if path in code} == code
+
+
+def test_both_load_and_travel_on_where_the_package_is_not_installed(finished_runs, hub_server, tmp_path):
+    hub.push_run(finished_runs.autoencoder, "gardener/autoencoder")
+    hub.push_run(finished_runs.flower_ldm, "gardener/flower-ldm")
+    check_elsewhere(hub_server, finished_runs, tmp_path / "elsewhere")
+    again = FlowerLDMPipeline.from_pretrained("gardener/and-again")
+    assert type(again) is FlowerLDMPipeline
+    assert torch.equal(draw(again), draw(FlowerLDMPipeline.from_pretrained(finished_runs.flower_ldm)))
+    vae = FlowerAutoencoderKL.from_pretrained("gardener/autoencoder-and-again")
+    assert (
+        vae.config.latents_mean == FlowerAutoencoderKL.from_pretrained(finished_runs.autoencoder).config.latents_mean
+    )
+
+
+# From training to elsewhere, and what it tells on the way
+
+
+class FinishedFolders(NamedTuple):
+    autoencoder: Path
+    flower_ldm: Path
+
+
+@pytest.mark.slow
+def test_training_pushes_a_model_that_loads_anywhere_and_nothing_leaks(image_folder, random_vgg, tmp_path):
+    """Both stages as a user runs them; home, user, host, folder and data have names that nothing else has."""
+    planted = tmp_path / "planted-output-folder"
+    planted.mkdir()
+    image_folder.rename(planted / "planted-data-folder")
+    host = "import platform, socket; platform.node = socket.gethostname = lambda: 'planted-host'"
+    (planted / "sitecustomize.py").write_text(host)  # which every process of the run imports
+    secrets = [b"planted-", TOKEN.encode(), str(tmp_path).encode(), str(ROOT).encode()]
+    with LoopbackHub() as hub_server:
+        environment = hub_server.environment(tmp_path / "hf") | {
+            "HOME": str(tmp_path / "planted-home"), "USER": "planted-user", "LOGNAME": "planted-user",
+            "USERNAME": "planted-user", "HOSTNAME": "planted-host", "PYTHONPATH": str(planted),
+        }  # fmt: skip
+        (tmp_path / "planted-home").mkdir()
+        data = ["--dataset", "imagefolder", "--data_dir", str(planted / "planted-data-folder")]
+        data += ["--classes", "daisy", "rose", "tulip", "--final_pictures", "--push_to_hub"]
+        data += ["--report_to", "tensorboard"]  # whose files are named after the host
+        for script, flags in zip(("train_autoencoder", "train_latent_diffusion"), tiny_stages(planted, random_vgg),
+                                 strict=True):  # fmt: skip
+            command = [sys.executable, str(ROOT / f"{script}.py"), *flags, *data]
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            assert f"pushed: {hub_server.url}/gardener/" in done.stdout
+        assert list(planted.glob("autoencoder/logs/**/*planted-host*"))
+        uploaded = hub_server.sent()
+        assert len(uploaded) > 30
+        for secret in secrets:
+            assert [content[:200] for content in uploaded if secret in content] == [], secret
+        finished = FinishedFolders(planted / "autoencoder", planted / "flower-ldm")
+        check_elsewhere(hub_server, finished, tmp_path / "elsewhere")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [-1, 0], ids=["before the answer", "within the answer"])
+def test_upload_broken_off_at_each_request_can_be_finished(finished_runs, hub_server, tmp_path, sent):
+    """The connection is cut at one request and stays so; when it is back the same command finishes the upload."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_runs.autoencoder, run)
+    (run / "README.md").write_text("---\nlicense: apache-2.0\n---\nA card.\n")
+    before = snapshot(run)
+    hub.push_run(run, "gardener/whole", api=HfApi(hub_server.url, TOKEN))
+    whole = hub_server.repositories["gardener/whole"].files
+    num_requests = len(hub_server.requests)
+
+    def break_at(number: int) -> str:
+        with LoopbackHub() as broken:
+            count = itertools.count()
+            broken.interrupt = lambda request: sent if next(count) >= number else None
+            api = HfApi(broken.url, TOKEN)
+            with pytest.raises(InputError, match="broke off: .*finish by: python -m flower_ldm.hub") as caught:
+                hub.push_run(run, "flowers", api=api)
+            broken.interrupt = lambda request: None
+            repository = broken.repositories.get("gardener/flowers")
+            halfway = set(repository.files) if repository else set()
+            assert halfway in (set(), {".gitattributes"}, set(whole))
+            hub.push_run(run, "flowers", api=api)
+            assert broken.repositories["gardener/flowers"].files == whole
+            return str(caught.value)
+
+    with ThreadPoolExecutor(num_requests) as threads:  # which mostly sleep, as the client does between its tries
+        lines = list(threads.map(break_at, range(num_requests)))
+    assert len(lines) >= 10 and all("\n" not in line for line in lines)
+    assert snapshot(run) == before
+
+
+@pytest.mark.slow
+def test_upload_interrupted_by_the_user_or_killed_can_be_finished(finished_runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_runs.autoencoder, run)
+    before = snapshot(run)
+    command = [sys.executable, "-m", "flower_ldm.hub", str(run), "--hub_model_id", "flowers"]
+    with LoopbackHub() as hub_server:
+        environment = hub_server.environment(tmp_path / "hf")
+        for number in (signal.SIGINT, signal.SIGKILL):
+            reached, go_on = threading.Event(), threading.Event()
+
+            def hold(request, reached=reached, go_on=go_on):
+                if request.method == "PUT":
+                    reached.set()
+                    go_on.wait(60)
+
+            hub_server.interrupt = hold
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=PIPE, stderr=PIPE)
+            assert reached.wait(120)
+            process.send_signal(number)
+            go_on.set()
+            out, err = process.communicate(timeout=60)
+            assert process.returncode != 0
+            assert "python -m flower_ldm.hub" in out
+            if number == signal.SIGINT:
+                assert process.returncode == 2 and err.splitlines()[-1].startswith("error: the upload to")
+            assert set(hub_server.repositories["gardener/flowers"].files) == {".gitattributes"}
+        hub_server.interrupt = lambda request: None
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
+        assert set(hub_server.repositories["gardener/flowers"].files) == AUTOENCODER_FILES
+    assert snapshot(run) == before
