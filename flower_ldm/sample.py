@@ -11,6 +11,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -70,8 +71,10 @@ def load_pipeline(name: str, scheduler: str | None, device: str, dtype: str) -> 
         raise InputError(f"--pipeline {name} is not the folder of a pipeline: it has no model_index.json")
     try:
         pipe = FlowerLDMPipeline.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # of files, of the network, of the Hub: they have no common base
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RemoteEntryNotFoundError) and FlowerLDMPipeline.config_name in reason:
+            raise InputError(f"--pipeline {name} is no pipeline: there is no model_index.json on the Hub") from error
         raise InputError(f"--pipeline {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error
     if scheduler is not None:
         pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from conftest import tiny_stages
 from huggingface_hub import HfApi
-from loopback_hub import TOKEN, Blob, LoopbackHub, Repository
+from loopback_hub import TOKEN, Blob, LoopbackHub, Repository, Request
 
 import train_autoencoder
 import train_latent_diffusion
@@ -317,6 +317,11 @@ def test_training_pushes_a_model_that_loads_anywhere_and_nothing_leaks(image_fol
         check_elsewhere(hub_server, finished, tmp_path / "elsewhere")
 
 
+def belongs_to_an_upload(request: Request) -> bool:
+    """Not so the question, asked once a day by any use of the client, which agents there are that may run it."""
+    return request.path != "/api/agent-harnesses"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [-1, 0], ids=["before the answer", "within the answer"])
 def test_upload_broken_off_at_each_request_can_be_finished(finished_runs, hub_server, tmp_path, sent):
@@ -327,12 +332,14 @@ def test_upload_broken_off_at_each_request_can_be_finished(finished_runs, hub_se
     before = snapshot(run)
     hub.push_run(run, "gardener/whole", api=HfApi(hub_server.url, TOKEN))
     whole = hub_server.repositories["gardener/whole"].files
-    num_requests = len(hub_server.requests)
+    num_requests = sum(map(belongs_to_an_upload, hub_server.requests))
 
     def break_at(number: int) -> str:
         with LoopbackHub() as broken:
             count = itertools.count()
-            broken.interrupt = lambda request: sent if next(count) >= number else None
+            broken.interrupt = lambda request: (
+                sent if belongs_to_an_upload(request) and next(count) >= number else None
+            )
             api = HfApi(broken.url, TOKEN)
             with pytest.raises(InputError, match="broke off: .*finish by: python -m flower_ldm.hub") as caught:
                 hub.push_run(run, "flowers", api=api)

@@ -1,6 +1,7 @@
 """flower_ldm/sample.py: what it writes, that it writes over nothing, and what it says about bad input."""
 
 import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -124,6 +125,43 @@ def test_unknown_hub_id(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=f"--pipeline {name} is neither a folder nor a Hub id"):
             run(name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_repository_that_is_no_pipeline(pipeline_folder, hub_server, tmp_path):
+    FlowerAutoencoderKL.from_pretrained(pipeline_folder / "vae").push_to_hub("autoencoder")
+    with pytest.raises(InputError, match="autoencoder is no pipeline: there is no model_index.json on the Hub"):
+        run("gardener/autoencoder", tmp_path / "out")
+    with pytest.raises(InputError, match="--pipeline gardener/none is neither a folder nor a Hub id") as error:
+        run("gardener/none", tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", "unet/diffusion_pytorch_model.safetensors"])
+def test_truncated_file(pipeline_folder, tmp_path, file):
+    shutil.copytree(pipeline_folder, tmp_path / "copy")
+    content = (tmp_path / "copy" / file).read_bytes()
+    (tmp_path / "copy" / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"--pipeline .* that can be loaded: .*{file}") as error:
+        run(tmp_path / "copy", tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_truncated_download_is_one_line_and_goes_on_where_it_stopped(pipeline_folder, hub_server, tmp_path):
+    """Weights that end after 1,000 bytes, whatever is asked for; then the connection is whole again."""
+    FlowerLDMPipeline.from_pretrained(pipeline_folder).push_to_hub("flowers")
+    hub_server.interrupt = lambda request: 1000 if request.method == "GET" and "/storage/" in request.path else None
+    with pytest.raises(InputError, match="flowers is neither .* that can be loaded: peer closed connection") as error:
+        run("gardener/flowers", tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    hub_server.interrupt = lambda request: None
+    num_requests = len(hub_server.requests)
+    run("gardener/flowers", tmp_path / "out", "--labels", "rose")
+    downloads = [request for request in hub_server.requests[num_requests:] if "/storage/" in request.path]
+    assert any(request.headers.get("range", "").startswith("bytes=") for request in downloads)
+    run(pipeline_folder, tmp_path / "local", "--labels", "rose")
+    drawn, expected = pixels(tmp_path / "out"), pixels(tmp_path / "local")
+    assert drawn.keys() == expected.keys() and all((drawn[name] == expected[name]).all() for name in drawn)
 
 
 def test_output_that_cannot_be_made(tmp_path):
