@@ -5,6 +5,7 @@ The Hub is `loopback_hub`; the client is the real one, and its requests cross a 
 
 import hashlib
 import itertools
+import shlex
 import shutil
 import signal
 import subprocess
@@ -315,6 +316,20 @@ def test_training_pushes_a_model_that_loads_anywhere_and_nothing_leaks(image_fol
             assert [content[:200] for content in uploaded if secret in content] == [], secret
         finished = FinishedFolders(planted / "autoencoder", planted / "flower-ldm")
         check_elsewhere(hub_server, finished, tmp_path / "elsewhere")
+
+
+@pytest.mark.slow
+def test_training_whose_upload_breaks_off_is_complete_on_disk(hub_server, run_script, stage_flags, tmp_path):
+    hub_server.interrupt = lambda request: -1 if "/commit/" in request.path else None
+    with pytest.raises(InputError, match="the upload to gardener/flowers broke off: .*finish by: ") as error:
+        run_script(train_autoencoder.main, [*stage_flags[0], "--push_to_hub", "--hub_model_id", "flowers"])
+    folder, repository = tmp_path / "autoencoder", hub_server.repositories["gardener/flowers"]
+    assert (folder / "report.html").is_file() and (folder / "checkpoint-6").is_dir()
+    assert set(repository.files) == {".gitattributes"}
+    hub_server.interrupt = lambda request: None
+    hub.main(shlex.split(str(error.value).partition("python -m flower_ldm.hub ")[2]))
+    assert same_weights(FlowerAutoencoderKL.from_pretrained("gardener/flowers").state_dict(),
+                        FlowerAutoencoderKL.from_pretrained(folder))  # fmt: skip
 
 
 def belongs_to_an_upload(request: Request) -> bool:

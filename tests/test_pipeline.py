@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from huggingface_hub import constants, create_branch
+from huggingface_hub import constants, create_branch, create_repo, upload_folder
 
 from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel
 from pipelines.pipeline_flower_ldm import FlowerLDMPipeline
@@ -626,6 +626,15 @@ def test_saving_with_push_to_hub_uploads_a_loadable_folder_and_nothing_else(stoc
     assert json.loads(repository.files["model_index.json"]) == read_index(tmp_path / "run")
     assert not [path for path in repository.files if path.startswith("checkpoint-")]
     assert same_images(FlowerLDMPipeline.from_pretrained("gardener/flowers"), stock_pipe)
+
+
+def test_shards_over_the_hub(tmp_path, hub_server):
+    pipe = make_pipeline(flower_parts)
+    pipe.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    create_repo("gardener/flowers")
+    upload_folder(folder_path=tmp_path / "sharded", repo_id="gardener/flowers")
+    assert sum(file.endswith(".safetensors") for file in hub_server.repositories["gardener/flowers"].files) > 4
+    assert same_images(FlowerLDMPipeline.from_pretrained("gardener/flowers"), pipe)
 
 
 def test_from_the_hub_by_revision_variant_and_from_a_cache_without_network(tmp_path, hub_server, monkeypatch):
