@@ -217,7 +217,8 @@ def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module
     Raises:
         InputError: for an argument that the model doesn't have, that the run sets otherwise, or that can't be built.
     """
-    config = {key: value for key, value in read_model_config(path).items() if not key.startswith("_")}
+    # A saved config has entries of diffusers too.
+    config = {k: v for k, v in read_model_config(path).items() if not k.startswith("_") and k != "auto_map"}
     known = inspect.signature(model_class.__init__).parameters
     for key, value in config.items():
         if key not in known:
