@@ -384,9 +384,10 @@ def test_upload_interrupted_by_the_user_or_killed_can_be_finished(finished_runs,
             reached, go_on = threading.Event(), threading.Event()
 
             def hold(request, reached=reached, go_on=go_on):
-                if request.method == "PUT":
+                if "/commit/" in request.path:
                     reached.set()
                     go_on.wait(60)
+                    return -1
 
             hub_server.interrupt = hold
             process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=PIPE, stderr=PIPE)
