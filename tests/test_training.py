@@ -298,7 +298,7 @@ def test_find_checkpoint(output_dir, earlier_run, tmp_path):
     assert training.find_checkpoint(parse(f"--output_dir={output_dir}")) is None
     assert find(output_dir, "latest", "--seed=1") == output_dir / "checkpoint-5"
     assert find(tmp_path / "new", output_dir / "checkpoint-5", "--seed=1") == output_dir / "checkpoint-5"
-    longer = ["--seed=1", "--logging_steps=1", "--max_train_steps=99"]
+    longer = ["--seed=1", "--logging_steps=1", "--max_train_steps=99", "--learning_rate=1"]
     assert find(output_dir, "latest", *longer) == output_dir / "checkpoint-5"
 
 
@@ -311,7 +311,7 @@ def test_no_checkpoint_to_find(output_dir, earlier_run, tmp_path):
 
 @pytest.mark.parametrize(
     "flag",
-    ["seed=2", "resolution=32", "learning_rate=1", "dataset=synthetic", "classes=1", "images_per_class=7"],
+    ["seed=2", "resolution=32", "lr_warmup_steps=1", "dataset=synthetic", "classes=1", "images_per_class=7"],
 )
 def test_a_checkpoint_of_another_trajectory_is_refused(output_dir, earlier_run, flag):
     with pytest.raises(InputError, match=f"--{flag.partition('=')[0]} is .* made with") as caught:
