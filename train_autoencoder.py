@@ -39,6 +39,7 @@ from flower_ldm.autoencoder_losses import (
 from flower_ldm.data import ImageDataset
 from flower_ldm.discriminator import PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error
+from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 from flower_ldm.report import write_report
 from flower_ldm.visualization import (
@@ -383,6 +384,7 @@ def main(argv: list[str] | None = None) -> None:
             save_results(accelerator, args, vae, train_images, results)
             if args.final_pictures:
                 draw_latent_maps(accelerator, args, vae, train_images, val_images, log)
+            write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()
     training.push_results(accelerator, args)

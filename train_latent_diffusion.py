@@ -38,6 +38,7 @@ from flower_ldm.diffusion import (
 )
 from flower_ldm.errors import InputError, exit_on_input_error
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
+from flower_ldm.model_card import write_model_card
 from flower_ldm.report import write_report
 from flower_ldm.trajectory import decode, draw_classes
 from flower_ldm.visualization import (
@@ -354,6 +355,7 @@ def main(argv: list[str] | None = None) -> None:
             generated = save_results(accelerator, args, pipeline, results, log)
             if args.final_pictures:
                 draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
+            write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()
     training.push_results(accelerator, args)

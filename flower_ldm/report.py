@@ -116,7 +116,7 @@ class Run:
 
     @property
     def evaluation(self) -> dict:
-        return _part(self.metrics, "evaluation")
+        return part(self.metrics, "evaluation")
 
 
 def read_run(folder: Path) -> Run:
@@ -142,7 +142,7 @@ def read_run(folder: Path) -> Run:
         stage, parts = "autoencoder", {"autoencoder": folder}
     else:
         raise InputError(f"{folder} is a run of neither train_autoencoder.py nor train_latent_diffusion.py")
-    class_names = [str(name) for _, name in sorted(_part(index, "id2label").items(), key=lambda item: int(item[0]))]
+    class_names = [str(name) for _, name in sorted(part(index, "id2label").items(), key=lambda item: int(item[0]))]
     configs = {name: _read_mapping(path / "config.json") for name, path in parts.items()}
     if stage == "latent_diffusion":
         configs["scheduler"] = _read_mapping(folder / "scheduler" / "scheduler_config.json")
@@ -163,7 +163,7 @@ def _read_mapping(path: Path) -> dict:
     return content
 
 
-def _part(mapping: dict, *names: str) -> dict:
+def part(mapping: dict, *names: str) -> dict:
     """A mapping within mappings; empty where there is none."""
     for name in names:
         mapping = mapping.get(name) if isinstance(mapping, dict) else None
@@ -266,8 +266,8 @@ def class_count(run: Run) -> int | None:
 
 def headline(run: Run) -> list[tuple[str, str]]:
     """Up to four figures for the first screen, each with its name."""
-    samples = _part(run.evaluation, "against_held_out", "samples")
-    memorised = _part(run.evaluation, "memorisation", "samples").get("feature_rate")
+    samples = part(run.evaluation, "against_held_out", "samples")
+    memorised = part(run.evaluation, "memorisation", "samples").get("feature_rate")
     metrics = run.metrics
     candidates = [
         (f"Fréchet distance, n = {number(samples.get('n'))}", number(samples.get("frechet_distance"), 1)),
@@ -287,7 +287,7 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """What was trained, in groups of (name, value); what isn't known is left out."""
     args, metrics = run.args, run.metrics
     size = args.get("resolution")
-    splits = _part(run.evaluation, "splits")
+    splits = part(run.evaluation, "splits")
     held_out = splits.get("held_out") or metrics.get("splits") or args.get("val_splits")
     images = metrics.get("num_images")
     trained_on = splits.get("train") or args.get("train_splits")
@@ -494,7 +494,7 @@ def animations(run: Run, album: Album) -> list[dict]:
 
 def metrics_table(evaluation: dict) -> dict | None:
     """Metrics in rows, sets of images in columns: the floor, the ceiling, the samples."""
-    sets = {name: values for name in SETS if (values := _part(evaluation, "against_held_out", name))}
+    sets = {name: values for name in SETS if (values := part(evaluation, "against_held_out", name))}
     if not sets:
         return None
     rows = []
@@ -521,7 +521,7 @@ def metrics_table(evaluation: dict) -> dict | None:
 
 def sampling_words(evaluation: dict) -> str:
     """How the evaluated samples were drawn and looked at, in one sentence."""
-    sampling, features = _part(evaluation, "sampling"), _part(evaluation, "features")
+    sampling, features = part(evaluation, "sampling"), part(evaluation, "features")
     interval = sampling.get("guidance_interval")
     scale = sampling.get("guidance_scale")
     rate = sampling.get("images_per_second")
@@ -542,8 +542,8 @@ def sampling_words(evaluation: dict) -> str:
 
 def reconstruction_figures(run: Run) -> list[tuple[str, str]]:
     """What the autoencoder keeps of held-out images: from the evaluation, or else from stage 1's own validation."""
-    metrics, measured = run.metrics, _part(run.evaluation, "reconstruction")
-    distance = _part(measured, "perceptual_distance")
+    metrics, measured = run.metrics, part(run.evaluation, "reconstruction")
+    distance = part(measured, "perceptual_distance")
     if measured:
         rows = [
             ("Images", f"{number(measured.get('n'))} of {words(measured.get('split'))}"),
@@ -572,7 +572,7 @@ def memorisation_table(evaluation: dict) -> list[tuple[str, list[str]]]:
     """Samples and, as the null, held-out images: how many, memorised by features, by pixels, byte-identical."""
     rows = []
     for name, heading in (("samples", "Samples"), ("held_out", "Held-out images")):
-        if values := _part(evaluation, "memorisation", name):
+        if values := part(evaluation, "memorisation", name):
             rates = [percent(values.get(key)) for key in ("feature_rate", "pixel_rate")]
             rows.append((heading, [number(values.get("n")), *rates, number(values.get("exact_duplicates"))]))
     return rows
@@ -653,7 +653,7 @@ def versions(run: Run) -> list[tuple[str, str]]:
     """Of the packages: what the run and its evaluation noted, and what the models were saved with."""
     saved = {config.get("_diffusers_version") for config in run.configs.values()} - {None}
     noted = {"diffusers": words(sorted(saved))} if saved else {}
-    noted |= _part(run.metrics, "versions") | _part(run.evaluation, "versions")
+    noted |= part(run.metrics, "versions") | part(run.evaluation, "versions")
     return [(str(name), str(version)) for name, version in noted.items()]
 
 

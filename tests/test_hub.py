@@ -30,11 +30,11 @@ from flower_ldm.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 AUTOENCODER_FILES = {
-    ".gitattributes", "args.yaml", "autoencoder_flower.py", "autoencoder_losses.png", "config.json",
+    ".gitattributes", "README.md", "args.yaml", "autoencoder_flower.py", "autoencoder_losses.png", "config.json",
     "diffusion_pytorch_model.safetensors", "latent_space_pca.png", "latent_space_tsne.png", "metrics.json",
 }  # fmt: skip
 PIPELINE_FILES = {
-    ".gitattributes", "args.yaml", "diffusion_loss.png", "latent_space_pca.png", "latent_space_tsne.png",
+    ".gitattributes", "README.md", "args.yaml", "diffusion_loss.png", "latent_space_pca.png", "latent_space_tsne.png",
     "metrics.json", "model_index.json", "pipeline_flower_ldm.py", "scheduler/scheduler_config.json",
     "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/unet_flower.py",
     "vae/autoencoder_flower.py", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",

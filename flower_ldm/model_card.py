@@ -1,0 +1,462 @@
+"""The model card of a run: `README.md` with the metadata that the Hugging Face Hub reads.
+
+Written from what a run's folder says (`report.read_run`) by both training scripts at their end, and again by the
+evaluation when there is more to say. What wasn't measured isn't shown. It is made to be public: it names no path, and
+links no picture that shows a photograph of the data set or a reconstruction of one.
+"""
+
+import html
+import json
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .errors import InputError
+from .report import (
+    DATASETS,
+    Run,
+    duration,
+    facts,
+    lede,
+    memorisation_table,
+    metrics_table,
+    part,
+    percent,
+    read_run,
+    sampling_words,
+    training_command,
+    training_seconds,
+    words,
+)
+from .report_curves import is_finite, number
+
+FILE_NAME = "README.md"
+MARK = "<!-- Written by flower_ldm. Take this line out, and your changes will not be overwritten. -->"
+ANYWHERE = {"autoencoder": "user/flower-autoencoder", "latent_diffusion": "user/flower-ldm"}  # until it is pushed
+DOWNLOADED = "model"  # where the card's commands expect this repository
+
+# Drawn by the model, or curves; a card shows no others. Alternative text of each.
+PICTURES = {
+    "autoencoder": {"autoencoder_losses.png": "The losses over the updates"},
+    "latent_diffusion": {
+        "vae_samples_grid_subset.png": "Images that this model drew, one class a column",
+        "diffusion_loss.png": "The loss over the updates",
+    },
+}
+# Flags that are paths, or of one run's history: never in a card.
+LEFT_OUT = {
+    "config", "data_dir", "output_dir", "overwrite_output_dir", "vgg_weights", "model_config", "autoencoder",
+    "latent_cache_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "dataset",
+}  # fmt: skip
+METRIC_NAMES = {  # of samples: name in metrics.json -> type and name in the Hub's metadata
+    "frechet_distance": ("frechet_distance", "Fréchet distance"),
+    "kid": ("kid", "KID"),
+    "precision": ("precision", "Precision"),
+    "recall": ("recall", "Recall"),
+    "density": ("density", "Density"),
+    "coverage": ("coverage", "Coverage"),
+    "class_accuracy": ("accuracy", "Class accuracy"),
+}
+RECONSTRUCTION_NAMES = {  # of both stages
+    "psnr": ("psnr", "PSNR of reconstructions (dB)"),
+    "ssim": ("ssim", "SSIM of reconstructions"),
+    "head_accuracy": ("accuracy", "Accuracy of the classifier head"),
+}
+TASKS = {
+    # The Hub has no task for images of a class; this is where such models are looked for.
+    "latent_diffusion": ("unconditional-image-generation", "Class-conditional image generation"),
+    "autoencoder": ("image-to-image", "Image reconstruction"),
+}
+
+
+def write_model_card(run_dir: Path, repo_id: str | None = None) -> Path:
+    """Write `README.md` into the folder of a finished run of either stage.
+
+    Args:
+        repo_id: where it is pushed to, "user/name"; unset, the run's `--hub_model_id`, or else an example.
+
+    Returns:
+        the card's path. A card that was there is replaced, and not before the new one is complete; one without the
+        line `MARK` is somebody's own and stays as it is.
+
+    Raises:
+        InputError: where `run_dir` is no run, one of its files can't be read, or the card can't be written.
+    """
+    run = read_run(Path(run_dir))
+    path = run.folder / FILE_NAME
+    unfinished = path.with_name(f"{FILE_NAME}.{os.getpid()}.tmp")
+    try:
+        if path.is_file() and MARK not in path.read_text("utf-8"):
+            return path
+        ModelCard(render(run, repo_id or run.args.get("hub_model_id"))).save(unfinished)
+        os.replace(unfinished, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be written: {error}") from error
+    return path
+
+
+def render(run: Run, repo_id: str | None = None) -> str:
+    """The card as text: the metadata as YAML between two lines of dashes, then Markdown."""
+    name = repo_id.split("/")[-1] if repo_id else ANYWHERE[run.stage].split("/")[-1]
+    sections = [
+        f"# {plain(name)}",
+        plain(public_lede(run)),
+        picture(run, "vae_samples_grid_subset.png", "Every image is drawn by the model; none is a photograph."),
+        use(run, repo_id or ANYWHERE[run.stage]),
+        training(run),
+        measured(run),
+        limits(run),
+        licence(run),
+        again(run, repo_id or ANYWHERE[run.stage]),
+        MARK,
+    ]
+    body = "\n\n".join(filter(None, sections))
+    return f"---\n{metadata(run, name).to_yaml()}\n---\n\n{body}\n"
+
+
+# --- what may be said ------------------------------------------------------------------------------------------------
+
+
+def plain(text: object) -> str:
+    """Text on one line that neither Markdown nor HTML reads as anything else, names of classes among it."""
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
+def hub_id(name: object) -> str | None:
+    """The name where it is an id on the Hub; `None` where it is anything else, a folder on this machine among it."""
+    is_id = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
+    return name if is_id and not Path(name).exists() else None
+
+
+def public_run(run: Run) -> Run:
+    """The same run, its data set called by what all may know."""
+    name = run.args.get("dataset") or run.metrics.get("dataset") or "imagefolder"
+    if name not in DATASETS and hub_id(name) is None:
+        name = "imagefolder"
+    known = {key: value for key, value in run.args.items() if key not in LEFT_OUT}
+    return Run(run.folder, run.stage, known | {"dataset": name}, run.log,
+               {key: value for key, value in run.metrics.items() if key != "vgg_weights"}, run.configs,
+               run.num_parameters, run.class_names)  # fmt: skip
+
+
+def public_lede(run: Run) -> str:
+    return lede(public_run(run))
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def picture(run: Run, name: str, caption: str = "") -> str:
+    """A relative link to one of the run's pictures with what is seen there below it; empty where there is none."""
+    alt = PICTURES[run.stage].get(name)
+    if alt is None or not (run.folder / name).is_file():
+        return ""
+    return f"![{alt}]({name})" + (f"\n\n*{caption}*" if caption else "")
+
+
+def use(run: Run, repo_id: str) -> str:
+    """Five lines with the package, and five without it."""
+    if run.stage == "autoencoder":
+        load, kind, library = "vae", "FlowerAutoencoderKL", "AutoModel"
+        lines = [
+            "posterior = vae.encode(images).latent_dist  # images: (B, 3, H, W) in [-1, 1]",
+            "latents = vae.normalize(posterior.mean)  # of unit variance, as a denoiser wants them",
+            "reconstruction = vae.decode(vae.denormalize(latents)).sample",
+        ]
+        travels = "auto_map" in run.configs["autoencoder"]
+    else:
+        load, kind, library = "pipe", "FlowerLDMPipeline", "DiffusionPipeline"
+        scale = part(run.evaluation, "sampling").get("guidance_scale") or run.args.get("guidance_scale") or 2.0
+        lines = [f"images = pipe({_labels(run)}, num_images_per_label=4, guidance_scale={scale}).images",
+                 'images[0].save("image.png")']  # fmt: skip
+        travels = True
+    blocks = [
+        "## Use it",
+        "With [diffusers](https://github.com/huggingface/diffusers) alone; the code in this repository, which "
+        "`trust_remote_code` allows to run, is short:" if travels else "",
+        _code(f"from diffusers import {library}", "",
+              f'{load} = {library}.from_pretrained("{repo_id}", trust_remote_code=True)', *lines) if travels else "",
+        "With the package `flower_ldm` installed" + (", no trust is needed:" if travels else ":"),
+        _code(f"from flower_ldm import {kind}", "", f'{load} = {kind}.from_pretrained("{repo_id}")', *lines),
+    ]  # fmt: skip
+    if run.stage == "latent_diffusion" and (names := run.class_names):
+        shown = f"The {number(len(names))} classes, by name or by index from 0" if len(names) > 1 else "The class"
+        blocks.append(f"<details><summary>{shown}</summary>\n\n{plain(', '.join(names))}\n\n</details>")
+    return "\n\n".join(filter(None, blocks))
+
+
+def _labels(run: Run) -> str:
+    """The labels of the example: by name where the name is a word that needs no escaping, and by index."""
+    names = run.class_names
+    preferred = "sunflower" if "sunflower" in names else names[0] if names else ""
+    first = json.dumps(preferred) if re.fullmatch(r"[A-Za-z0-9 '-]+", preferred) else "0"
+    return f"[{first}, {len(names) - 1}]" if len(names) > 1 else f"[{first}]"
+
+
+def _code(*lines: str, language: str = "python") -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def training(run: Run) -> str:
+    """What it was trained on, how, for how long."""
+    rows = [[plain(name), plain(value)] for _, group in facts(public_run(run)) for name, value in group]
+    curve = "autoencoder_losses.png" if run.stage == "autoencoder" else "diffusion_loss.png"
+    parts = ["## Training", f"| | |\n|---|---|\n{_rows(rows)}", picture(run, curve), _judge(run)]
+    if (stage1 := autoencoder_run(run)) and (seconds := training_seconds(stage1)):
+        parts.append(f"Its autoencoder was trained before it, for {number(stage1.last_step)} updates in "
+                     f"{duration(seconds)}.")  # fmt: skip
+    return "\n\n".join(filter(None, parts))
+
+
+def _rows(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _judge(run: Run) -> str:
+    """Which network the perceptual loss looked through: figures depend on it."""
+    if run.stage != "autoencoder" or not run.args.get("perceptual_weight"):
+        return ""
+    weights = "weights of a local file" if run.args.get("vgg_weights") else "torchvision's ImageNet weights"
+    return f"Perceptual loss: VGG16 with {weights}."
+
+
+def measured(run: Run) -> str:
+    """The metrics with their protocol; the held-out loss alone where nothing else was measured."""
+    if run.stage == "autoencoder":
+        rows = [[name, value] for name, value in _reconstruction(run)]
+        about = "Means over images; the reconstruction is that of the posterior's mean."
+        return f"## Measured\n\n{_table([_held_out(run), ''], rows)}\n\n{about}" if rows else ""
+    evaluation = run.evaluation
+    parts = []
+    if table := metrics_table(evaluation):
+        columns = [f"{name}, {role}" for _, name, role in table["columns"]]
+        rows = [[f"{row['name']} ({row['better']} is better)", *(value + spread for value, spread, _ in row["cells"])]
+                for row in table["rows"]]  # fmt: skip
+        rows += [[name, *values] for name, values in table["counts"]]
+        parts += [protocol(run), _table(["", *columns], rows)]
+        parts.append("\n".join(f"- {plain(remark)}" for remark in evaluation.get("remarks") or []))
+    if rows := memorisation_table(evaluation):
+        parts.append(
+            "**Memorisation.** The share of images whose nearest training image is nearer than a third of the second "
+            "nearest, in feature and in pixel space; held-out images, which can't have been memorised, are the null."
+        )
+        head = ["", "n", "by features", "by pixels", "byte-identical"]
+        parts.append(_table(head, [[name, *values] for name, values in rows]))
+    if rows := _reconstruction(run):
+        parts.append(f"**The autoencoder**, {_held_out(run)}:\n\n{_table(['', ''], [list(row) for row in rows])}")
+    if not parts and is_finite(run.metrics.get("val_loss")):
+        parts.append(_table([_held_out(run), ""], [["Loss", number(run.metrics["val_loss"])]]))
+        parts.append("The quality of its images has not been measured.")
+    return "\n\n".join(["## Measured", *filter(None, parts)]) if parts else ""
+
+
+def protocol(run: Run) -> str:
+    """One paragraph: what was compared with what, through which network."""
+    evaluation = run.evaluation
+    features, splits = part(evaluation, "features"), part(evaluation, "splits")
+    sentence = "Samples, reconstructions and real training images, each against held-out images"
+    sentence += f" (split {plain(words(splits['held_out']))})" if splits.get("held_out") else ""
+    if features.get("name"):
+        sentence += f", by {number(features.get('num_features'))} features of {plain(features['name'])}"
+        sentence += f" on images of {features['input_size']} pixels" if features.get("input_size") else ""
+    drawn = sampling_words({"sampling": part(evaluation, "sampling")})
+    return f"{sentence}. Drawn with {plain(drawn)}." if drawn else f"{sentence}."
+
+
+def _held_out(run: Run) -> str:
+    """Which images were held out, and how many."""
+    of = part(run.evaluation, "reconstruction")
+    count, splits = of.get("n") or run.metrics.get("num_images"), of.get("split") or run.metrics.get("splits")
+    return f"{number(count)} held-out images" + (f" ({plain(words(splits))})" if splits else "")
+
+
+def _reconstruction(run: Run) -> list[tuple[str, str]]:
+    """What the autoencoder keeps of held-out images, of all figures those that are there."""
+    values = reconstruction_values(run)
+    figures = [(RECONSTRUCTION_NAMES[name][1], percent(value) if name == "head_accuracy" else
+                number(value, 2 if name == "psnr" else 3)) for name, value in values.items()]  # fmt: skip
+    if run.stage == "autoencoder":
+        more = {"psnr_of_mean_squared_error": "PSNR of the mean squared error (dB)",
+                "val_pixel_loss": "Mean absolute error, images in [−1, 1]",
+                "val_perceptual_loss": "Perceptual loss"}  # fmt: skip
+        figures += [(name, number(run.metrics[key])) for key, name in more.items() if is_finite(run.metrics.get(key))]
+    return figures
+
+
+def reconstruction_values(run: Run) -> dict[str, float]:
+    """PSNR, SSIM and the head's accuracy, from the evaluation or from stage 1's own validation."""
+    source = part(run.evaluation, "reconstruction")
+    if run.stage == "autoencoder" and not source:
+        source = run.metrics | {"head_accuracy": run.metrics.get("val_accuracy")}
+    return {name: source[name] for name in RECONSTRUCTION_NAMES if is_finite(source.get(name))}
+
+
+def limits(run: Run) -> str:
+    size = run.args.get("resolution")
+    known = f"It knows images of {size} × {size} pixels" if size else "It knows images of one size"
+    if run.stage == "autoencoder":
+        known += " of the kind that it was trained on; others, faces and text above all, come out blurred or wrong."
+    else:
+        known += " and the classes that it was trained on: no text, no other subject."
+        rates = part(run.evaluation, "memorisation", "samples")
+        known += (
+            f" Of {number(rates.get('n'))} samples, {percent(rates['feature_rate'])} were memorised training images "
+            "by the measure above." if is_finite(rates.get("feature_rate"))
+            else " Whether it repeats training images has not been measured."
+        )  # fmt: skip
+        known += " Its pictures are no evidence of what a plant looks like." if _of_flowers(run) else ""
+    return f"## Limits\n\n{known}"
+
+
+def _of_flowers(run: Run) -> bool:
+    return public_run(run).args["dataset"] == "flowers102"
+
+
+def licence(run: Run) -> str:
+    dataset = public_run(run).args["dataset"]
+    if dataset == "flowers102":
+        data = (
+            "The photographs of [Oxford 102 Flowers](https://www.robots.ox.ac.uk/~vgg/data/flowers/102/) (Nilsback & "
+            "Zisserman 2008) were collected from the web by the data set's authors. Their rights are unclear, so it "
+            "is unclear what may be done with weights that were trained on them. None of the photographs is here."
+        )
+    elif dataset == "synthetic":
+        data = "The flowers that it was trained on are drawn by the package itself: the weights are Apache-2.0 too."
+    else:
+        what = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if hub_id(dataset) else "a folder of images"
+        data = (
+            f"The weights were trained on {what}: what may be done with them depends on the rights in "
+            "those images, which this card doesn't know. Whoever publishes them should say it here."
+        )
+    return f"## Licence and data\n\nThe code is Apache-2.0. {data}"
+
+
+# --- doing it again --------------------------------------------------------------------------------------------------
+
+
+def autoencoder_run(run: Run) -> Run | None:
+    """The run of stage 1 that this pipeline's autoencoder is from, where it is still there and still the same."""
+    folder = run.args.get("autoencoder")
+    if run.stage != "latent_diffusion" or not folder or not (Path(folder) / "args.yaml").is_file():
+        return None
+    try:
+        stage1 = read_run(Path(folder))
+    except InputError:
+        return None
+    mean = run.configs["autoencoder"].get("latents_mean")
+    return stage1 if mean and stage1.configs.get("autoencoder", {}).get("latents_mean") == mean else None
+
+
+def again(run: Run, repo_id: str) -> str:
+    """The exact commands, but for paths: those are the reader's own."""
+    if not run.args:
+        return ""
+    commands, notes = [], []
+    stages = [(run, "train_autoencoder.py", "config.json")]
+    if run.stage == "latent_diffusion":
+        stages = [(run, "train_latent_diffusion.py", "unet/config.json")]
+        if stage1 := autoencoder_run(run):
+            stages.insert(0, (stage1, "train_autoencoder.py", "vae/config.json"))
+        elif hub_id(run.args.get("autoencoder")):
+            notes.append("The autoencoder is that of the Hub.")
+        else:
+            notes.append("`results/autoencoder` stands for its autoencoder, here in `vae/`.")
+    for of, script, config in stages:
+        commands.append(public_command(of, script, config))
+    if any(DOWNLOADED in command for command in commands):
+        commands.insert(0, f"hf download {repo_id} --local-dir {DOWNLOADED}")
+    if any(of.args.get("data_dir") for of, _, _ in stages):
+        notes.append("`data` is the folder with the images.")
+    if any(of.args.get("vgg_weights") and of.args.get("perceptual_weight") for of, _, _ in stages):
+        notes.append("VGG16 came from a local file: `--vgg_weights PATH`; without it, torchvision's is downloaded.")
+    if run.stage == "latent_diffusion" and (sampling := part(run.evaluation, "sampling")):
+        commands.append(_evaluation_command(run, sampling))
+    return "\n\n".join(["## Train it again", "In a clone of flower_ldm:",
+                        _code(*commands, language="sh"), " ".join(notes)]).strip()  # fmt: skip
+
+
+def public_command(run: Run, script: str, config: str) -> str:
+    """The command line that trains this again, each path in it replaced by where a reader will have it."""
+    kept = {"dataset": public_run(run).args["dataset"]}
+    kept |= {name: value for name, value in run.args.items() if name not in LEFT_OUT}
+    if run.args.get("data_dir"):
+        kept["data_dir"] = "data"
+    if run.args.get("model_config"):
+        kept["model_config"] = f"{DOWNLOADED}/{config}"
+    if autoencoder := hub_id(run.args.get("autoencoder")):
+        kept["autoencoder"] = autoencoder
+    return training_command(kept, script)
+
+
+def _evaluation_command(run: Run, sampling: dict) -> str:
+    """From what the evaluation noted, since its own command holds paths."""
+    flags = {name: sampling.get(name) for name in ("num_samples", "seed", "num_inference_steps", "guidance_scale")}
+    flags["features"] = part(run.evaluation, "features").get("name")
+    line = "python -m flower_ldm.evaluation --pipeline results/flower-ldm"
+    return line + " \\\n    " + " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
+
+
+# --- metadata --------------------------------------------------------------------------------------------------------
+
+
+def metadata(run: Run, name: str) -> ModelCardData:
+    """What the Hub indexes, metrics as model-index (https://github.com/huggingface/hub-docs/blob/main/modelcard.md)."""
+    results, dataset = eval_results(run), public_run(run).args["dataset"]
+    kind = ["autoencoder", "vae"] if run.stage == "autoencoder" else ["latent-diffusion", "class-conditional"]
+    return ModelCardData(
+        library_name="diffusers",
+        # Only of invented flowers the code's licence can be that of the weights.
+        license="apache-2.0" if dataset == "synthetic" else "unknown",
+        pipeline_tag=TASKS[run.stage][0] if run.stage == "latent_diffusion" else None,
+        tags=["diffusers", "flower_ldm", *kind, "image-generation"],
+        datasets=[dataset] if hub_id(dataset) else None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def eval_results(run: Run) -> list[EvalResult]:
+    """Each measured number with what one needs to know to compare it."""
+    dataset, evaluation = public_run(run).args["dataset"], run.evaluation
+    splits = part(evaluation, "splits").get("held_out") or run.metrics.get("splits")
+    task_type, task_name = TASKS[run.stage]
+    size = run.args.get("resolution")
+    shared = {
+        "task_type": task_type, "task_name": task_name, "dataset_type": dataset,
+        "dataset_name": DATASETS.get(dataset, dataset), "dataset_split": "+".join(splits) if splits else None,
+        "dataset_args": {"resolution": size} if size else None,
+    }  # fmt: skip
+    network = part(evaluation, "features")
+    features = {"features": network.get("name"), "num_features": network.get("num_features")}
+    drawn = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "seed")
+    sampling = {name: part(evaluation, "sampling").get(name) for name in drawn}
+    samples = part(evaluation, "against_held_out", "samples")
+    counts = {"n": samples.get("n"), "n_reference": samples.get("n_reference")}
+    rows = [
+        (names, samples[key], counts | features | sampling | ({"std": samples.get("kid_std")} if key == "kid" else {}))
+        for key, names in METRIC_NAMES.items()
+        if is_finite(samples.get(key))
+    ]
+    memorised = part(evaluation, "memorisation", "samples")
+    null = part(evaluation, "memorisation", "held_out")
+    for space, key in (("feature", "feature_rate"), ("pixel", "pixel_rate")):
+        if is_finite(memorised.get(key)):
+            names = ("memorisation_rate", f"Memorisation rate in {space} space")
+            rows.append((names, memorised[key], {"n": memorised.get("n"), "held_out": null.get(key)} |
+                         (features if space == "feature" else {})))  # fmt: skip
+    n = part(evaluation, "reconstruction").get("n") or run.metrics.get("num_images")
+    rows += [(RECONSTRUCTION_NAMES[key], value, {"n": n}) for key, value in reconstruction_values(run).items()]
+    return [
+        EvalResult(metric_type=kind, metric_name=name, metric_value=value,
+                   metric_args={key: one for key, one in args.items() if one is not None}, **shared)
+        for (kind, name), value, args in rows
+    ]  # fmt: skip

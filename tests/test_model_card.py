@@ -1,0 +1,245 @@
+"""flower_ldm/model_card.py: what a card says, that the Hub's client reads it, and that it gives nothing away."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+
+import train_autoencoder
+import train_latent_diffusion
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
+from flower_ldm.errors import InputError
+from flower_ldm.model_card import MARK, PICTURES, write_model_card
+
+EVALUATION = {
+    "splits": {"train": ["train"], "held_out": ["val"]},
+    "features": {"name": "efficientnet-lite0", "num_features": 1280, "input_size": 128},
+    "sampling": {"num_samples": 20, "seed": 0, "scheduler": "DPMSolverMultistepScheduler", "guidance_scale": 2.5,
+                 "guidance_interval": [0.1, 0.8], "num_inference_steps": 25, "device": "cpu", "dtype": "float32"},
+    "reconstruction": {"n": 16, "split": "val", "psnr": 21.25, "ssim": 0.5125, "head_accuracy": None},
+    "against_held_out": {
+        name: {"n": n, "n_reference": 16, "frechet_distance": distance, "kid": distance / 1000, "kid_std": 0.00025,
+               "precision": 0.75, "recall": None, "class_accuracy": float("nan")}
+        for name, n, distance in (("real", 48, 11.5), ("reconstructions", 16, 22.5), ("samples", 20, 33.5))
+    },
+    "memorisation": {"samples": {"n": 20, "feature_rate": 0.05, "pixel_rate": 0.0, "exact_duplicates": 1},
+                     "held_out": {"n": 16, "feature_rate": 0.0625, "pixel_rate": 0.0, "exact_duplicates": 0}},
+    "remarks": ["n = 20 is not above the 1,280 features"],
+    "command": "python -m flower_ldm.evaluation --pipeline /srv/planted-folder/flower-ldm",
+}  # fmt: skip
+# Every key that the documentation of the metadata knows, and what each may hold
+# (https://github.com/huggingface/hub-docs/blob/main/modelcard.md); the Hub's own validator, which
+# `ModelCard.validate` asks over the network, can't be reached from the tests.
+DOCUMENTED = {
+    "language", "license", "license_name", "license_link", "library_name", "tags", "datasets", "metrics", "base_model",
+    "pipeline_tag", "thumbnail", "model-index",
+}  # fmt: skip
+LICENSES = {"apache-2.0", "unknown", "other"}
+RESULT = {
+    "task": {"type", "name"},
+    "dataset": {"type", "name", "config", "split", "revision", "args"},
+    "metrics": {"type", "value", "name", "config", "args"},
+    "source": {"name", "url"},
+}
+
+
+@pytest.fixture
+def runs(finished_runs, tmp_path) -> dict[str, Path]:
+    """A copy of each stage's finished run, the second with an evaluation."""
+    copies = {}
+    for name in ("autoencoder", "flower_ldm"):
+        copies[name] = tmp_path / name
+        shutil.copytree(
+            getattr(finished_runs, name), copies[name], ignore=shutil.ignore_patterns("checkpoint-*", "logs")
+        )
+    change(copies["flower_ldm"], "metrics.json", evaluation=EVALUATION)
+    return copies
+
+
+def change(folder: Path, name: str, **values) -> None:
+    """Set values in a run's `metrics.json` or `args.yaml`."""
+    path = folder / name
+    path.write_text(json.dumps(yaml.safe_load(path.read_text()) | values))
+
+
+def blocks(card: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", card, flags=re.DOTALL)
+
+
+def test_both_scripts_leave_a_card(finished_runs):
+    for folder in (finished_runs.autoencoder, finished_runs.flower_ldm):
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: diffusers\n") and MARK in card
+        assert "trained for 6 updates" in card
+
+
+def test_card_of_a_pipeline_says_what_was_measured_and_how(runs):
+    card = write_model_card(runs["flower_ldm"], "me/flowers").read_text()
+    assert "# flowers\n" in card and "![Images that this model drew" in card
+    for said in ("split val", "1,280 features of efficientnet-lite0", "33.50", "0.03350 ± 0.00025", "0.750",
+                 "| Images (n) | 48 | 16 | 20 |", "| Samples | 20 | 5.0 % | 0.0 % | 1 |", "21.25", "guidance 2.5",
+                 "n = 20 is not above", "Of 20 samples, 5.0 % were memorised"):  # fmt: skip
+        assert said in card, said
+    for unmeasured in ("Recall", "Class accuracy", "Density", "head", "nan"):
+        assert unmeasured not in card
+
+
+def test_card_without_an_evaluation_invents_nothing(finished_runs, tmp_path):
+    shutil.copytree(finished_runs.flower_ldm, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    card = write_model_card(tmp_path / "run").read_text()
+    loaded = ModelCard(card)
+    assert "model-index" not in loaded.data.to_dict() and "metrics" not in loaded.data.to_dict()
+    assert "has not been measured" in card and "Fréchet" not in card
+    assert f"| Loss | {json.loads((tmp_path / 'run' / 'metrics.json').read_text())['val_loss']:.4g} |" in card
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "flower_ldm"])
+def test_card_survives_the_hubs_client(runs, stage, tmp_path):
+    path = write_model_card(runs[stage], "me/flowers")
+    loaded = ModelCard.load(path)
+    loaded.save(tmp_path / "again.md")
+    assert (tmp_path / "again.md").read_text() == path.read_text()
+    again = ModelCard.load(tmp_path / "again.md")
+    assert again.data.to_dict() == loaded.data.to_dict() and again.text == loaded.text
+    metrics = json.loads((runs[stage] / "metrics.json").read_text())
+    values = {result.metric_type: result.metric_value for result in again.data.eval_results}
+    if stage == "autoencoder":
+        assert values == {"psnr": metrics["psnr"], "ssim": metrics["ssim"], "accuracy": metrics["val_accuracy"]}
+    else:
+        samples = EVALUATION["against_held_out"]["samples"]
+        assert values.items() >= {name: samples[name] for name in ("frechet_distance", "kid", "precision")}.items()
+        assert values.keys() - samples.keys() == {"memorisation_rate", "psnr", "ssim"}
+        [kid] = [result for result in again.data.eval_results if result.metric_type == "kid"]
+        assert kid.metric_args.items() >= {"n": 20, "features": "efficientnet-lite0", "guidance_scale": 2.5}.items()
+        assert (kid.dataset_type, kid.dataset_split, kid.dataset_args) == ("synthetic", "val", {"resolution": 32})
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "flower_ldm"])
+@pytest.mark.parametrize("dataset", ["synthetic", "flowers102", "imagefolder", "someone/flowers"])
+def test_metadata_is_what_is_documented(runs, stage, dataset):
+    change(runs[stage], "args.yaml", dataset=dataset)
+    path = write_model_card(runs[stage], "me/flowers")
+    metadata = yaml.safe_load(path.read_text().split("---")[1])
+    assert metadata.keys() <= DOCUMENTED
+    assert metadata["license"] in LICENSES and (metadata["license"] == "apache-2.0") == (dataset == "synthetic")
+    assert metadata.get("datasets") == (["someone/flowers"] if dataset == "someone/flowers" else None)
+    assert all(isinstance(tag, str) for tag in metadata["tags"] + metadata["metrics"])
+    [model] = metadata["model-index"]
+    assert model.keys() == {"name", "results"} and model["name"] == "flowers"
+    for result in model["results"]:
+        assert {"task", "dataset", "metrics"} <= result.keys() <= RESULT.keys()
+        assert {"type"} <= result["task"].keys() <= RESULT["task"]
+        assert {"type", "name"} <= result["dataset"].keys() <= RESULT["dataset"]
+        for metric in result["metrics"]:
+            assert {"type", "value"} <= metric.keys() <= RESULT["metrics"]
+            assert isinstance(metric["value"], float) and metric["value"] == metric["value"]
+    assert {metric["type"] for result in model["results"] for metric in result["metrics"]} == set(metadata["metrics"])
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "flower_ldm"])
+def test_card_names_no_path_and_shows_no_photograph(runs, stage):
+    planted = "/srv/planted-folder/flowers"
+    flags = ("data_dir", "output_dir", "vgg_weights", "config", "model_config", "latent_cache_dir", "autoencoder",
+             "resume_from_checkpoint", "dataset")  # fmt: skip
+    args = yaml.safe_load((runs[stage] / "args.yaml").read_text())
+    change(runs[stage], "args.yaml", **{flag: planted for flag in flags if flag in args})
+    change(runs[stage], "metrics.json", vgg_weights=planted, dataset=planted)
+    for name in ("nearest_neighbours", "original_reconstructed_generated", "latent_space_tsne"):
+        (runs[stage] / f"{name}.png").write_bytes(b"")
+    card = write_model_card(runs[stage]).read_text()
+    assert "planted" not in card and str(runs[stage].parent) not in card and "reconstructions/" not in card
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", card)
+    assert linked and set(linked) <= PICTURES[runs[stage].name.replace("flower_ldm", "latent_diffusion")].keys()
+    assert all((runs[stage] / name).is_file() for name in linked)
+
+
+def test_examples_of_a_pipeline_run_and_agree(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = {}
+    for code in blocks(write_model_card(runs["flower_ldm"], "me/flowers").read_text(), "python"):
+        assert len(code.splitlines()) <= 5
+        names = {}
+        torch.manual_seed(0)
+        exec(code.replace("me/flowers", str(runs["flower_ldm"])), names)
+        assert (tmp_path / "image.png").stat().st_size > 0
+        drawn[type(names["pipe"])] = [image.tobytes() for image in names["images"]]
+    assert FlowerLDMPipeline in drawn and len(drawn) == 2
+    assert all(issubclass(kind, DiffusionPipeline) for kind in drawn)
+    one, other = drawn.values()
+    assert one == other and len(one) == 8
+
+
+def test_examples_of_an_autoencoder_run(runs):
+    found = blocks(write_model_card(runs["autoencoder"], "me/flowers").read_text(), "python")
+    assert found
+    for code in found:
+        names = {"images": torch.zeros(2, 3, 32, 32)}
+        exec(code.replace("me/flowers", str(runs["autoencoder"])), names)
+        assert type(names["vae"]).__name__ == FlowerAutoencoderKL.__name__
+        assert names["reconstruction"].shape == (2, 3, 32, 32)
+
+
+def test_commands_train_the_same_again(runs, tmp_path, monkeypatch):
+    """Each flag as it was, except for paths; the models' configs come from the repository itself."""
+    [code] = blocks(write_model_card(runs["flower_ldm"], "me/flowers").read_text(), "sh")
+    lines = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines()]
+    assert [line[:2] for line in lines] == [
+        ["hf", "download"], ["python", "train_autoencoder.py"], ["python", "train_latent_diffusion.py"],
+        ["python", "-m"],
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs["flower_ldm"], tmp_path / "model")  # what the first line would download
+    for script, line, run in ((train_autoencoder, lines[1], "autoencoder"),
+                              (train_latent_diffusion, lines[2], "flower_ldm")):  # fmt: skip
+        args = yaml.safe_load((runs[run] / "args.yaml").read_text())
+        again = vars(script.parse_args(line[2:]))
+        paths = {"output_dir", "model_config", "autoencoder", "vgg_weights", "report_to"}
+        for name in args.keys() - paths:
+            assert again[name] == args[name], name
+        wanted, found = (json.loads(Path(each["model_config"]).read_text()) for each in (args, again))
+        assert found.items() >= wanted.items()
+
+
+def test_autoencoder_that_was_trained_anew_is_not_taken_for_this_ones(runs):
+    args = yaml.safe_load((runs["flower_ldm"] / "args.yaml").read_text())
+    other = runs["autoencoder"]
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"latents_mean": [9.0] * 4}))
+    change(runs["flower_ldm"], "args.yaml", **args | {"autoencoder": str(other)})
+    card = write_model_card(runs["flower_ldm"]).read_text()
+    assert "train_autoencoder.py" not in card and "here in `vae/`" in card
+
+
+def test_hostile_names_stay_text(runs):
+    hostile = "<img src=x onerror=alert(1)> | [a](javascript:b) ``` *rose*"
+    index = json.loads((runs["flower_ldm"] / "model_index.json").read_text())
+    index["id2label"]["0"] = hostile
+    (runs["flower_ldm"] / "model_index.json").write_text(json.dumps(index))
+    card = write_model_card(runs["flower_ldm"]).read_text()
+    assert "<img" not in card and r"\[a\](javascript:b) \`\`\` \*rose\*" in card
+    assert card.count("```") == 6 and "pipe([0, 3]" in card
+
+
+def test_somebodys_own_card_is_left_alone(runs):
+    path = runs["autoencoder"] / "README.md"
+    own = path.read_text().replace(MARK, "Drawn in spring.")
+    path.write_text(own)
+    assert write_model_card(runs["autoencoder"]) == path and path.read_text() == own
+
+
+def test_repository_is_that_of_the_run(runs):
+    change(runs["flower_ldm"], "args.yaml", hub_model_id="me/from-the-flag")
+    assert 'from_pretrained("me/from-the-flag"' in write_model_card(runs["flower_ldm"]).read_text()
+
+
+def test_folder_that_is_no_run(tmp_path):
+    with pytest.raises(InputError, match="is no training run"):
+        write_model_card(tmp_path)
+    assert list(tmp_path.iterdir()) == []
