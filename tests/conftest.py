@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from chromium import CHROMIUM, Browser
 from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 
@@ -142,6 +143,16 @@ def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop
         monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "hf" / "modules"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    """One for all tests of pages."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
 
 
 # The flags that both scripts promise, each with a value that isn't its default.
