@@ -1,0 +1,511 @@
+"""Play with a pipeline in a browser: `python app.py --pipeline results/flower-ldm`, then open the address it prints.
+
+Choose flowers, watch them come out of the noise, blend one into another. Works with any pipeline that draws classes,
+from a folder or the Hub. Needs torch, diffusers and gradio with what they bring along, not the package, so that this
+file is also the whole of a Space on the Hub: `--space DIR` writes one.
+
+Reads from top to bottom: limits, what a visitor asks for, drawing, the page, the Space, the command.
+"""
+
+import argparse
+import base64
+import html
+import io
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+from typing import NamedTuple
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+try:
+    import gradio as gr
+except ImportError:
+    gr = None
+try:
+    from flower_ldm import FlowerLDMPipeline  # installed, its pipelines load without trust in their code
+except ImportError:
+    FlowerLDMPipeline = None
+
+# What one visitor may ask for at a time: others wait in the queue meanwhile.
+MAX_FLOWERS = 8
+MAX_IMAGES = 24  # flowers x images of each
+MAX_IMAGES_EACH = 12
+MAX_STEPS = 100
+MAX_GUIDANCE = 10.0
+MAX_SEED = 2**31 - 1
+BLEND_FRAMES = 9
+QUEUE = 64  # visitors who wait; more are told that it is full
+PREVIEWS = 12  # of one drawing
+THUMBNAIL_STEPS = 12
+MAX_THUMBNAILS = 128  # classes beyond are chosen by name
+DEFAULT_PIPELINE = "results/flower-ldm"
+FILES_KEPT = (600, 3600)  # seconds: how often drawn images are cleared away, and how old they are then
+
+SAMPLERS = {
+    "DPM-Solver++": diffusers.DPMSolverMultistepScheduler,
+    "UniPC": diffusers.UniPCMultistepScheduler,
+    "DDIM": diffusers.DDIMScheduler,
+    "Euler": diffusers.EulerDiscreteScheduler,
+    "Euler, ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "Heun": diffusers.HeunDiscreteScheduler,
+    "PNDM": diffusers.PNDMScheduler,
+    "DDPM": diffusers.DDPMScheduler,
+}
+OWN_SAMPLER = "The pipeline's own"
+
+
+# --- what a visitor asks for -----------------------------------------------------------------------------------------
+
+
+class Wish(NamedTuple):
+    """A request that has been checked: labels by index, and the options of the drawing."""
+
+    labels: list[int]
+    images_each: int
+    seed: int
+    steps: int
+    guidance: float
+    sampler: str
+
+
+def check_wish(pipe: DiffusionPipeline, names, images_each, seed, steps, guidance, sampler) -> Wish:
+    """Trust nothing: whoever calls the page's endpoints by hand sends whatever they like.
+
+    Raises:
+        gr.Error: one line for the first thing that can't be right.
+    """
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise refusal("Choose at least one flower.")
+    if len(names) > MAX_FLOWERS:
+        raise refusal(f"Choose at most {MAX_FLOWERS} flowers, not {len(names)}.")
+    try:
+        labels = pipe.get_label_ids([name[:100] for name in names])
+    except ValueError as error:  # offers the nearest names
+        raise refusal(f"{str(error)[0].upper()}{str(error)[1:]}.") from None
+    images_each = whole("Images of each flower", images_each, 1, MAX_IMAGES_EACH)
+    if len(labels) * images_each > MAX_IMAGES:
+        raise refusal(
+            f"{len(labels)} flowers with {images_each} images each are {len(labels) * images_each} images: "
+            f"at most {MAX_IMAGES} are drawn at a time."
+        )
+    if not is_number(guidance) or not 1 <= guidance <= MAX_GUIDANCE:
+        raise refusal(f"Guidance must be a number from 1 to {MAX_GUIDANCE:g}.")
+    if not isinstance(sampler, str) or sampler not in {OWN_SAMPLER, *SAMPLERS}:
+        raise refusal(f"The sampler must be one of {', '.join([OWN_SAMPLER, *SAMPLERS])}.")
+    return Wish(labels, images_each, whole("The seed", seed, 0, MAX_SEED), whole("Steps", steps, 1, MAX_STEPS),
+                float(guidance), sampler)  # fmt: skip
+
+
+def whole(name: str, value: object, lowest: int, highest: int) -> int:
+    if not is_number(value) or value != int(value) or not lowest <= value <= highest:
+        raise refusal(f"{name} must be a whole number from {lowest:,} to {highest:,}.")
+    return int(value)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def refusal(message: str) -> Exception:
+    """What the page shows as one line; nothing of it is logged."""
+    return gr.Error(message, print_exception=False)
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+class Preview(NamedTuple):
+    """How far a drawing is, and what its images would be by now; the last one is the drawing itself."""
+
+    done: int
+    steps: int
+    images: list[Image.Image]
+
+
+class Studio:
+    """A pipeline that draws one wish at a time, and shows how."""
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe = pipe
+        # One thread for all drawings: they take turns, whoever has left, and its pool of workers is made once.
+        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
+
+    @property
+    def can_blend(self) -> bool:
+        return self.pipe.num_classes > 1 and getattr(self.pipe.unet, "takes_class_mixtures", False)
+
+    @property
+    def samplers(self) -> list[str]:
+        """The pipeline's own first, by its name where it has one here."""
+        own = [name for name, kind in SAMPLERS.items() if type(self.pipe.scheduler) is kind] or [OWN_SAMPLER]
+        return own + [name for name in SAMPLERS if name not in own]
+
+    def draw(self, wish: Wish) -> Iterator[Preview]:
+        """Images of each label in turn; image i, counted over all, has the seed SEED + i."""
+        labels = [label for label in wish.labels for _ in range(wish.images_each)]
+        return self._watch(labels, [wish.seed + number for number in range(len(labels))], wish)
+
+    def blend(self, wish: Wish) -> Iterator[Preview]:
+        """From the first label to the second in `BLEND_FRAMES` mixtures, all from the same noise."""
+        mixtures = torch.zeros(BLEND_FRAMES, self.pipe.num_classes)
+        share = torch.linspace(0, 1, BLEND_FRAMES)
+        mixtures[:, wish.labels[0]] += 1 - share
+        mixtures[:, wish.labels[1]] += share
+        return self._watch(mixtures, [wish.seed] * BLEND_FRAMES, wish)
+
+    def thumbnails(self) -> list[tuple[Image.Image, str]]:
+        """One small image of each class, drawn now, and its name."""
+        names = self.pipe.class_names[:MAX_THUMBNAILS]
+        pictures = []
+        for start in tqdm(range(0, len(names), MAX_IMAGES), desc="thumbnails", disable=None):
+            labels = list(range(start, min(start + MAX_IMAGES, len(names))))
+            wish = Wish(labels, 1, 0, THUMBNAIL_STEPS, 2.0, OWN_SAMPLER)
+            *_, last = self.draw(wish)
+            pictures += last.images
+        return list(zip(pictures, names, strict=True))
+
+    def _watch(self, labels: list[int] | torch.Tensor, seeds: list[int], wish: Wish) -> Iterator[Preview]:
+        """Draw in the studio's thread, and give what its step callback sees.
+
+        Raises:
+            gr.Error: where the pipeline or its sampler can't do it.
+        """
+        seen: SimpleQueue[Preview | Exception] = SimpleQueue()
+        left = Event()
+
+        def on_step(pipe, index: int, timestep, given: dict) -> dict:
+            total = len(pipe.scheduler.timesteps)
+            pipe._interrupt = left.is_set()
+            if (index + 1) % -(-total // PREVIEWS) == 0 and index + 1 < total and not left.is_set():
+                seen.put(Preview(index + 1, total, pipe.decode_latents(given["denoised_latents"])))
+            return {}
+
+        def work() -> None:
+            try:
+                if not left.is_set():
+                    seen.put(self._finish(labels, seeds, wish, on_step))
+            except Exception as error:
+                seen.put(error)
+
+        self.executor.submit(work)
+        try:
+            while True:
+                preview = seen.get()
+                if isinstance(preview, Exception):
+                    raise preview
+                yield preview
+                if preview.done == preview.steps:
+                    return
+        finally:
+            left.set()  # a visitor who closes the page stops the drawing at its next step
+
+    def _finish(self, labels: list[int] | torch.Tensor, seeds: list[int], wish: Wish, on_step) -> Preview:
+        """The drawing itself.
+
+        Raises:
+            gr.Error: where this sampler can't do it in so few steps, or in so many.
+        """
+        pipe = self._pipeline(wish.sampler)
+        unable = refusal(f"{wish.sampler} draws nothing in {wish.steps} steps: choose another number, or sampler.")
+        try:
+            pipe.scheduler.set_timesteps(wish.steps)
+        except ValueError:
+            raise unable from None
+        images = pipe(
+            labels, guidance_scale=wish.guidance, num_inference_steps=wish.steps, output_type="np",
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=("denoised_latents",),
+        ).images  # fmt: skip
+        if not np.isfinite(images).all():
+            raise unable
+        steps = len(pipe.scheduler.timesteps)
+        return Preview(steps, steps, pipe.numpy_to_pil(images))
+
+    def _pipeline(self, sampler: str) -> DiffusionPipeline:
+        """The same models with a scheduler of its own: those remember where they are."""
+        config = self.pipe.scheduler.config
+        kind = SAMPLERS.get(sampler, type(self.pipe.scheduler))
+        pipe = type(self.pipe)(self.pipe.vae, self.pipe.unet, kind.from_config(config), self.pipe.config.id2label)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+CSS = """
+.gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto; }
+.gradio-container main { min-width: 0; max-width: 100%; }
+#title h1 { margin: 0.2rem 0 0; font-size: 1.9rem; letter-spacing: -0.02em; }
+#title p { margin: 0.2rem 0 0; opacity: 0.8; }
+#flowers .grid-wrap { min-height: 0; max-height: 340px; }
+#flowers .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; gap: 6px; }
+#flowers .caption-label, #pictures .caption-label { inset: auto 4px 4px; max-width: none; padding: 2px 4px;
+    font-size: 0.68rem; line-height: 1.15; text-align: center; white-space: normal; overflow-wrap: anywhere; }
+#pictures:has(.empty) { display: none; }
+#pictures .grid-wrap { min-height: 0; max-height: none; }
+#pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(128px, 40%), 1fr)) !important; }
+#another { align-self: end; }
+#easel .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(var(--cell), 1fr)); gap: 8px; }
+#easel figure { margin: 0; }
+#easel figure img { width: 100%; border-radius: 10px; display: block; }
+#easel figcaption { font-size: 0.75rem; opacity: 0.75; text-align: center; overflow-wrap: anywhere; }
+#easel .way { display: flex; align-items: center; gap: 12px; margin: 0 0 10px; font-variant-numeric: tabular-nums; }
+#easel .bar { flex: 1; height: 8px; border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
+#easel .bar i { display: block; height: 100%; background: var(--color-accent); }
+#easel .rest { padding: 64px 16px; text-align: center; opacity: 0.7; border: 1px dashed currentColor;
+               border-radius: 14px; }
+#easel .loop { display: block; margin: 0 auto 8px; width: min(256px, 70%); border-radius: 14px; }
+#easel .note { text-align: center; margin: 0 0 8px; }
+"""
+AT_REST = '<p class="rest">Choose flowers, then press Draw.</p>'
+
+
+def data_uri(image: Image.Image, kind: str, **options) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def sheet(preview: Preview, captions: list[str]) -> str:
+    """The images as they are by now, and how far they are."""
+    cell = 150 if len(captions) <= 12 else 100
+    figures = "".join(
+        f'<figure><img src="{data_uri(image, "JPEG", quality=88)}" alt="{html.escape(caption)}, not finished">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for image, caption in zip(preview.images, captions, strict=True)
+    )
+    bar = f'<span class="bar"><i style="width: {100 * preview.done / preview.steps:.0f}%"></i></span>'
+    return (f'<p class="way">{bar}<span role="status">step {preview.done} of {preview.steps}</span></p>'
+            f'<div class="sheet" style="--cell: {cell}px">{figures}</div>')  # fmt: skip
+
+
+def loop(images: list[Image.Image], caption: str) -> str:
+    """There and back again, as an animation that can be kept."""
+    frames = [image.resize((256, 256), Image.Resampling.BICUBIC) for image in (*images, *images[-2:0:-1])]
+    uri = data_uri(frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=120, loop=0, quality=85)
+    return (f'<img class="loop" src="{uri}" alt="{html.escape(caption)}">'
+            f'<p class="note"><a href="{uri}" download="blend.webp">Download the animation</a></p>')  # fmt: skip
+
+
+def build_page(studio: Studio, name: str) -> "gr.Blocks":
+    """The page and its two endpoints, /draw and /blend.
+
+    Args:
+        name: what the page calls the pipeline.
+    """
+    names = studio.pipe.class_names
+
+    def draw(flowers, images_each, seed, steps, guidance, sampler):
+        wish = check_wish(studio.pipe, flowers, images_each, seed, steps, guidance, sampler)
+        captions = [names[label] for label in wish.labels for _ in range(wish.images_each)]
+        for preview in studio.draw(wish):
+            yield sheet(preview, captions), []
+        note = f'<p class="note">{len(captions)} images, seed {wish.seed}. Press one to enlarge or keep it.</p>'
+        yield note, list(zip(preview.images, captions, strict=True))
+
+    def blend(flowers, seed, steps, guidance, sampler):
+        if not isinstance(flowers, list) or len(flowers) != 2:
+            raise refusal("Choose exactly two flowers to blend.")
+        wish = check_wish(studio.pipe, flowers, 1, seed, steps, guidance, sampler)
+        first, second = (names[label] for label in wish.labels)
+        captions = [f"{percent:.0f} % {second}" for percent in torch.linspace(0, 100, BLEND_FRAMES).tolist()]
+        for preview in studio.blend(wish):
+            yield sheet(preview, captions), []
+        animation = loop(preview.images, f"from {first} to {second} and back")
+        yield animation, list(zip(preview.images, captions, strict=True))
+
+    def pick(flowers, event: gr.SelectData):
+        """A thumbnail puts its flower among the chosen ones, or takes it away."""
+        chosen = [flower for flower in flowers or [] if flower in names]
+        if not isinstance(event.index, int) or not 0 <= event.index < len(names):
+            return chosen
+        flower = names[event.index]
+        return [one for one in chosen if one != flower] if flower in chosen else [*chosen, flower]
+
+    with gr.Blocks(title=f"{name} – flower_ldm", analytics_enabled=False, delete_cache=FILES_KEPT) as page:
+        gr.Markdown(
+            f"# {html.escape(name)}\nA latent diffusion model of {len(names)} classes. Every picture here, "
+            "thumbnails too, is drawn by it; none is a photograph.", elem_id="title",
+        )  # fmt: skip
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                flowers = gr.Dropdown(names, value=names[:1], multiselect=True, allow_custom_value=True,
+                                      max_choices=MAX_FLOWERS, label=f"Flowers, up to {MAX_FLOWERS}")  # fmt: skip
+                thumbnails = gr.Gallery(
+                    studio.thumbnails(), show_label=False, columns=5, height="auto", allow_preview=False,
+                    interactive=False, object_fit="cover", buttons=[], elem_id="flowers", format="webp",
+                )  # fmt: skip
+                images_each = gr.Slider(1, MAX_IMAGES_EACH, 4, step=1, label="Images of each flower")
+                with gr.Row():
+                    seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", min_width=120)
+                    another = gr.Button("Another seed", min_width=120, elem_id="another")
+                with gr.Accordion("How it is drawn", open=False):
+                    steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", info="more: finer, slower")
+                    guidance = gr.Slider(1, MAX_GUIDANCE, 2.5, step=0.1, label="Guidance",
+                                         info="1: as varied as it can; more: truer to the class")  # fmt: skip
+                    sampler = gr.Dropdown(studio.samplers, label="Sampler", filterable=False)
+            with gr.Column(scale=3, min_width=300):
+                with gr.Row():
+                    draw_button = gr.Button("Draw", variant="primary")
+                    blend_button = gr.Button("Blend two flowers", visible=studio.can_blend)
+                    stop = gr.Button("Stop", min_width=80, scale=0)
+                easel = gr.HTML(AT_REST, elem_id="easel", js_on_load=None, label="The drawing")
+                pictures = gr.Gallery(show_label=False, interactive=False, columns=4, height="auto", format="png",
+                                      object_fit="contain", buttons=["download", "download_all", "fullscreen"],
+                                      elem_id="pictures")  # fmt: skip
+        options = [seed, steps, guidance, sampler]
+        # One at a time; inputs come as they were sent and are checked by `check_wish`.
+        shared = {"outputs": [easel, pictures], "preprocess": False, "concurrency_limit": 1, "concurrency_id": "model",
+                  "show_progress": "minimal", "show_progress_on": easel}  # fmt: skip
+        drawing = draw_button.click(draw, [flowers, images_each, *options], api_name="draw", **shared)
+        blending = blend_button.click(blend, [flowers, *options], api_name="blend", **shared)
+        stop.click(lambda: None, cancels=[drawing, blending], api_visibility="private")
+        another.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})")
+        thumbnails.select(pick, flowers, flowers, api_visibility="private", queue=False, show_progress="hidden",
+                          preprocess=False)  # fmt: skip
+    return page.queue(max_size=QUEUE, default_concurrency_limit=None)
+
+
+def launch(page: "gr.Blocks", host: str, port: int, block: bool = True) -> str:
+    """Serve the page, until interrupted where `block`. Returns its address.
+
+    Raises:
+        OSError: where the port is taken.
+    """
+    theme = gr.themes.Soft(
+        primary_hue="rose", secondary_hue="pink", neutral_hue="stone",
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],  # none is fetched from elsewhere
+    ).set(
+        block_title_background_fill="none", block_title_background_fill_dark="none", block_title_padding="0",
+        block_title_text_color="*neutral_600", block_title_text_color_dark="*neutral_300",
+    )  # fmt: skip
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, prevent_thread_lock=not block, share=False, quiet=True, theme=theme,
+        css=CSS, footer_links=[], ssr_mode=False, mcp_server=False, run_history=False, enable_monitoring=False,
+        max_file_size=1,  # no part of the page takes a file
+    )  # fmt: skip
+    return address
+
+
+# --- the Space -------------------------------------------------------------------------------------------------------
+
+SPACE_CARD = """---
+title: {title}
+emoji: 🌸
+colorFrom: pink
+colorTo: green
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+license: apache-2.0
+models:
+- {pipeline}
+short_description: Draw pictures by class, and watch them form
+---
+
+A demo of [{pipeline}](https://huggingface.co/{pipeline}), written by `python app.py --space`.
+Every picture it shows is drawn by the model; none is a photograph. The code is Apache-2.0; what may be done with the
+weights, the model's card says.
+"""
+SPACE_APP = '''"""The Space's entry; the page itself is in demo.py. It runs the code of the model's repository."""
+
+from demo import main
+
+main(["--pipeline", "{pipeline}", "--trust_remote_code", "--host", "0.0.0.0"])
+'''
+SPACE_REQUIREMENTS = "torch>=2.6\ndiffusers>=0.41\naccelerate>=1.10\n"
+
+
+def write_space(folder: Path, pipeline: str) -> None:
+    """A folder to push as a Space: this file, an entry that names the pipeline, a card and the requirements.
+
+    Args:
+        pipeline: an id on the Hub: a Space can't see the folders of this machine.
+    """
+    folder.mkdir(parents=True)
+    shutil.copyfile(__file__, folder / "demo.py")
+    (folder / "app.py").write_text(SPACE_APP.format(pipeline=pipeline))
+    (folder / "requirements.txt").write_text(SPACE_REQUIREMENTS)
+    card = SPACE_CARD.format(pipeline=pipeline, title=pipeline.split("/")[1], gradio=gr.__version__)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Play with a pipeline in a browser.", allow_abbrev=False)
+    parser.error = fail
+    flag = parser.add_argument
+    flag("--pipeline", default=DEFAULT_PIPELINE, help="folder of a pipeline, or its id on the Hub")
+    flag("--trust_remote_code", action="store_true", help="run the code that a repository brings along")
+    flag("--host", default="127.0.0.1", help="0.0.0.0: everybody in the network can use it")
+    flag("--port", type=int, default=7860)
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--space", type=Path, metavar="DIR", help="write a Space for --pipeline into a new folder, and do no more")
+    return parser.parse_args(argv)
+
+
+def fail(message: str) -> None:
+    """One line, and the exit code of bad input."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def load_pipeline(name: str, device: str, trust_remote_code: bool) -> DiffusionPipeline:
+    """A pipeline that draws classes, from a folder or the Hub; exits with one line where there is none."""
+    if Path(name).exists() and not (Path(name) / "model_index.json").is_file():
+        fail(f"--pipeline {name} is not the folder of a pipeline: it has no model_index.json")
+    loader = DiffusionPipeline if FlowerLDMPipeline is None else FlowerLDMPipeline
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    try:
+        pipe = loader.from_pretrained(name, **options)
+        pipe.class_names, pipe.latents_shape  # noqa: B018  (what the page needs of it)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        fail(f"--pipeline {name} is no folder or Hub id of a pipeline that draws classes: {reason}")
+    try:
+        return pipe.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        fail(f"--device {device} can't be used: {str(error).splitlines()[0]}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if gr is None:
+        fail("the page needs gradio: pip install 'gradio>=6.0' (or, in a clone, pip install -e '.[app]')")
+    if args.space:
+        owner, _, name = args.pipeline.partition("/")
+        if not owner or not name or "/" in name or args.pipeline == DEFAULT_PIPELINE or Path(args.pipeline).exists():
+            fail(f"--space needs --pipeline by its id on the Hub, such as user/flower-ldm, not {args.pipeline}")
+        if args.space.exists():
+            fail(f"--space {args.space} is there already: name a new folder")
+        write_space(args.space, args.pipeline)
+        print(f"a Space in {args.space}; to push it: hf upload USER/NAME {args.space} --repo-type space")
+        return
+    pipe = load_pipeline(args.pipeline, args.device, args.trust_remote_code)
+    page = build_page(Studio(pipe), Path(args.pipeline).resolve().name)
+    try:
+        address = launch(page, args.host, args.port, block=False)
+    except OSError:
+        fail(f"--port {args.port} is taken or can't be opened: name another")
+    print(f"{args.pipeline} is at {address} until Ctrl-C", flush=True)
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    main()
