@@ -59,6 +59,7 @@ from flower_ldm.features import (
 )
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
+from flower_ldm.model_card import write_model_card
 from flower_ldm.report import write_report
 from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
 from flower_ldm.visualization import save_nearest_neighbours
@@ -697,6 +698,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(evaluation))
     print(f"metrics in {args.output}, pictures beside it")
     if args.output.name == "metrics.json" and (args.output.parent / "args.yaml").is_file():
+        write_model_card(args.output.parent)
         print(f"the run's page, with them: {write_report(args.output.parent)}")
 
 

@@ -244,7 +244,7 @@ def test_the_evaluation_stands_beside_the_runs_other_metrics(evaluated, finished
     assert after == before | {"evaluation": evaluation} and "evaluation" not in before
     assert {path.name for path in folder.iterdir()} == {
         "metrics.json", "args.yaml", "nearest_neighbours.png", "evaluation_sweep.png", "evaluation_cache",
-        "report.html",
+        "report.html", "README.md",
     }  # fmt: skip
     page = (folder / "report.html").read_text()
     assert f"{evaluation['against_held_out']['samples']['class_accuracy']:.1%}" in page
