@@ -1,4 +1,4 @@
-"""FlowerLDMPipeline: class labels -> noise -> guided denoising -> images.
+"""FlowerLDMPipeline: class labels -> noise, or a noisy image -> guided denoising -> images.
 
 Travels to the Hub at the root of each repository that it saves, so it imports the standard library, torch and
 diffusers only. It knows its parts by what they do, never by class: `FlowerAutoencoderKL` and `FlowerUNet2DModel`, or
@@ -17,14 +17,24 @@ import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class Original(NamedTuple):
+    """An image that is drawn over, for each one drawn; without a mask the last two are None."""
+
+    pixels: torch.Tensor  # (B, 3, H, W) in [0, 1]
+    latents: torch.Tensor  # (B, Z, h, w), normalised
+    mask: torch.Tensor | None  # (B, 1, H, W) bool, True where it is drawn anew
+    latents_mask: torch.Tensor | None  # (B, 1, h, w) bool, True wherever a pixel is
 
 
 class FlowerLDMPipeline(DiffusionPipeline):
@@ -36,12 +46,17 @@ class FlowerLDMPipeline(DiffusionPipeline):
             config has `num_classes` (K; label K is the null label) or `num_class_embeds` (the last label is).
         scheduler: one of diffusers' schedulers.
         id2label: name of each label `0..K-1`, each once. Kept in the config with strings as keys, as JSON has them.
+        guide: a worse unet for the same latents and classes, of fewer updates or parameters. Guidance then leads away
+            from it and not from the null label (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a
+            Bad Version of Itself").
 
     Raises:
-        ValueError: where the unet takes no class labels, or `id2label` doesn't name each of its classes once.
+        ValueError: where the unet takes no class labels, `id2label` doesn't name each of its classes once, or the
+            guide is for other latents or classes.
     """
 
-    model_cpu_offload_seq = "unet->vae"
+    model_cpu_offload_seq = "unet->vae"  # the guide, which takes turns with the unet, stays beside it
+    _optional_components = ["guide"]
     _callback_tensor_inputs = ["latents", "denoised_latents"]
 
     def __init__(
@@ -50,9 +65,11 @@ class FlowerLDMPipeline(DiffusionPipeline):
         unet: torch.nn.Module,
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
+        guide: torch.nn.Module | None = None,
     ):
         super().__init__()
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
+        self._check_guide()
         if id2label is not None:
             names = {int(label): str(name) for label, name in id2label.items()}
             if sorted(names) != list(range(self.num_classes)) or len(set(names.values())) != len(names):
@@ -63,16 +80,12 @@ class FlowerLDMPipeline(DiffusionPipeline):
             id2label = {str(label): names[label] for label in sorted(names)}
         self.register_to_config(id2label=id2label)
         self._interrupt = False
+        self._num_timesteps = 0
 
     @property
     def null_label(self) -> int:
         """The label that means "any class"; the labels below it are the classes."""
-        config = self.unet.config
-        if config.get("num_classes") is not None:
-            return config.num_classes
-        if config.get("num_class_embeds") is not None:
-            return config.num_class_embeds - 1
-        raise ValueError("the unet takes no class labels: its config has neither num_classes nor num_class_embeds")
+        return _null_label(self.unet)
 
     @property
     def num_classes(self) -> int:
@@ -90,16 +103,26 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return self._interrupt
 
     @property
+    def num_timesteps(self) -> int:
+        """Through how many timesteps the latest call goes: over an image, through the scheduler's last ones only."""
+        return self._num_timesteps
+
+    @property
     def latents_shape(self) -> tuple[int, int, int]:
         """`(Z, h, w)` of one image's latents."""
-        config = self.unet.config
-        size = config.sample_size
-        return (config.in_channels, *((size, size) if isinstance(size, int) else size))
+        return _latents_shape(self.unet)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """`(H, W)` of an image in pixels."""
+        factor = getattr(self.vae, "downsample_factor", None) or 2 ** (len(self.vae.config.block_out_channels) - 1)
+        _, height, width = self.latents_shape
+        return factor * height, factor * width
 
     @torch.no_grad()
     def __call__(
         self,
-        labels: str | int | Sequence[str | int] | torch.Tensor,
+        labels: str | int | dict | Sequence[str | int | dict] | torch.Tensor,
         num_images_per_label: int = 1,
         guidance_scale: float = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -111,15 +134,22 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_rescale: float = 0.0,
+        image: Any = None,
+        strength: float = 0.8,
+        mask_image: Any = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw `num_images_per_label` images of each label, label by label.
 
         Args:
-            labels: a name, an index, or several of either; or mixtures of classes, a float tensor `(L, K)` of weights
-                that sum to 1 in each row, where the unet takes them (`FlowerUNet2DModel` does).
-            guidance_scale: classifier-free guidance (Ho & Salimans 2022, eq. 6 with scale = 1 + w); 1 means off.
+            labels: a name, an index, or several of either. Where the unet takes sums of class embeddings
+                (`FlowerUNet2DModel` does) also a dict of names or indices and their weights, which may be negative and
+                sum to 1, `{"rose": 1, "tulip": 0.5, "daisy": -0.5}`, or all weights as a float tensor `(L, K)`.
+            guidance_scale: classifier-free guidance (Ho & Salimans 2022, eq. 6 with scale = 1 + w); 1 means off. With
+                a `guide`, autoguidance (Karras et al. 2024, eq. 3).
             guidance_interval: from where to where guidance acts, in fractions of the trajectory: 0 is pure noise, 1
                 the clean image (Kynkäänniemi et al. 2024). Outside, a step costs half.
+            num_inference_steps: from pure noise; an image is drawn over in `strength` times as many.
             eta: share of DDIM's noise (Song et al. 2021, eq. 16); schedulers without it ignore it.
             generator: one, or a list of B: with a list an image doesn't depend on the others in the batch.
             latents: `(B, Z, h, w)` standard normal noise to start from, in place of noise drawn here.
@@ -129,6 +159,14 @@ class FlowerLDMPipeline(DiffusionPipeline):
                 latents that it returns in a dict take the place of these.
             callback_on_step_end_tensor_inputs: what that dict holds: "latents" after the step, as the scheduler scales
                 them; "denoised_latents", the clean ones that the step aimed at (`predict_denoised_latents`).
+            guidance_rescale: how far the spread of a guided prediction is brought back to the unguided one's, which
+                high scales exceed (Lin et al. 2023, eq. 15 and 16): 0 not at all, 1 wholly, 0.7 in that paper.
+            image: one to draw over, or one for each label. PIL images of any size, the middle of which is taken; or
+                what this call returns as "np" and "pt".
+            strength: how much of the way from pure noise is gone again, in (0, 1]: near 0 the image stays as it is,
+                with 1 nothing stays (but what a mask keeps).
+            mask_image: white where the image is drawn anew, black where it stays, pixel for pixel; of the image's
+                size, or one channel of floats.
 
         Returns:
             `ImagePipelineOutput` with `images`, or `(images,)` where `return_dict=False`.
@@ -139,54 +177,75 @@ class FlowerLDMPipeline(DiffusionPipeline):
         class_labels = self.prepare_class_labels(labels)  # (L,) or (L, K + 1)
         self.check_inputs(
             len(class_labels), num_images_per_label, guidance_scale, guidance_interval, num_inference_steps, eta,
-            generator, latents, output_type, callback_on_step_end_tensor_inputs,
+            generator, latents, output_type, callback_on_step_end_tensor_inputs, guidance_rescale, image, strength,
+            mask_image,
         )  # fmt: skip
         device = self._execution_device
         class_labels = class_labels.to(device).repeat_interleave(num_images_per_label, dim=0)  # (B,) or (B, K + 1)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
-        latents = self.prepare_latents(len(class_labels), generator, latents, device)  # (B, Z, h, w)
+        original = self.prepare_original(image, mask_image, len(class_labels), device)
+        timesteps = self.prepare_timesteps(num_inference_steps, 1 if original is None else strength, device)
+        noise = self.prepare_noise(len(class_labels), generator, latents, device)  # (B, Z, h, w)
+        if original is None or strength == 1:
+            latents = noise * self.scheduler.init_noise_sigma
+        else:
+            latents = self.scheduler.add_noise(original.latents, noise, timesteps[:1])
         step_options = self.prepare_extra_step_kwargs(generator, eta)
         begin, end = guidance_interval
+        num_skipped = len(self.scheduler.timesteps) - len(timesteps)
+        self._num_timesteps = len(timesteps)
         self._interrupt = False
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step_index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
-                guided = guidance_scale != 1 and begin <= step_index / len(timesteps) < end
-                prediction = self.predict(latents, timestep, class_labels, guidance_scale if guided else 1)
+                progress = (num_skipped + step_index) / len(self.scheduler.timesteps)
+                scale = guidance_scale if begin <= progress < end else 1
+                prediction = self.predict(latents, timestep, class_labels, scale, guidance_rescale)
                 given = {}
                 if callback_on_step_end is not None and "denoised_latents" in callback_on_step_end_tensor_inputs:
                     given["denoised_latents"] = self.predict_denoised_latents(prediction, latents, timestep)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
+                if original is not None and original.mask is not None:
+                    latents = self.keep_original(latents, original, noise, timesteps[step_index + 1 : step_index + 2])
                 if callback_on_step_end is not None:
                     if "latents" in callback_on_step_end_tensor_inputs:
                         given["latents"] = latents
                     latents = (callback_on_step_end(self, step_index, timestep, given) or {}).get("latents", latents)
                 progress_bar.update()
 
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type, original)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, guidance_scale: float = 1
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        guidance_scale: float = 1,
+        guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
         """The unet's prediction for the scheduler's step, guided where `guidance_scale` isn't 1, `(B, Z, h, w)`.
 
-        With guidance, one pass over a batch of `2 B`: with the labels, and with the null label in their place.
+        With guidance, one pass over a batch of `2 B`: with the labels, and with the null label in their place. With a
+        `guide`, one pass of each over `B`, both with the labels.
         """
         noisy_latents = self.scheduler.scale_model_input(latents, timestep)
-        if guidance_scale != 1:
+        if guidance_scale == 1:
+            return _run(self.unet, noisy_latents, timestep, class_labels)
+        if self.guide is not None:
+            conditional = _run(self.unet, noisy_latents, timestep, class_labels)
+            worse = _run(self.guide, noisy_latents, timestep, class_labels)
+        else:
             noisy_latents = torch.cat([noisy_latents, noisy_latents])  # (2 B, Z, h, w)
             class_labels = torch.cat([class_labels, self._null_labels(class_labels)])  # (2 B,) or (2 B, K + 1)
-        timesteps = timestep.expand(len(noisy_latents))
-        prediction = self.unet(noisy_latents.to(self.unet.dtype), timesteps, class_labels).sample.to(latents.dtype)
-        if guidance_scale == 1:
-            return prediction
-        conditional, unconditional = prediction.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+            conditional, worse = _run(self.unet, noisy_latents, timestep, class_labels).chunk(2)
+        guided = worse + guidance_scale * (conditional - worse)
+        if guidance_rescale == 0:
+            return guided
+        excess = guided.std(dim=(1, 2, 3), keepdim=True) / conditional.std(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+        return guidance_rescale * guided / excess + (1 - guidance_rescale) * guided
 
     def predict_denoised_latents(
         self, prediction: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor
@@ -229,33 +288,105 @@ class FlowerLDMPipeline(DiffusionPipeline):
             variance = 1 / (1 + (low + fraction * (high - low)) ** 2)
         return math.sqrt(variance), math.sqrt(1 - variance)
 
-    def prepare_latents(
+    def prepare_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> torch.Tensor:
+        """The scheduler's timesteps, of an image that is drawn over the last `strength` of them, one at least."""
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if strength == 1:
+            return self.scheduler.timesteps
+        begin = num_inference_steps - max(1, round(strength * num_inference_steps))
+        begin *= self.scheduler.order  # a step of Heun's method is two of its timesteps
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        return self.scheduler.timesteps[begin:]
+
+    def prepare_noise(
         self,
         batch_size: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
-        """Noise `(B, Z, h, w)` as strong as the scheduler starts from, float32 or wider.
+        """Standard normal noise `(B, Z, h, w)`, float32 or wider, or the `latents` given in its place.
 
         Between steps the latents keep that precision whatever the unet's: rounded to bfloat16 after each of many small
         steps they would drift. Drawn in float32, the same seed is the same noise for every dtype.
         """
         if latents is None:
             latents = randn_tensor((batch_size, *self.latents_shape), generator, device, torch.float32)
-        latents = latents.to(device, torch.promote_types(self.unet.dtype, torch.float32))
-        return latents * self.scheduler.init_noise_sigma
+        return latents.to(device, torch.promote_types(self.unet.dtype, torch.float32))
+
+    def prepare_original(self, image: Any, mask_image: Any, batch_size: int, device: torch.device) -> Original | None:
+        """What there is to know of `image`, one or one for each label, and of its mask; None without an image."""
+        if image is None:
+            return None
+        pixels = self._to_pixels(image, "image").to(device)  # (1 or L, 3, H, W)
+        latents = self.encode_images(2 * pixels - 1).to(device, torch.promote_types(self.unet.dtype, torch.float32))
+        mask = latents_mask = None
+        if mask_image is not None:
+            mask = self._to_pixels(mask_image, "mask_image").to(device)  # (1 or L, 1, H, W)
+            latents_mask = torch.nn.functional.adaptive_max_pool2d(mask, latents.shape[2:])
+            mask, latents_mask = mask >= 0.5, latents_mask >= 0.5
+        tensors = (pixels, latents, mask, latents_mask)
+        return Original(
+            *(None if one is None else one.repeat_interleave(batch_size // len(one), 0) for one in tensors)
+        )
+
+    def _to_pixels(self, images: Any, name: str) -> torch.Tensor:
+        """One image or several -> `(L, 3, H, W)` float32 in [0, 1]; of a mask, `(L, 1, H, W)`.
+
+        Raises:
+            ValueError: for anything but PIL images and floats in [0, 1] of the shape that is drawn.
+        """
+        height, width = self.image_size
+        channels, mode = (1, "L") if name == "mask_image" else (3, "RGB")
+        processor = VaeImageProcessor()
+        pixels = []
+        for image in _as_list(images):
+            if hasattr(image, "convert"):  # PIL's
+                image = processor.resize(image.convert(mode), height, width, resize_mode="crop")
+                image = processor.numpy_to_pt(processor.pil_to_numpy(image))[0]
+            elif hasattr(image, "__array_interface__"):  # numpy's
+                image = torch.as_tensor(image)
+                image = image.unsqueeze(0) if image.ndim == 2 else image.movedim(-1, 0)
+            if not (isinstance(image, torch.Tensor) and image.is_floating_point()):
+                raise ValueError(f"{name} must be a PIL image or an array or tensor of floats, got {_kind(image)}")
+            if image.shape != (channels, height, width):
+                raise ValueError(
+                    f"{name} as a tensor must have the shape {(channels, height, width)}, as an array "
+                    f"{(height, width, channels)}, got a tensor of {tuple(image.shape)}"
+                )
+            if not ((image >= 0) & (image <= 1)).all():
+                raise ValueError(f"{name} must hold floats in [0, 1]")
+            pixels.append(image.float())
+        return torch.stack(pixels)
+
+    def keep_original(
+        self, latents: torch.Tensor, original: Original, noise: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Latents with the original's where its mask is False, as noisy as at the timestep `(1,)` that comes next, or
+        clean where none does, `(0,)`.
+        """
+        kept = original.latents
+        if len(timestep) > 0:
+            kept = self.scheduler.add_noise(kept, noise, timestep)
+        return torch.where(original.latents_mask, latents, kept)
 
     def prepare_extra_step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict:
         """`eta` and `generator` for the schedulers whose step takes them."""
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in accepted}
 
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Normalised latents `(B, Z, h, w)` -> images of `output_type` "pil", "np" or "pt"."""
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil", original: Original | None = None) -> Any:
+        """Normalised latents `(B, Z, h, w)` -> images of `output_type` "pil", "np" or "pt".
+
+        Where an original's mask is False its pixels are pasted in, so that they aren't what the autoencoder makes of
+        them but the same to the bit.
+        """
         raw_latents = self._denormalize(latents).to(self.vae.dtype)
         images = self.vae.decode(raw_latents).sample.float()  # (B, 3, H, W) in [-1, 1]
         images = (images / 2 + 0.5).clamp(0, 1)
+        if original is not None and original.mask is not None:
+            images = torch.where(original.mask, images, original.pixels)
         if output_type == "pt":
             return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
@@ -284,26 +415,43 @@ class FlowerLDMPipeline(DiffusionPipeline):
         mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
         return mean, std / config.scaling_factor
 
-    def prepare_class_labels(self, labels: str | int | Sequence[str | int] | torch.Tensor) -> torch.Tensor:
-        """What the unet is given: labels `(L,)` int64, or of mixtures the weights `(L, K + 1)` of each embedding row.
+    def prepare_class_labels(
+        self, labels: str | int | dict | Sequence[str | int | dict] | torch.Tensor
+    ) -> torch.Tensor:
+        """What the unet is given: labels `(L,)` int64, or of sums of classes the weights `(L, K + 1)` of each
+        embedding row.
 
         Raises:
-            ValueError: for a label that there isn't, for weights that are no mixture, and for a mixture where the unet
-                knows single classes only.
+            ValueError: for a label that there isn't, for weights that don't sum to 1, and for a sum of classes where
+                the unet knows single classes only.
         """
+        if any(isinstance(label, dict) for label in _as_list(labels)):
+            labels = self._weights(_as_list(labels))
         if not (isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim == 2):
             return torch.tensor(self.get_label_ids(labels))
-        if not getattr(self.unet, "takes_class_mixtures", False):
-            kind = type(getattr(self.unet, "_orig_mod", self.unet)).__name__
-            raise ValueError(f"labels are mixtures of classes, but {kind} takes single ones: give names or indices")
+        for unet in filter(None, (self.unet, self.guide)):
+            if not getattr(unet, "takes_class_mixtures", False):
+                raise ValueError(
+                    f"labels are mixtures of classes, but {_kind(unet)} takes single ones: give names or indices"
+                )
         if labels.shape[0] == 0 or labels.shape[1] != self.num_classes:
             raise ValueError(
                 f"labels as mixtures must have the shape (L, {self.num_classes}), a weight for each class, "
                 f"got {tuple(labels.shape)}"
             )
-        if not ((labels >= 0).all() and ((labels.sum(dim=1) - 1).abs() < 1e-2).all()):
-            raise ValueError("labels as mixtures must hold weights of at least 0 that sum to 1 in each row")
+        if not (labels.isfinite().all() and ((labels.sum(dim=1) - 1).abs() < 1e-2).all()):
+            raise ValueError("labels as mixtures must hold finite weights that sum to 1 in each row")
         return torch.nn.functional.pad(labels, (0, 1))  # no share of the null label
+
+    def _weights(self, labels: Sequence[str | int | dict]) -> torch.Tensor:
+        """Dicts of labels and their weights, and labels, -> weights `(L, K)`."""
+        weights = torch.zeros(len(labels), self.num_classes)
+        for row, label in zip(weights, labels, strict=True):
+            for name, weight in label.items() if isinstance(label, dict) else [(label, 1.0)]:
+                if not _is_finite(weight):
+                    raise ValueError(f"the weight of {name!r} must be a finite number, got {weight!r}")
+                row[self._label_id(name)] += weight
+        return weights
 
     def _null_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
         """As many null labels in the same form: indices `(B,)` or weights `(B, K + 1)`."""
@@ -362,14 +510,22 @@ class FlowerLDMPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_rescale: float = 0.0,
+        image: Any = None,
+        strength: float = 0.8,
+        mask_image: Any = None,
     ) -> None:
         """Raise a `ValueError` of one line for the first argument of `__call__` that can't be right."""
+        self._check_guide()
+        self._check_scheduler()
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, value in counts.items():
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not _is_finite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number (1 means off), got {guidance_scale!r}")
+        if not _is_finite(guidance_rescale) or not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must be from 0 (off) to 1, got {guidance_rescale!r}")
         if not _is_finite(eta) or eta < 0:
             raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}")
         interval = guidance_interval if isinstance(guidance_interval, (list, tuple)) else ()
@@ -395,6 +551,61 @@ class FlowerLDMPipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
+            )
+        self._check_original(num_labels, image, strength, mask_image)
+
+    def _check_original(self, num_labels: int, image: Any, strength: float, mask_image: Any) -> None:
+        if not _is_finite(strength) or not 0 < strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}")
+        if image is None:
+            if mask_image is not None:
+                raise ValueError("mask_image says what of an image is drawn anew, but there is no image")
+            return
+        if strength < 1 and _kind(self.scheduler) == "PNDMScheduler":  # its first steps are of a kind of their own
+            raise ValueError("PNDMScheduler can't start from an image: take another scheduler, or strength 1")
+        images, masks = _as_list(image), _as_list(mask_image)
+        for name, given in {"image": images, "mask_image": masks}.items():
+            if len(given) not in (1, num_labels):
+                raise ValueError(f"{name} must be one or one for each of {num_labels} labels, got {len(given)}")
+        self._to_pixels(image, "image")
+        if mask_image is None:
+            return
+        self._to_pixels(mask_image, "mask_image")
+        for index in range(max(len(images), len(masks))):
+            size, mask_size = (
+                one.size if hasattr(one, "convert") else self.image_size[::-1]  # PIL's, width and height
+                for one in (images[index % len(images)], masks[index % len(masks)])
+            )
+            if mask_size != size:
+                raise ValueError(f"mask_image must have the image's size, {size} in width and height, got {mask_size}")
+
+    def _check_guide(self) -> None:
+        if self.guide is None:
+            return
+        if not isinstance(self.guide, torch.nn.Module):
+            raise ValueError(f"guide must be a model, such as another pipeline's unet, got {_kind(self.guide)}")
+        for what, own, others in (
+            ("classes", self.num_classes, _null_label(self.guide)),
+            ("latents of the shape", self.latents_shape, _latents_shape(self.guide)),
+        ):
+            if own != others:
+                raise ValueError(f"guide must be for the same {what} as the unet, {own}, but is for {others}")
+
+    def _check_scheduler(self) -> None:
+        """Refuse what diffusers' schedulers get wrong in silence, or refuse in the middle of the way."""
+        kind, config = _kind(self.scheduler), self.scheduler.config
+        prediction_type = config.get("prediction_type")
+        if prediction_type == "sample" and kind in ("PNDMScheduler", "EulerAncestralDiscreteScheduler"):
+            raise ValueError(f"{kind} can't follow a unet that predicts the sample: take another scheduler")
+        if not config.get("rescale_betas_zero_snr"):  # kept by `from_config` even where the scheduler doesn't know it
+            return
+        if "rescale_betas_zero_snr" not in inspect.signature(type(self.scheduler).__init__).parameters:
+            raise ValueError(
+                f"{kind} knows no zero terminal SNR, which the unet was trained with: take another scheduler"
+            )
+        if prediction_type == "epsilon":
+            raise ValueError(
+                "zero terminal SNR can't go with prediction_type epsilon, which is undefined at pure noise"
             )
 
     def save_pretrained(
@@ -450,6 +661,36 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _kind(value: Any) -> str:
+    return type(getattr(value, "_orig_mod", value)).__name__  # torch.compile wraps the module
+
+
+def _as_list(values: Any) -> Sequence[Any]:
+    """Several things as they are (a batch, as a tensor or an array, has 4 dimensions), one thing in a list."""
+    return values if isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) == 4 else [values]
+
+
+def _null_label(unet: torch.nn.Module) -> int:
+    if unet.config.get("num_classes") is not None:
+        return unet.config.num_classes
+    if unet.config.get("num_class_embeds") is not None:
+        return unet.config.num_class_embeds - 1
+    raise ValueError("the unet takes no class labels: its config has neither num_classes nor num_class_embeds")
+
+
+def _latents_shape(unet: torch.nn.Module) -> tuple[int, int, int]:
+    size = unet.config.sample_size
+    return (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def _run(
+    unet: torch.nn.Module, noisy_latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+) -> torch.Tensor:
+    """A unet's prediction `(B, Z, h, w)`, computed in its own dtype, given in the latents'."""
+    timesteps = timestep.expand(len(noisy_latents))
+    return unet(noisy_latents.to(unet.dtype), timesteps, class_labels).sample.to(noisy_latents.dtype)
 
 
 def _copy_source(source_class: type, folder: Path) -> list[str]:

@@ -1,0 +1,216 @@
+"""pipelines/pipeline_flower_ldm.py with eight of diffusers' schedulers, each prediction type, and zero terminal SNR:
+what they draw through an exact denoiser has the distribution that it was made for, or one line says why not.
+"""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+
+from flower_ldm.diffusion import PREDICTION_TYPES, make_noise_scheduler
+from flower_ldm.sample import SCHEDULERS
+from pipelines.pipeline_flower_ldm import FlowerLDMPipeline
+
+MEANS = (-1.0, 2.0)  # of the two classes
+STD = 0.5
+# Steps in which each comes near: those of first order need many, and so does PNDM with v_prediction, which averages
+# velocities that belong to different latents.
+STEPS = {name: 25 if name in ("heun", "dpm++", "unipc") else 200 for name in SCHEDULERS}
+COMBINATIONS = list(itertools.product(SCHEDULERS, PREDICTION_TYPES, (False, True)))
+
+
+def refusal(scheduler: str, prediction_type: str, zero_snr: bool) -> str | None:
+    """What the line says about a combination that diffusers doesn't support."""
+    if prediction_type == "sample" and scheduler in ("pndm", "euler_ancestral"):
+        return "can't follow a unet that predicts the sample"
+    if zero_snr and scheduler in ("pndm", "heun"):
+        return "knows no zero terminal SNR"
+    if zero_snr and prediction_type == "epsilon":
+        return "undefined at pure noise"
+    return None
+
+
+class DenoiserOutput(BaseOutput):
+    sample: torch.Tensor
+
+
+class GaussianDenoiser(ModelMixin, ConfigMixin):
+    """What a perfect unet would predict where latents of class k are drawn from N(means[k], std^2)."""
+
+    @register_to_config
+    def __init__(
+        self,
+        alphas_cumprod: list,
+        prediction_type: str,
+        means: tuple = MEANS,
+        std: float = STD,
+        num_classes: int = 2,
+        sample_size: int = 4,
+        in_channels: int = 3,
+    ):
+        super().__init__()
+        self.class_means = torch.nn.Parameter(torch.tensor(means))
+        self.register_buffer("signal_variances", torch.tensor(alphas_cumprod))
+
+    def forward(self, sample, timestep, class_labels):
+        variance = self.signal_variances[timestep.round().long()].view(-1, 1, 1, 1)
+        alpha, sigma = variance.sqrt(), (1 - variance).sqrt()
+        mean = self.class_means[class_labels].view(-1, 1, 1, 1)
+        noisy_variance = alpha**2 * self.config.std**2 + sigma**2
+        surprise = (sample - alpha * mean) / noisy_variance
+        clean = mean + alpha * self.config.std**2 * surprise  # the posterior's mean
+        noise = sigma * surprise
+        predictions = {"epsilon": noise, "sample": clean, "v_prediction": alpha * noise - sigma * clean}
+        return DenoiserOutput(sample=predictions[self.config.prediction_type])
+
+
+class PixelAutoencoder(ModelMixin, ConfigMixin):
+    """Latents are ten times the pixels: what is encoded has the distribution that the test gave it."""
+
+    downsample_factor = 1
+
+    @register_to_config
+    def __init__(self, scaling_factor: float = 10.0):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def encode(self, images):
+        moments = torch.cat([self.factor * images, torch.full_like(images, -30.0)], dim=1)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
+
+    def decode(self, raw_latents):
+        return DecoderOutput(sample=self.factor * raw_latents)
+
+
+def make_pipeline(scheduler: str, prediction_type: str = "v_prediction", zero_snr: bool = False, std: float = STD):
+    """A pipeline with the scheduler that `--scheduler` would make from the one of training."""
+    # epsilon and zero terminal SNR, which `make_noise_scheduler` refuses, can still come from elsewhere
+    training = make_noise_scheduler(prediction_type if not zero_snr else "sample", "linear", zero_snr)
+    training = DDPMScheduler.from_config(training.config, prediction_type=prediction_type)
+    denoiser = GaussianDenoiser(training.alphas_cumprod.tolist(), prediction_type, std=std)
+    pipe = FlowerLDMPipeline(PixelAutoencoder(), denoiser, SCHEDULERS[scheduler].from_config(training.config))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: FlowerLDMPipeline, scheduler: str, num_images_per_label: int = 200, **options) -> torch.Tensor:
+    options = {"num_inference_steps": STEPS[scheduler], "guidance_scale": 1, "output_type": "latent", **options}
+    generator = torch.Generator().manual_seed(0)
+    return pipe([0, 1], num_images_per_label=num_images_per_label, generator=generator, **options).images
+
+
+def assert_gaussian(latents: torch.Tensor) -> None:
+    """Half of them of each class; the standard error of both figures is about 0.005, the rest is for the steps."""
+    for of_class, mean in zip(latents.chunk(2), MEANS, strict=True):
+        assert of_class.mean().item() == pytest.approx(mean, abs=0.03)
+        assert of_class.std().item() == pytest.approx(STD, abs=0.03)
+
+
+@pytest.mark.parametrize(("scheduler", "prediction_type", "zero_snr"), [c for c in COMBINATIONS if not refusal(*c)])
+def test_reproduces_a_gaussian_through_its_exact_denoiser(scheduler, prediction_type, zero_snr):
+    assert_gaussian(draw(make_pipeline(scheduler, prediction_type, zero_snr), scheduler))
+
+
+@pytest.mark.parametrize("combination", [c for c in COMBINATIONS if refusal(*c)])
+def test_what_diffusers_does_not_support_is_one_clear_line(combination):
+    pipe = make_pipeline(*combination)
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("it was computed first"))
+    with pytest.raises(ValueError, match=refusal(*combination)) as error:
+        draw(pipe, combination[0])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_denoised_latents_of_known_data(scheduler):
+    """Where all latents of a class are the same, the exact denoiser predicts them from whatever noise."""
+    pipe = make_pipeline(scheduler, "epsilon", std=0.0)
+    denoised = []
+    draw(
+        pipe, scheduler, 1, num_inference_steps=8, callback_on_step_end_tensor_inputs=["denoised_latents"],
+        callback_on_step_end=lambda *args: denoised.append(args[3]["denoised_latents"]),
+    )  # fmt: skip
+    assert len(denoised) == len(pipe.scheduler.timesteps)
+    expected = torch.tensor(MEANS).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    for latents in denoised:
+        torch.testing.assert_close(latents, expected, rtol=0, atol=0.05)
+
+
+# Images drawn over
+
+STARTS_MIDWAY = [name for name in SCHEDULERS if name != "pndm"]
+
+
+def gaussian_image(count: int) -> torch.Tensor:
+    """Images `(2 count, 3, 4, 4)` in [0, 1] whose latents have the distribution of the two classes."""
+    noise = torch.randn(2 * count, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    latents = torch.tensor(MEANS).repeat_interleave(count).view(-1, 1, 1, 1) + STD * noise
+    return latents / 10 / 2 + 0.5
+
+
+def draw_over(pipe: FlowerLDMPipeline, scheduler: str, image: torch.Tensor, **options) -> torch.Tensor:
+    labels = [0] * (len(image) // 2) + [1] * (len(image) // 2)
+    options = {"num_inference_steps": STEPS[scheduler], "guidance_scale": 1, "output_type": "latent", **options}
+    return pipe(labels, image=image, generator=torch.Generator().manual_seed(0), **options).images
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.7])
+@pytest.mark.parametrize("scheduler", STARTS_MIDWAY)
+def test_an_image_drawn_over_has_the_distribution_again(scheduler, strength):
+    """Also where a scheduler that remembers earlier steps starts in the middle."""
+    pipe, image = make_pipeline(scheduler), gaussian_image(200)
+    latents = draw_over(pipe, scheduler, image, strength=strength)
+    assert_gaussian(latents)
+    moved = (latents - pipe.encode_images(2 * image - 1)).std()
+    assert 0.3 * STD < moved < 1.6 * STD  # sqrt(2) of it where nothing were left of the image
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_what_a_mask_keeps_is_as_noisy_as_the_rest_after_each_step(scheduler):
+    strength = 1 if scheduler == "pndm" else 0.7
+    pipe, image = make_pipeline(scheduler), gaussian_image(1)
+    mask = torch.zeros(1, 4, 4)
+    mask[:, :, 2:] = 1
+    original = pipe.encode_images(2 * image - 1)[..., :2]
+    noise = torch.randn(2, 3, 4, 4)
+    seen = []
+
+    def compare(pipe, step_index, timestep, given):
+        timesteps = pipe.scheduler.timesteps
+        following = len(timesteps) - pipe.num_timesteps + step_index + 1
+        if following == len(timesteps):
+            expected, latents = original, given["latents"]
+        else:
+            alpha, sigma = pipe.signal_and_noise(timesteps[following])
+            expected = alpha * original + sigma * noise[..., :2]
+            latents = pipe.scheduler.scale_model_input(given["latents"], timesteps[following])
+        torch.testing.assert_close(latents[..., :2], expected, rtol=0, atol=1e-3)
+        seen.append(step_index)
+        return {}
+
+    latents = draw_over(
+        pipe, scheduler, image, strength=strength, mask_image=mask, latents=noise, num_inference_steps=10,
+        callback_on_step_end=compare,
+    )  # fmt: skip
+    assert len(seen) >= 7
+    assert torch.equal(latents[..., :2], original)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_what_a_mask_does_not_keep_has_the_distribution(scheduler):
+    pipe, image = make_pipeline(scheduler), gaussian_image(200)
+    mask = torch.zeros(1, 4, 4)
+    mask[:, :, 2:] = 1
+    latents = draw_over(pipe, scheduler, image, strength=1, mask_image=mask)
+    assert_gaussian(latents[..., 2:])
+    assert torch.equal(latents[..., :2], pipe.encode_images(2 * image - 1)[..., :2])
+
+
+def test_pndm_does_not_start_midway():
+    with pytest.raises(ValueError, match="^PNDMScheduler can't start from an image: take another scheduler"):
+        draw_over(make_pipeline("pndm"), "pndm", gaussian_image(1), strength=0.5)
