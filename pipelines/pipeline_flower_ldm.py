@@ -68,8 +68,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
         guide: torch.nn.Module | None = None,
     ):
         super().__init__()
+        _check_guide(unet, guide)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
-        self._check_guide()
         if id2label is not None:
             names = {int(label): str(name) for label, name in id2label.items()}
             if sorted(names) != list(range(self.num_classes)) or len(set(names.values())) != len(names):
@@ -343,11 +343,13 @@ class FlowerLDMPipeline(DiffusionPipeline):
         pixels = []
         for image in _as_list(images):
             if hasattr(image, "convert"):  # PIL's
-                image = processor.resize(image.convert(mode), height, width, resize_mode="crop")
+                image = processor.resize(image.convert("RGB"), height, width, resize_mode="crop").convert(mode)
                 image = processor.numpy_to_pt(processor.pil_to_numpy(image))[0]
             elif hasattr(image, "__array_interface__"):  # numpy's
                 image = torch.as_tensor(image)
-                image = image.unsqueeze(0) if image.ndim == 2 else image.movedim(-1, 0)
+                image = image.movedim(-1, 0) if image.ndim == 3 else image
+            if getattr(image, "ndim", 0) == 2:  # a mask without channels
+                image = image[None]
             if not (isinstance(image, torch.Tensor) and image.is_floating_point()):
                 raise ValueError(f"{name} must be a PIL image or an array or tensor of floats, got {_kind(image)}")
             if image.shape != (channels, height, width):
@@ -429,8 +431,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
             labels = self._weights(_as_list(labels))
         if not (isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim == 2):
             return torch.tensor(self.get_label_ids(labels))
-        for unet in filter(None, (self.unet, self.guide)):
-            if not getattr(unet, "takes_class_mixtures", False):
+        for unet in (self.unet, self.guide):
+            if unet is not None and not getattr(unet, "takes_class_mixtures", False):
                 raise ValueError(
                     f"labels are mixtures of classes, but {_kind(unet)} takes single ones: give names or indices"
                 )
@@ -516,7 +518,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         mask_image: Any = None,
     ) -> None:
         """Raise a `ValueError` of one line for the first argument of `__call__` that can't be right."""
-        self._check_guide()
+        _check_guide(self.unet, self.guide)
         self._check_scheduler()
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, value in counts.items():
@@ -579,18 +581,6 @@ class FlowerLDMPipeline(DiffusionPipeline):
             if mask_size != size:
                 raise ValueError(f"mask_image must have the image's size, {size} in width and height, got {mask_size}")
 
-    def _check_guide(self) -> None:
-        if self.guide is None:
-            return
-        if not isinstance(self.guide, torch.nn.Module):
-            raise ValueError(f"guide must be a model, such as another pipeline's unet, got {_kind(self.guide)}")
-        for what, own, others in (
-            ("classes", self.num_classes, _null_label(self.guide)),
-            ("latents of the shape", self.latents_shape, _latents_shape(self.guide)),
-        ):
-            if own != others:
-                raise ValueError(f"guide must be for the same {what} as the unet, {own}, but is for {others}")
-
     def _check_scheduler(self) -> None:
         """Refuse what diffusers' schedulers get wrong in silence, or refuse in the middle of the way."""
         kind, config = _kind(self.scheduler), self.scheduler.config
@@ -624,6 +614,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         """
         hub_names = ("repo_id", "commit_message", "private", "token", "create_pr")
         hub_options = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        self.register_modules(guide=self.guide)  # stock code goes on counting a part as None that was so at first
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         folder = Path(save_directory)
         index = _read_json(folder / self.config_name)
@@ -683,6 +674,18 @@ def _null_label(unet: torch.nn.Module) -> int:
 def _latents_shape(unet: torch.nn.Module) -> tuple[int, int, int]:
     size = unet.config.sample_size
     return (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def _check_guide(unet: torch.nn.Module, guide: torch.nn.Module | None) -> None:
+    if guide is None:
+        return
+    if not (isinstance(guide, torch.nn.Module) and hasattr(guide, "config")):
+        raise ValueError(f"guide must be a denoiser, such as another pipeline's unet, got {_kind(guide)}")
+    classes = [f"{_null_label(one)} classes" for one in (unet, guide)]
+    latents = [f"latents of {_latents_shape(one)}" for one in (unet, guide)]
+    for own, others in (classes, latents):
+        if own != others:
+            raise ValueError(f"guide must be for {own} as the unet is, but is for {others}")
 
 
 def _run(

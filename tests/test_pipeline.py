@@ -3,6 +3,9 @@
 import inspect
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import diffusers
 import numpy as np
@@ -45,6 +48,7 @@ def stock_parts() -> tuple[AutoencoderKL, UNet2DModel]:
 def flower_parts() -> tuple[FlowerAutoencoderKL, FlowerUNet2DModel]:
     vae = FlowerAutoencoderKL(
         latent_channels=4,
+        patch_size=1,
         block_out_channels=(8, 16),
         layers_per_block=1,
         decoder_layers_per_block=1,
@@ -300,6 +304,105 @@ def test_guided_prediction_extrapolates_from_null_to_label(pipe):
     torch.testing.assert_close(guided, 3 * conditional - 2 * unconditional, rtol=1e-4, atol=1e-5)
 
 
+def test_guidance_rescale_brings_the_spread_back(pipe):
+    latents, timestep, labels = torch.randn(2, *pipe.latents_shape), torch.tensor(500), torch.tensor([0, 3])
+    with torch.no_grad():
+        conditional, guided, rescaled, half = (
+            pipe.predict(latents, timestep, labels, scale, rescale)
+            for scale, rescale in ((1, 0), (8, 0), (8, 1), (8, 0.5))
+        )
+    spread, target = guided.flatten(1).std(dim=1), conditional.flatten(1).std(dim=1)
+    assert (spread > 1.05 * target).all()
+    torch.testing.assert_close(rescaled.flatten(1).std(dim=1), target)  # Lin et al. 2023, eq. 15
+    torch.testing.assert_close(rescaled, guided * (target / spread).view(-1, 1, 1, 1))
+    torch.testing.assert_close(half, (rescaled + guided) / 2)  # eq. 16
+
+
+# Autoguidance
+
+
+def flower_guide(**options) -> FlowerUNet2DModel:
+    """Half as wide as the unet of `flower_parts`."""
+    torch.manual_seed(1)
+    options = {"sample_size": 8, "in_channels": 4, "num_classes": len(NAMES), **options}
+    unet = FlowerUNet2DModel(hidden_size=16, num_layers=1, num_attention_heads=2, **options).eval()
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+def test_a_guide_takes_the_place_of_the_null_label():
+    pipe = make_pipeline(flower_parts)
+    plain = sample(pipe, guidance_scale=2.0)
+    pipe.guide = flower_guide()
+    latents, timestep, labels = torch.randn(2, *pipe.latents_shape), torch.tensor(500), torch.tensor([0, 3])
+    calls = record_forwards(pipe)
+    with torch.no_grad():
+        own, worse = (unet(latents, timestep, labels).sample for unet in (pipe.unet, pipe.guide))
+        torch.testing.assert_close(pipe.predict(latents, timestep, labels, 3.0), worse + 3 * (own - worse))
+    assert calls[1:] == [[0, 3]]
+    assert not torch.equal(sample(pipe, guidance_scale=2.0), plain)
+    mixed = torch.eye(4)[:1]
+    torch.testing.assert_close(sample(pipe, mixed), sample(pipe, "rose"), rtol=1e-4, atol=1e-5)
+    unguided = sample(pipe, guidance_scale=1)
+    pipe.guide = None
+    assert torch.equal(sample(pipe, guidance_scale=1), unguided)
+
+
+def test_a_guide_that_is_the_unet_changes_nothing():
+    pipe = make_pipeline(flower_parts)
+    pipe.guide = pipe.unet
+    torch.testing.assert_close(sample(pipe, guidance_scale=5), sample(pipe, guidance_scale=1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_guide_is_given_to_from_pretrained_and_saved_along(tmp_path):
+    pipe = make_pipeline(flower_parts)
+    pipe.save_pretrained(tmp_path / "plain")
+    assert read_index(tmp_path / "plain")["guide"] == [None, None] and not (tmp_path / "plain" / "guide").exists()
+    guided = FlowerLDMPipeline.from_pretrained(tmp_path / "plain", guide=flower_guide())
+    guided.save_pretrained(tmp_path / "given")
+    plain = sample(pipe)
+    pipe.guide = flower_guide()
+    pipe.save_pretrained(tmp_path / "set")
+    expected = sample(pipe)
+    assert not torch.allclose(expected, plain, rtol=0.1)
+    for folder in ("given", "set"):
+        assert read_index(tmp_path / folder)["guide"] == ["unet_flower", "FlowerUNet2DModel"]
+        loaded = FlowerLDMPipeline.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(sample(loaded), expected, rtol=1e-4, atol=1e-4)
+        without = FlowerLDMPipeline.from_pretrained(tmp_path / folder, guide=None)
+        torch.testing.assert_close(sample(without), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_that_was_saved_before_there_were_guides_loads(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = read_index(tmp_path)
+    del index["guide"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    torch.testing.assert_close(sample(FlowerLDMPipeline.from_pretrained(tmp_path)), sample(pipe))
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        (flower_guide(num_classes=3), "guide must be for 4 classes as the unet is, but is for 3 classes"),
+        (flower_guide(sample_size=4), r"for latents of \(4, 8, 8\) as the unet is, but is for latents of \(4, 4, 4\)"),
+        (flower_guide(in_channels=3), r"but is for latents of \(3, 8, 8\)"),
+        (torch.nn.Identity(), "guide must be a denoiser, such as another pipeline's unet, got Identity"),
+        ("results/weak", "guide must be a denoiser, such as another pipeline's unet, got str"),
+    ],
+)
+def test_a_guide_that_does_not_fit_is_one_clear_line(tmp_path, guide, message):
+    pipe = make_pipeline(flower_parts)
+    with pytest.raises(ValueError, match=message) as error:
+        FlowerLDMPipeline(**{**pipe.components, "guide": guide})
+    assert "\n" not in str(error.value)
+    if isinstance(guide, torch.nn.Module):
+        pipe.guide = guide
+        with pytest.raises(ValueError, match=message):
+            sample(pipe)
+
+
 # Noise, batches, outputs
 
 
@@ -376,6 +479,191 @@ def test_bfloat16_draws_the_same_noise_and_stays_near(pipe):
     assert latents.dtype == torch.float32
     assert (latents - reference).abs().max() < 0.1 * reference.abs().max()
     assert sample(pipe, output_type="pt").dtype == torch.float32
+
+
+# Images drawn over
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (16, 16)) -> PIL.Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(values).resize(size, PIL.Image.Resampling.BICUBIC)
+
+
+def half_mask(size: tuple[int, int] = (16, 16)) -> PIL.Image.Image:
+    """White, to be drawn anew, in the right half and a bit."""
+    row = np.where(np.arange(size[0]) < size[0] * 3 // 8, 0, 255).astype(np.uint8)
+    return PIL.Image.fromarray(np.tile(row, (size[1], 1)))
+
+
+def to_images(image: PIL.Image.Image) -> torch.Tensor:
+    """`(1, 3, H, W)` in [-1, 1]."""
+    return 2 * torch.as_tensor(np.asarray(image, dtype=np.float32) / 255).movedim(-1, 0)[None] - 1
+
+
+def test_strength_one_keeps_nothing_and_a_small_one_nearly_all(pipe):
+    image = picture()
+    reconstruction = pipe.encode_images(to_images(image))
+    noise = torch.randn(1, *pipe.latents_shape, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(sample(pipe, image=image, strength=1.0, latents=noise), sample(pipe, latents=noise))
+    distances = [
+        (sample(pipe, image=image, strength=strength, latents=noise, num_inference_steps=100, guidance_scale=1)
+         - reconstruction).norm() / reconstruction.norm()
+        for strength in (0.01, 0.3, 0.7)
+    ]  # fmt: skip
+    assert distances[0] < 0.2 < distances[1] < distances[2]
+
+
+def test_strength_is_the_share_of_the_steps(pipe):
+    calls = record_forwards(pipe)
+    seen = []
+    options = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.8), "num_inference_steps": 10}
+    sample(pipe, image=picture(), strength=0.4, callback_on_step_end=lambda *args: seen.append(args[1]), **options)
+    assert seen == [0, 1, 2, 3] and pipe.num_timesteps == 4
+    assert [len(labels) for labels in calls] == [2, 2, 1, 1]  # 0.8 of the whole trajectory
+    sample(pipe, image=picture(), strength=0.001)
+    assert pipe.num_timesteps == 1
+
+
+def test_diffusers_image_to_image_starts_from_the_same_latents(stock_pipe):
+    """The noisy image at the first timestep of the rest, as in StableDiffusionImg2ImgPipeline.get_timesteps."""
+    noise, seen = torch.randn(1, 4, 8, 8), []
+    stock_pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    sample(stock_pipe, image=picture(), strength=0.5, latents=noise, guidance_scale=1, num_inference_steps=10)
+    timestep = stock_pipe.scheduler.timesteps[10 - int(10 * 0.5)]
+    original = stock_pipe.encode_images(to_images(picture()))
+    expected = stock_pipe.scheduler.add_noise(original, noise, timestep[None])
+    assert seen[0][1] == timestep and len(seen) == 5
+    torch.testing.assert_close(seen[0][0], expected)
+
+
+def test_an_image_may_be_what_the_pipeline_returns(pipe):
+    (drawn,) = sample(pipe, output_type="pil")
+    options = {"strength": 0.5, "mask_image": half_mask()}
+    expected = sample(pipe, image=drawn, **options)
+    array = np.asarray(drawn, dtype=np.float32) / 255
+    tensor = torch.as_tensor(array).movedim(-1, 0)
+    for image in ([drawn], array, array[None], tensor, tensor[None], [tensor]):
+        assert torch.equal(sample(pipe, image=image, **options), expected)
+    mask = np.asarray(half_mask(), dtype=np.float32) / 255
+    for given in (mask, mask[..., None], torch.as_tensor(mask), torch.as_tensor(mask)[None, None]):
+        assert torch.equal(sample(pipe, image=drawn, strength=0.5, mask_image=given), expected)
+
+
+def test_images_in_a_batch_equal_single_ones(pipe):
+    images = [picture(1), picture(2)]
+    options = {"strength": 0.6, "mask_image": half_mask(), "output_type": "pt"}
+    together = sample(
+        pipe, ["rose", 3], image=images, num_images_per_label=2, generator=generators(5, 6, 7, 8), **options
+    )
+    alone = [
+        sample(pipe, label, image=images[index], generator=generators(seed), **options)
+        for label, index, seed in (("rose", 0, 5), ("rose", 0, 6), (3, 1, 7), (3, 1, 8))
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-3)
+    one, twice = (sample(pipe, ["rose", 3], image=image, **options) for image in (images[0], images[:1] * 2))
+    torch.testing.assert_close(one, twice, rtol=1e-3, atol=1e-3)
+
+
+def test_a_mask_keeps_every_pixel_to_the_bit(pipe):
+    image, mask = picture(), half_mask()
+    for strength in (0.5, 1.0):
+        options = {"image": image, "mask_image": mask, "strength": strength}
+        (drawn,) = sample(pipe, output_type="pil", **options)
+        black = np.asarray(mask) == 0
+        changed = (np.asarray(drawn) != np.asarray(image)).any(axis=-1)
+        assert not changed[black].any() and changed[~black].mean() > 0.9
+        np.testing.assert_array_equal(
+            sample(pipe, output_type="np", **options)[0][black], np.asarray(image)[black] / np.float32(255)
+        )
+    latents = sample(pipe, **options)
+    original = pipe.encode_images(to_images(image))
+    assert torch.equal(latents[..., :3], original[..., :3])  # of 8 columns
+    assert not (latents[..., 3:] == original[..., 3:]).any()
+
+
+def test_masks_of_one_colour(pipe):
+    white, black = (PIL.Image.new("L", (16, 16), value) for value in (255, 0))
+    noise = torch.randn(1, *pipe.latents_shape)
+    options = {"image": picture(), "strength": 1.0, "latents": noise, "output_type": "pt"}
+    assert torch.equal(sample(pipe, mask_image=white, **options), sample(pipe, latents=noise, output_type="pt"))
+    kept = sample(pipe, mask_image=black, **options)
+    np.testing.assert_array_equal(kept[0].permute(1, 2, 0).numpy(), np.asarray(picture()) / np.float32(255))
+
+
+def test_photographs_of_any_shape_and_mode_are_cropped_from_the_middle(stock_pipe):
+    wide = PIL.Image.new("RGB", (48, 20), "red")
+    wide.paste("blue", (9, 0, 39, 20))
+    kept = PIL.Image.new("L", (48, 20), 0)
+    (drawn,) = sample(stock_pipe, image=wide, mask_image=kept, output_type="pil")
+    assert drawn.size == (16, 16)
+    assert np.asarray(drawn).reshape(-1, 3).max(axis=0).tolist() == [0, 0, 255]
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        assert sample(stock_pipe, image=wide.convert(mode), output_type="pt").shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": 0.0}, r"strength must be above 0 and at most 1, got 0\.0"),
+        ({"strength": 1.1}, "strength must be above 0 and at most 1"),
+        ({"strength": float("nan")}, "strength must be above 0 and at most 1"),
+        ({"strength": "1"}, "strength must be above 0 and at most 1"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale must be from 0 \(off\) to 1, got 1.5"),
+        ({"guidance_rescale": float("nan")}, "guidance_rescale must be from 0"),
+        (
+            {"image": None, "mask_image": half_mask()},
+            "mask_image says what of an image is drawn anew",
+        ),
+        (
+            {"mask_image": half_mask((8, 16))},
+            r"the image's size, \(16, 16\) in width and height, got \(8, 16\)",
+        ),
+        ({"image": torch.zeros(3, 16, 16), "mask_image": half_mask((8, 16))}, "must have the image's size"),
+        ({"image": [picture()] * 3}, "image must be one or one for each of 2 labels, got 3"),
+        ({"image": []}, "image must be one or one for each of 2 labels, got 0"),
+        ({"mask_image": [half_mask()] * 3}, "mask_image must be one or one for each of 2 labels, got 3"),
+        ({"image": "flower.png"}, "image must be a PIL image or an array or tensor of floats, got str"),
+        ({"image": np.zeros((16, 16, 3), np.uint8)}, "image must be a PIL image or an array or tensor of floats"),
+        ({"image": torch.zeros(3, 8, 8)}, r"\(3, 16, 16\), as an array \(16, 16, 3\), got a tensor of \(3, 8, 8\)"),
+        ({"image": torch.zeros(16)}, "image as a tensor must have the shape"),
+        ({"image": torch.full((3, 16, 16), -1.0)}, r"image must hold floats in \[0, 1\]"),
+        ({"image": torch.full((3, 16, 16), float("nan"))}, r"image must hold floats in \[0, 1\]"),
+        ({"mask_image": torch.zeros(3, 16, 16)}, "mask_image as a tensor must have the shape"),
+    ],
+)
+def test_bad_image_is_one_clear_line_before_any_computation(stock_pipe, options, message):
+    calls = record_forwards(stock_pipe)
+    with pytest.raises(ValueError, match=message) as error:
+        sample(stock_pipe, ["rose", 1], **{"image": picture(), **options})
+    assert "\n" not in str(error.value)
+    assert not calls
+
+
+# What diffusers' parts can do
+
+
+def test_a_sliced_autoencoder_draws_the_same(pipe):
+    options = {"image": picture(), "strength": 0.5, "output_type": "pt"}
+    whole = sample(pipe, ["rose", 1, 2], **options)
+    pipe.vae.enable_slicing()
+    calls = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    torch.testing.assert_close(sample(pipe, ["rose", 1, 2], **options), whole, rtol=1e-4, atol=1e-5)
+    assert calls == [1, 1, 1]
+    pipe.vae.disable_slicing()
+    sample(pipe, ["rose", 1, 2], **options)
+    assert calls == [1, 1, 1, 3]
+
+
+def test_compiled_parts_draw_the_same_and_are_saved_as_they_were(pipe, tmp_path):
+    """By the backend that compiles nothing; tests/test_gpu.py has the real one."""
+    options = {"image": picture(), "mask_image": half_mask(), "output_type": "pt"}
+    plain = sample(pipe, **options)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    torch.testing.assert_close(sample(pipe, **options), plain)
+    pipe.save_pretrained(tmp_path)
+    torch.testing.assert_close(sample(FlowerLDMPipeline.from_pretrained(tmp_path), **options), plain)
 
 
 # Callback, interrupt, progress bar
@@ -597,3 +885,45 @@ def test_from_the_hub_by_revision_variant_and_from_a_cache_without_network(tmp_p
     assert same_images(FlowerLDMPipeline.from_pretrained(**options), after)
     assert same_images(FlowerLDMPipeline.from_pretrained(**options, revision="before"), before)
     assert len(hub_server.requests) == num_requests
+
+
+ELSEWHERE = """
+import sys, torch
+from diffusers import DiffusionPipeline
+
+try:
+    DiffusionPipeline.from_pretrained("saved")
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise AssertionError("remote code ran without trust")
+for folder, folder_again in (("saved", "saved-again"), ("saved-again", "and-again")):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe("Tulip", num_inference_steps=4, generator=generator, output_type="pt").images
+    torch.save(images, f"{folder}.pt")
+    pipe.save_pretrained(folder_again)
+assert "flower_ldm" not in sys.modules and "pipelines" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_with_a_guide_loads_and_saves_again_where_the_package_is_not_installed(tmp_path):
+    pipe = make_pipeline(flower_parts)
+    pipe.guide = flower_guide()
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}  # so narrow a guide's products depend on where its weights lie
+    expected = sample(pipe, "Tulip", "pt")
+    pipe.save_pretrained(tmp_path / "saved")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=tmp_path, env=environment, check=True, timeout=300)
+    for folder in ("saved", "saved-again"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{folder}.pt"), expected, **tolerance)
+    assert read_index(tmp_path / "saved") == read_index(tmp_path / "saved-again") == read_index(tmp_path / "and-again")
+    loaded = FlowerLDMPipeline.from_pretrained(tmp_path / "and-again")
+    torch.testing.assert_close(sample(loaded, "Tulip", "pt"), expected, **tolerance)

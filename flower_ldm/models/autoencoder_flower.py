@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -188,7 +188,7 @@ class ClassifierHead(nn.Module):
         return features, self.classifier(features)                                        # (B, K)
 
 
-class FlowerAutoencoderKL(ModelMixin, ConfigMixin):
+class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
     """A convolutional variational autoencoder with spatial latents (Kingma & Welling 2014; Rombach et al. 2022).
 
     Residual blocks with Swish, each with channel and spatial attention; layer normalisation over channels; a
@@ -228,6 +228,7 @@ class FlowerAutoencoderKL(ModelMixin, ConfigMixin):
         latents_std: list | None = None,
     ):
         super().__init__()
+        self.use_slicing = False  # `enable_slicing()`: one image after the other, which takes less memory
         block_out_channels = tuple(block_out_channels)
         if not block_out_channels or any(channels < 8 for channels in block_out_channels):
             raise ValueError(f"block_out_channels must be one or more numbers of at least 8, got {block_out_channels}")
@@ -263,14 +264,19 @@ class FlowerAutoencoderKL(ModelMixin, ConfigMixin):
                 f"images of {images.shape[-2]} x {images.shape[-1]} can't be encoded: height and width must be "
                 f"multiples of {factor}"
             )
-        posterior = DiagonalGaussianDistribution(self.encoder(images))
+        posterior = DiagonalGaussianDistribution(self._sliced(self.encoder, images))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
     def decode(self, raw_latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
         """Raw latents `(B, Z, h, w)` -> images `(B, 3, H, W)`, about [-1, 1]."""
-        sample = self.decoder(raw_latents)
+        sample = self._sliced(self.decoder, raw_latents)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _sliced(self, module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        if not self.use_slicing:
+            return module(batch)
+        return torch.cat([module(one) for one in batch.split(1)])
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor | None = None, return_dict: bool = True
