@@ -12,11 +12,11 @@ from pathlib import Path
 import diffusers
 import torch
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from flower_ldm import FlowerLDMPipeline
-from flower_ldm.data import file_safe_name
+from flower_ldm.data import file_safe_name, to_rgb
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
 
 DEFAULT_NUM_LABELS = 10
@@ -49,7 +49,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("BEGIN", "END"),
         help="from where to where guidance acts, in fractions of the trajectory; 0 is pure noise",
     )  # fmt: skip
+    parser.add_argument("--guidance_rescale", type=float, default=0.0, help="0 (off) to 1, against glaring colours")
+    parser.add_argument(
+        "--guide", help="pipeline of a worse model of the same kind to be guided away from, DIR or Hub id"
+    )
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the pipeline's own")
+    # what is drawn over
+    parser.add_argument("--image", type=Path, help="picture to draw over; its middle is taken")
+    parser.add_argument(
+        "--strength", type=float, default=0.8, help="above 0, where the image stays, to 1, where it goes"
+    )
+    parser.add_argument("--mask", type=Path, help="picture of the image's size: white is drawn anew, black stays")
     # where it is computed
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -61,21 +71,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_pipeline(name: str, scheduler: str | None, device: str, dtype: str) -> FlowerLDMPipeline:
-    """Load a pipeline from a folder or the Hub, with another scheduler where one is named.
+def load_pipeline(
+    name: str, scheduler: str | None, device: str, dtype: str, guide: str | None = None
+) -> FlowerLDMPipeline:
+    """Load a pipeline from a folder or the Hub, with another scheduler, or another pipeline's unet as its guide, where
+    one is named.
 
     Raises:
-        InputError: where there is no such pipeline or no such device.
+        InputError: where there is no such pipeline or no such device, or the guide doesn't fit.
     """
-    if Path(name).exists() and not (Path(name) / FlowerLDMPipeline.config_name).is_file():
-        raise InputError(f"--pipeline {name} is not the folder of a pipeline: it has no model_index.json")
-    try:
-        pipe = FlowerLDMPipeline.from_pretrained(name)
-    except Exception as error:  # of files, of the network, of the Hub: they have no common base
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, RemoteEntryNotFoundError) and FlowerLDMPipeline.config_name in reason:
-            raise InputError(f"--pipeline {name} is no pipeline: there is no model_index.json on the Hub") from error
-        raise InputError(f"--pipeline {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error
+    pipe = _from_pretrained("--pipeline", name)
+    if guide is not None:
+        pipe.guide = _from_pretrained("--guide", guide).unet
     if scheduler is not None:
         pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
     try:
@@ -85,6 +92,31 @@ def load_pipeline(name: str, scheduler: str | None, device: str, dtype: str) -> 
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise InputError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from error
     return pipe
+
+
+def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
+    if Path(name).exists() and not (Path(name) / FlowerLDMPipeline.config_name).is_file():
+        raise InputError(f"{flag} {name} is not the folder of a pipeline: it has no model_index.json")
+    try:
+        return FlowerLDMPipeline.from_pretrained(name)
+    except Exception as error:  # of files, of the network, of the Hub: they have no common base
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RemoteEntryNotFoundError) and FlowerLDMPipeline.config_name in reason:
+            raise InputError(f"{flag} {name} is no pipeline: there is no model_index.json on the Hub") from error
+        raise InputError(f"{flag} {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error
+
+
+def open_picture(flag: str, file: Path) -> Image.Image:
+    """A picture in RGB, upright.
+
+    Raises:
+        InputError: where it can't be read.
+    """
+    try:
+        with Image.open(file) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{flag} {file} can't be read as a picture: {error}") from error
 
 
 def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> None:
@@ -158,11 +190,15 @@ def main(argv: list[str] | None = None) -> None:
     for flag, value in {"--num_images": args.num_images, "--batch_size": args.batch_size}.items():
         if value < 1:
             raise InputError(f"{flag} must be at least 1, got {value}")
-    pipe = load_pipeline(args.pipeline, args.scheduler, args.device, args.dtype)
+    pipe = load_pipeline(args.pipeline, args.scheduler, args.device, args.dtype, args.guide)
     options = {
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "guidance_interval": tuple(args.guidance_interval),
+        "guidance_rescale": args.guidance_rescale,
+        "image": None if args.image is None else open_picture("--image", args.image),
+        "strength": args.strength,
+        "mask_image": None if args.mask is None else open_picture("--mask", args.mask),
     }
     try:
         labels = pipe.get_label_ids(args.labels or range(min(pipe.num_classes, DEFAULT_NUM_LABELS)))

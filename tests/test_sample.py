@@ -208,3 +208,57 @@ def test_as_a_command_bad_input_is_exit_code_2(tmp_path, monkeypatch, capsys):
     assert end.value.code == 2
     reason = "is not the folder of a pipeline: it has no model_index.json"
     assert capsys.readouterr().err == f"error: --pipeline {tmp_path} {reason}\n"
+
+
+# Pictures drawn over, and guides
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A picture, and a mask that keeps its left half."""
+    Image.effect_noise((16, 16), 80).convert("RGB").save(tmp_path / "image.png")
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (8, 0, 16, 16))
+    mask.save(tmp_path / "mask.png")
+    return "--image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")
+
+
+def test_draws_over_a_picture_and_keeps_what_the_mask_keeps(pipeline_folder, tmp_path, pictures):
+    flags = ("--labels", "rose", "--num_images", "1", "--strength", "0.5", "--guidance_rescale", "0.7")
+    run(pipeline_folder, tmp_path / "out", *flags, *pictures)
+    drawn, image = pixels(tmp_path / "out")["rose_0.png"], pixels(tmp_path)["image.png"]
+    np.testing.assert_array_equal(drawn[:, :8], image[:, :8])
+    assert (drawn[:, 8:] != image[:, 8:]).any()
+
+
+def test_a_guide_changes_what_is_drawn(pipeline_folder, tmp_path):
+    weak = FlowerLDMPipeline.from_pretrained(pipeline_folder)
+    for parameter in weak.unet.parameters():
+        parameter.data *= 0.9
+    weak.save_pretrained(tmp_path / "weak")
+    flags = ("--labels", "rose", "--num_images", "1")
+    run(pipeline_folder, tmp_path / "plain", *flags)
+    run(pipeline_folder, tmp_path / "guided", *flags, "--guide", str(tmp_path / "weak"))
+    plain, guided = (pixels(tmp_path / name)["rose_0.png"] for name in ("plain", "guided"))
+    assert (plain != guided).any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image", "none.png"], r"--image none\.png can't be read as a picture"),
+        (["--mask", "IMAGE"], "mask_image says what of an image is drawn anew, but there is no image"),
+        (["--image", "IMAGE", "--mask", "none.png"], r"--mask none\.png can't be read as a picture"),
+        (["--image", "IMAGE", "--mask", "SMALL"], r"must have the image's size, \(16, 16\) .* got \(8, 8\)"),
+        (["--image", "IMAGE", "--strength", "0"], r"strength must be above 0 and at most 1, got 0\.0"),
+        (["--guidance_rescale", "2"], "guidance_rescale must be from 0"),
+        (["--guide", "nowhere/at/all"], "--guide nowhere/at/all is neither a folder nor a Hub id"),
+    ],
+)
+def test_bad_pictures_and_guides_are_one_clear_line(pipeline_folder, tmp_path, pictures, flags, message):
+    Image.new("L", (8, 8)).save(tmp_path / "small.png")
+    places = {"IMAGE": pictures[1], "SMALL": str(tmp_path / "small.png")}
+    with pytest.raises(InputError, match=message) as error:
+        run(pipeline_folder, tmp_path / "out", *(places.get(flag, flag) for flag in flags))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
