@@ -52,14 +52,43 @@ def test_resuming_goes_on_where_the_run_stopped(stage_flags, tmp_path: Path):
     assert read_log(tmp_path / "autoencoder" / "log.jsonl")[-1]["step"] == 6
 
 
-def test_offloading_to_the_cpu_draws_the_same_images(stage_flags, tmp_path: Path):
-    stage1, stage2 = stage_flags
-    train_autoencoder.main(stage1)
-    train_latent_diffusion.main(stage2)
-    pipeline = FlowerLDMPipeline.from_pretrained(tmp_path / "flower-ldm").to("cuda")
-    options = {"num_inference_steps": 3, "output_type": "pt"}
-    whole = pipeline([1], generator=torch.Generator("cpu").manual_seed(0), **options).images
-    pipeline = FlowerLDMPipeline.from_pretrained(tmp_path / "flower-ldm")
-    pipeline.enable_model_cpu_offload()
-    offloaded = pipeline([1], generator=torch.Generator("cpu").manual_seed(0), **options).images
-    torch.testing.assert_close(offloaded.cpu(), whole.cpu(), atol=1e-3, rtol=1e-3)
+@pytest.fixture
+def trained(stage_flags, tmp_path: Path) -> Path:
+    """The folder of a pipeline."""
+    train_autoencoder.main(stage_flags[0])
+    train_latent_diffusion.main(stage_flags[1])
+    return tmp_path / "flower-ldm"
+
+
+def draw(pipeline: FlowerLDMPipeline, **options) -> torch.Tensor:
+    options = {"num_inference_steps": 3, "output_type": "pt", **options}
+    return pipeline([1], generator=torch.Generator("cpu").manual_seed(0), **options).images.cpu()
+
+
+def test_offloading_to_the_cpu_draws_the_same_images(trained: Path):
+    image, mask = torch.rand(3, 32, 32), (torch.rand(1, 32, 32) > 0.5).float()
+    for options in ({}, {"image": image, "mask_image": mask}):
+        for guided in (False, True):  # the guide takes turns with the unet
+            guide = FlowerLDMPipeline.from_pretrained(trained).unet if guided else None
+            whole = draw(FlowerLDMPipeline.from_pretrained(trained, guide=guide).to("cuda"), **options)
+            pipeline = FlowerLDMPipeline.from_pretrained(trained, guide=guide)
+            pipeline.enable_model_cpu_offload()
+            torch.testing.assert_close(draw(pipeline, **options), whole, atol=1e-3, rtol=1e-3)
+            assert {part.device.type for part in (pipeline.unet, pipeline.vae)} == {"cpu"}
+
+
+def test_compiled_parts_draw_the_same_images(trained: Path):
+    pipeline = FlowerLDMPipeline.from_pretrained(trained).to("cuda")
+    plain = draw(pipeline)
+    pipeline.unet = torch.compile(pipeline.unet)
+    pipeline.vae.decode = torch.compile(pipeline.vae.decode)
+    torch.testing.assert_close(draw(pipeline), plain, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_draws_over_an_image(trained: Path, dtype: torch.dtype):
+    pipeline = FlowerLDMPipeline.from_pretrained(trained, torch_dtype=dtype).to("cuda")
+    image, mask = torch.rand(3, 32, 32), torch.zeros(1, 32, 32)
+    mask[:, :, 16:] = 1
+    images = draw(pipeline, image=image, mask_image=mask)
+    assert images.isfinite().all() and torch.equal(images[0, :, :, :16], image[:, :, :16])

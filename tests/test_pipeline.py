@@ -479,6 +479,8 @@ def test_bfloat16_draws_the_same_noise_and_stays_near(pipe):
     assert latents.dtype == torch.float32
     assert (latents - reference).abs().max() < 0.1 * reference.abs().max()
     assert sample(pipe, output_type="pt").dtype == torch.float32
+    drawn_over = sample(pipe, image=picture(), mask_image=half_mask(), output_type="latent")
+    assert drawn_over.dtype == torch.float32 and drawn_over.isfinite().all()
 
 
 # Images drawn over
