@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
-from flower_ldm import training
+from flower_ldm import hub, training
 from flower_ldm.autoencoder_losses import (
     AdaptiveAdversarialWeight,
     CenterLoss,
@@ -76,6 +76,7 @@ def parse_args(argv: list[str] | None = None):
     flag("--perceptual_every", type=int, default=1, help="every how many-th image of a batch VGG16 sees")
     flag("--vgg_weights", help="a local file with torchvision's VGG16")
     args = training.parse_arguments(parser, "autoencoder", argv)
+    hub.check_flags(args)
     for name, value in vars(args).items():
         if name.endswith("_weight") and value < 0:
             raise InputError(f"--{name} must not be negative, got {value}")
@@ -321,6 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     progress = training.Progress(training.run_identity(accelerator, args, train_images, vae))
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
     training.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
+    hub.claim_repository(accelerator, args)
     training.claim_output_dir(accelerator, args)
 
     train_batches = training.training_batches(accelerator, args, train_images, progress.global_step, last_step)
@@ -387,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()
-    training.push_results(accelerator, args)
+    hub.push_results(accelerator, args)
 
 
 if __name__ == "__main__":

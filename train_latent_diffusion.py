@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel, training
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel, hub, training
 from flower_ldm.data import ImageDataset, keep_batch
 from flower_ldm.diffusion import (
     BETA_SCHEDULES,
@@ -71,6 +71,7 @@ def parse_args(argv: list[str] | None = None):
     # previews
     flag("--guidance_scale", type=float, default=2.0, help="of the previews; 1 means off")
     args = training.parse_arguments(parser, "latent_diffusion", argv)
+    hub.check_flags(args)
     if not 0 <= args.label_dropout < 1:
         raise InputError(f"--label_dropout must be at least 0 and below 1, got {args.label_dropout}")
     if args.snr_gamma < 0:
@@ -291,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     progress = training.Progress(identity | {"autoencoder": cache_key(vae, train_images)})
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
     training.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
+    hub.claim_repository(accelerator, args)
     training.claim_output_dir(accelerator, args)
     train_latents = load_latents(accelerator, args, vae, train_images)
     val_latents = load_latents(accelerator, args, vae, val_images)
@@ -358,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()
-    training.push_results(accelerator, args)
+    hub.push_results(accelerator, args)
 
 
 def held_out_batches(accelerator: Accelerator, args, latents: LatentDataset) -> DataLoader:

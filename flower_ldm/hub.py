@@ -4,21 +4,25 @@ Both training scripts do the same with `--push_to_hub`. What goes is listed here
 code, the card, generated pictures and curves, the metrics, the flags that aren't paths. All else stays, such as
 checkpoints, logs, and pictures that show photographs of the data set.
 
-Its neighbours: `training`, which calls it; `FlowerLDMPipeline.save_pretrained`, which makes the folder loadable.
+Its neighbours: both training scripts, which call it; `model_card`, which writes the card for the repository's name;
+`FlowerLDMPipeline.save_pretrained`, which makes the folder loadable.
 """
 
 import argparse
 import json
 import shlex
+import signal
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import Accelerator
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import InputError, OneLineParser, exit_on_input_error
+from .model_card import write_model_card
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # By the file that makes a folder one of the two kinds: what of it goes to the Hub.
@@ -35,6 +39,38 @@ TEXT_FLAGS = {
     "dataset", "image_column", "label_column", "train_splits", "val_splits", "classes", "lr_scheduler",
     "mixed_precision", "report_to", "prediction_type", "beta_schedule",
 }  # fmt: skip
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """With `--push_to_hub`, `check_upload`."""
+    if args.push_to_hub:
+        check_upload(repository_of(args))
+
+
+def repository_of(args: argparse.Namespace) -> str:
+    """The repository that `--push_to_hub` uploads to."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def claim_repository(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """With `--push_to_hub`, make the repository before the training begins, and keep its full name in the flags.
+
+    Raises:
+        InputError: where this token may not write there, or the Hub can't be reached.
+    """
+    if args.push_to_hub and accelerator.is_main_process:
+        args.hub_model_id = create_repository(repository_of(args), args.hub_private_repo)
+
+
+def push_results(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """With `--push_to_hub`, upload what the finished run may show, from the main process.
+
+    Raises:
+        InputError: where the upload fails or is interrupted; all is on disk, and the line says how to go on.
+    """
+    if args.push_to_hub and accelerator.is_main_process:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `training.StopSignal` would only remember it
+        print(f"pushed: {push_run(Path(args.output_dir), repository_of(args), args.hub_private_repo)}")
 
 
 def check_upload(repo_id: str) -> None:
@@ -68,7 +104,8 @@ def create_repository(repo_id: str, private: bool = False, api: HfApi | None = N
 def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
     """Upload what a finished run may show, in one commit, so that a broken upload leaves the repository as it was.
 
-    What an earlier push left there and this run no longer has goes away; other files stay.
+    Its card is written anew with the repository's name, unless it is somebody's own (`write_model_card`). What an
+    earlier push left there and this run no longer has goes away; other files stay.
 
     Returns:
         The address of the commit.
@@ -76,13 +113,15 @@ def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | No
     Raises:
         InputError: where the folder is no finished run, or the upload breaks off; with the command that finishes it.
     """
-    allowed, additions = run_files(run_dir)
+    run_files(run_dir)
     command = f"python -m flower_ldm.hub {shlex.quote(str(run_dir))} --hub_model_id {repo_id}"
     command += " --hub_private_repo" if private else ""
-    print(f"uploading {len(additions)} files to {repo_id}; should that break off: {command}", flush=True)
+    print(f"uploading {run_dir} to {repo_id}; should that break off: {command}", flush=True)
     api = api or HfApi()
     try:
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        write_model_card(run_dir, repo_id)
+        allowed, additions = run_files(run_dir)
         operations = [CommitOperationAdd(path, content) for path, content in additions.items()]
         for path in api.list_repo_files(repo_id):
             if path not in additions and path != "README.md" and is_allowed(path, allowed):

@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
 from .errors import InputError, OneLineParser
-from .hub import check_upload, create_repository, push_run
 
 CHECKPOINT_PREFIX = "checkpoint-"
 # What a resumed run may have otherwise. The paths among these are compared by what they lead to (see `Progress`), the
@@ -130,8 +129,6 @@ def parse_arguments(parser: OneLineParser, section: str, argv: list[str] | None 
     args = parser.parse_args((read_recipe(parser, Path(recipe), section) if recipe else []) + argv)
     check_numbers(args)
     check_trackers(args.report_to)
-    if args.push_to_hub:
-        check_upload(hub_model_id(args))
     return args
 
 
@@ -324,8 +321,6 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
     """
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
-        if args.push_to_hub:
-            args.hub_model_id = create_repository(hub_model_id(args), args.hub_private_repo)
         output_dir.mkdir(parents=True, exist_ok=True)
         for path in list(output_dir.iterdir()):
             if not resumes_in_place(args) or path.name.startswith("unfinished-"):
@@ -701,22 +696,6 @@ def read_log(path: Path) -> list[dict]:
             continue
         lines[line["step"], "steps_per_second" not in line] = line  # held-out values stand behind the training losses
     return [lines[key] for key in sorted(lines)]
-
-
-def hub_model_id(args: argparse.Namespace) -> str:
-    """The repository that `--push_to_hub` uploads to."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
-
-
-def push_results(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """With `--push_to_hub`, upload what the finished run may show, from the main process.
-
-    Raises:
-        InputError: where the upload fails or is interrupted; all is on disk, and the line says how to go on.
-    """
-    if args.push_to_hub and accelerator.is_main_process:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # `StopSignal` would only remember it
-        print(f"pushed: {push_run(Path(args.output_dir), hub_model_id(args), args.hub_private_repo)}")
 
 
 class StopSignal:

@@ -76,7 +76,11 @@ def test_a_run_of_each_stage_goes_and_comes_back(finished_runs, hub_server, tmp_
         pictures |= {path.name for path in finished_runs.flower_ldm.glob(pattern)}
     assert len(pictures) > 4
     assert set(repositories["gardener/flower-ldm"].files) == PIPELINE_FILES | pictures
-    assert snapshot(finished_runs.flower_ldm) == before
+    after = snapshot(finished_runs.flower_ldm)
+    changed = {Path(name).name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {"README.md"}  # names the repository now
+    card = repositories["gardener/flower-ldm"].files["README.md"].decode()
+    assert 'from_pretrained("gardener/flower-ldm"' in card and "user/flower-ldm" not in card
 
     loaded = FlowerLDMPipeline.from_pretrained("gardener/flower-ldm")
     assert torch.equal(draw(loaded), draw(FlowerLDMPipeline.from_pretrained(finished_runs.flower_ldm)))
