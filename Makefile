@@ -1,5 +1,5 @@
 # make quickstart   train both stages on synthetic flowers and draw a grid of classes, in minutes on a CPU
-# make test         the quick tests; the others: .venv/bin/python -m pytest -m slow (or gpu)
+# make test         the quick tests, a process for each core; the others: .venv/bin/python -m pytest -m slow (or gpu)
 # make lint         ruff's checks and its formatting, nothing is changed
 #
 # Each sets up .venv the first time, and when requirements.txt or pyproject.toml change; otherwise it needs no network.
@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)
 	echo "The pipeline, FlowerLDMPipeline.from_pretrained:   $$run/flower-ldm"
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -1,6 +1,7 @@
 """What several test files need: a tiny folder of labelled images, a tiny training run, a VGG16 with random weights."""
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ import pytest
 from chromium import CHROMIUM, Browser
 from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, each with a core of its own; torch reads it later
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -297,9 +297,9 @@ def test_one_batch_or_two_halves_are_one_update(flags, run, tmp_path, stage):
             assert apart(*states) < (1e-3 if name.startswith("optimizer") else 1e-2), name
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_takes_another_learning_rate(run, tmp_path, stage):
-    """What the line that ends a run with a NaN advises."""
+def test_a_resumed_run_takes_another_learning_rate(run, tmp_path):
+    """What the line that ends a run with a NaN advises; both stages resume by the same function."""
+    stage = "latent_diffusion"
     schedule = ["--lr_scheduler", "linear", "--lr_warmup_steps", "0"]
     run(stage, tmp_path / "run", "--max_train_steps", "4", "--learning_rate", "1e-3", *schedule)
     same, lower = tmp_path / "same", tmp_path / "lower"
