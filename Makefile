@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)
 	echo "The pipeline, FlowerLDMPipeline.from_pretrained:   $$run/flower-ldm"
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
