@@ -307,9 +307,10 @@ def pipeline_digest(pipe: FlowerLDMPipeline) -> str:
     def config_of(component) -> dict:
         return {name: value for name, value in dict(component.config).items() if not name.startswith("_")}
 
-    parts = {"vae": pipe.vae, "unet": pipe.unet, "scheduler": pipe.scheduler}
+    parts = {name: part for name, part in pipe.components.items() if hasattr(part, "config")}
     about = [[name, type(part).__name__, config_of(part)] for name, part in parts.items()] + [str(pipe.dtype)]
-    weights = {f"{name}.{key}": value for name in ("vae", "unet") for key, value in parts[name].state_dict().items()}
+    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    weights = {f"{name}.{key}": value for name, part in models.items() for key, value in part.state_dict().items()}
     return tensors_digest(weights, json.dumps(about, sort_keys=True, default=str))
 
 

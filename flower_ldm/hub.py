@@ -30,7 +30,7 @@ AUTOENCODER_FILES = ("config.json", *WEIGHTS, "autoencoder_flower.py", "autoenco
 PIPELINE_FILES = (
     "model_index.json", "pipeline_flower_ldm.py", "scheduler/scheduler_config.json",
     *(f"vae/{name}" for name in ("config.json", *WEIGHTS, "autoencoder_flower.py")),
-    *(f"unet/{name}" for name in ("config.json", *WEIGHTS, "unet_flower.py")),
+    *(f"{unet}/{name}" for unet in ("unet", "guide") for name in ("config.json", *WEIGHTS, "unet_flower.py")),
     "samples/*.png", "vae_samples_grid_subset.png", "diffusion_loss.png", "latent_space_*.png",
     "denoising_path_*.png", "diffusion_animation_*.gif", "diffusion_animation_*.mp4", "evaluation_sweep.png",
 )  # fmt: skip
@@ -151,6 +151,7 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
             files[name] = path
     try:
         metrics = without_paths(json.loads((run_dir / "metrics.json").read_text()))
+        metrics.get("evaluation", {}).pop("command", None)  # its words are paths, among others
         flags = public_flags(yaml.safe_load((run_dir / "args.yaml").read_text()))
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # damaged, or none of ours
         raise InputError(f"{run_dir} is no finished run of flower_ldm: {_one_line(error)}") from error

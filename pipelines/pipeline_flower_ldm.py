@@ -397,7 +397,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] -> the mean of their latents `(B, Z, h, w)`, normalised, float32."""
-        raw_latents = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist.mean.float()
+        images = images.to(self._execution_device, self.vae.dtype)  # where an offloaded autoencoder will be, not is
+        raw_latents = self.vae.encode(images).latent_dist.mean.float()
         if hasattr(self.vae, "normalize"):
             return self.vae.normalize(raw_latents)
         shift, scale = self._statistics(raw_latents)

@@ -28,6 +28,7 @@ from flower_ldm.evaluation import (
     main,
     measure_set,
     parse_args,
+    pipeline_digest,
     reconstruct,
     sample_labels,
     save_sweep,
@@ -205,6 +206,13 @@ def test_interrupted_sampling_goes_on(stock, tmp_path, capsys):
     resumed, _ = Sampler(stock, tmp_path / "parts", batch_size=1).draw(12, **OPTIONS)
     assert f"{kept}/12" in capsys.readouterr().err  # the bar starts where it was stopped
     assert np.array_equal(resumed, whole)
+
+
+def test_samples_of_another_guide_are_drawn_anew(stock):
+    plain = pipeline_digest(stock)
+    parts = {name: part for name, part in stock.components.items() if name != "guide"}
+    guided = FlowerLDMPipeline(**parts, guide=stock.unet)
+    assert pipeline_digest(guided) != plain == pipeline_digest(stock)
 
 
 def test_reconstructions_of_stock_parts(stock):

@@ -5,6 +5,7 @@ The Hub is `loopback_hub`; the client is the real one, and its requests cross a 
 
 import hashlib
 import itertools
+import json
 import shlex
 import shutil
 import signal
@@ -95,6 +96,25 @@ def test_flags_go_without_paths(finished_runs):
     flags = yaml.safe_load(hub.run_files(finished_runs.flower_ldm)[1]["args.yaml"])
     assert flags["dataset"] == "synthetic" and flags["learning_rate"] == 3e-4 and flags["classes"] == list("0123")
     assert not {"output_dir", "autoencoder", "model_config", "data_dir", "config"} & flags.keys()
+
+
+def test_metrics_go_without_the_command_that_measured_them(finished_runs, tmp_path):
+    shutil.copytree(finished_runs.flower_ldm, tmp_path / "run")
+    command = "python -m flower_ldm.evaluation --pipeline secret/run --data_dir=secret/photographs"
+    metrics = {"psnr": 20.0, "evaluation": {"command": command, "dataset": "synthetic"}}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    sent = json.loads(hub.run_files(tmp_path / "run")[1]["metrics.json"])
+    assert sent == {"psnr": 20.0, "evaluation": {"dataset": "synthetic"}}
+
+
+def test_a_guide_goes_with_its_pipeline(finished_runs, tmp_path):
+    shutil.copytree(finished_runs.flower_ldm, tmp_path / "run")
+    guide = FlowerLDMPipeline.from_pretrained(tmp_path / "run").unet
+    FlowerLDMPipeline.from_pretrained(tmp_path / "run", guide=guide).save_pretrained(tmp_path / "run")
+    files = hub.run_files(tmp_path / "run")[1]
+    assert {name for name in files if name.startswith("guide/")} == {
+        "guide/config.json", "guide/diffusion_pytorch_model.safetensors", "guide/unet_flower.py"
+    }  # fmt: skip
 
 
 def test_every_flag_that_takes_text_is_a_path_or_may_go():
