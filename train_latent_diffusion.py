@@ -36,7 +36,7 @@ from flower_ldm.diffusion import (
     min_snr_weights,
     sample_timesteps,
 )
-from flower_ldm.errors import InputError, exit_on_input_error
+from flower_ldm.errors import InputError, exit_on_input_error, one_line
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
 from flower_ldm.model_card import write_model_card
 from flower_ldm.report import write_report
@@ -171,7 +171,7 @@ def load_autoencoder(name: str) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # diffusers looks at little before it reads: a damaged file ends it anyhow
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"--autoencoder {name} can't be loaded: give train_autoencoder.py's output folder or a Hub id ({reason})"
         ) from error
@@ -191,7 +191,7 @@ def latent_shape(vae: nn.Module, images: ImageDataset) -> tuple[int, int, int]:
             raw_latents = vae.encode(images[0]["images"][None].to(vae.device)).latent_dist.mean
             size = vae.decode(raw_latents).sample.shape[-1]
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"--resolution {images.resolution} doesn't suit --autoencoder: {reason}") from error
     if size != images.resolution:  # a stock autoencoder rounds in silence
         raise InputError(

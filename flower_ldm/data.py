@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from flower_ldm.errors import InputError
+from flower_ldm.errors import InputError, one_line
 from flower_ldm.synthetic import CLASS_NAMES, synthetic_flower
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -163,10 +163,6 @@ class Record:
     open: Callable[[], Image.Image]
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _decode(record: Record, resolution: int) -> np.ndarray | str:
     """Return the record's small pixels, or in one line why it has none."""
     try:
@@ -175,7 +171,7 @@ def _decode(record: Record, resolution: int) -> np.ndarray | str:
     except InputError:  # an option is wrong, not the file
         raise
     except Exception as error:  # Pillow's readers raise OSError, ValueError, SyntaxError, struct.error and more
-        return _one_line(error)
+        return one_line(error)
 
 
 class ImageDataset(Dataset):
@@ -387,7 +383,7 @@ def _list_flowers102(
             for folder in created:
                 with suppress(OSError):  # absent, or no longer empty
                     folder.rmdir()
-            reason = f"cannot be downloaded to --data_dir {data_dir} ({_one_line(error)})"
+            reason = f"cannot be downloaded to --data_dir {data_dir} ({one_line(error)})"
             raise InputError(f"flowers102 {reason}; {ways_out}") from None
 
     records = {}
@@ -478,7 +474,7 @@ def _list_hub(
         loaded = datasets.load_dataset(dataset)
     except Exception as error:  # network, name, format: `datasets` raises a dozen kinds
         known = "neither flowers102, synthetic or imagefolder nor a data set that can be loaded"
-        raise InputError(f"--dataset {dataset!r} is {known} ({_one_line(error)})") from None
+        raise InputError(f"--dataset {dataset!r} is {known} ({one_line(error)})") from None
     train, val = _resolve_splits(tuple(loaded), train_splits, val_splits)
     for split in train + val:
         for flag, column in (("--image_column", image_column), ("--label_column", label_column)):
@@ -503,7 +499,7 @@ def _list_hub(
             rows = loaded[split].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
             raise InputError(
-                f"--image_column {image_column!r} of {dataset} does not hold images ({_one_line(error)})"
+                f"--image_column {image_column!r} of {dataset} does not hold images ({one_line(error)})"
             ) from None
         unknown = [value for value in labels[split] if value not in label_of]
         if unknown:

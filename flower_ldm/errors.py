@@ -14,6 +14,11 @@ class InputError(ValueError):
     """Bad input from outside. Its message is one line: the flag, file or label, and what would be right."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, and whose flags can't be abbreviated."""
 

@@ -11,13 +11,11 @@ Shapes: N samples, M reference images; D features; K classes; (H, W) pixels.
 import argparse
 import hashlib
 import json
-import os
 import platform
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,12 +55,14 @@ from flower_ldm.features import (
     read_tensors,
     write_tensors,
 )
+from flower_ldm.files import write_whole
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
 from flower_ldm.model_card import write_model_card
 from flower_ldm.report import write_report
 from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
-from flower_ldm.visualization import save_nearest_neighbours
+from flower_ldm.trajectory import draw
+from flower_ldm.visualization import save_figure, save_nearest_neighbours
 
 # What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
 DATA_FLAGS = {
@@ -281,8 +281,7 @@ class Sampler:
     def _draw_batch(self, numbers: list[int], options: dict) -> np.ndarray:
         labels = [number % self.pipe.num_classes for number in numbers]
         generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
-        images = self.pipe(labels, generator=generators, output_type="np", **options).images
-        return np.ascontiguousarray((images * 255).round().astype(np.uint8))
+        return np.ascontiguousarray(draw(self.pipe, labels, generator=generators, **options))
 
     def _kept(self, folder: Path, key: str, num_samples: int) -> tuple[dict[int, np.ndarray], float]:
         """The images that are there already, by number, and the seconds they took; what is damaged is drawn again."""
@@ -317,23 +316,16 @@ def pipeline_digest(pipe: FlowerLDMPipeline) -> str:
 # --- the data that go with a pipeline --------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def image_size(pipe: FlowerLDMPipeline) -> int:
-    """Pixels a side of the pipeline's images."""
-    latents = torch.zeros(1, *pipe.latents_shape, device=pipe.device)
-    height, width = pipe.decode_latents(latents, "pt").shape[-2:]
-    if height != width:
-        raise InputError(f"--pipeline draws images of {width} x {height} pixels: only square ones can be measured")
-    return height
-
-
 def load_images(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> tuple[ImageDataset, ImageDataset]:
     """Training and held-out images at the pipeline's size.
 
     Raises:
         InputError: where size or classes are not the pipeline's, or a class has no held-out image.
     """
-    resolution = image_size(pipe)
+    height, resolution = pipe.image_size
+    if height != resolution:
+        size = f"{resolution} x {height} pixels"
+        raise InputError(f"--pipeline draws images of {size}: only square ones can be measured")
     if args.resolution not in (None, resolution):
         raise InputError(f"--resolution {args.resolution}: --pipeline {args.pipeline} draws {resolution} pixels")
     options = {name: getattr(args, name) for name in DATA_FLAGS if name not in ("dataset", "data_dir")}
@@ -418,9 +410,7 @@ def save_sweep(sweep: list[dict], against_held_out: dict[str, dict], path: Path)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"{sweep[0]['n']:,} samples a point", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # --- the whole evaluation --------------------------------------------------------------------------------------------
@@ -666,15 +656,11 @@ def read_metrics(path: Path) -> dict:
 
 def write_metrics(path: Path, evaluation: dict) -> None:
     """Put the evaluation among the other metrics of the file; a reader sees the old file or the new one."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    text = json.dumps(read_metrics(path) | {"evaluation": evaluation}, indent=2) + "\n"
     try:
-        unfinished.write_text(json.dumps(read_metrics(path) | {"evaluation": evaluation}, indent=2) + "\n")
-        os.replace(unfinished, path)
+        write_whole(path, lambda unfinished: unfinished.write_text(text))
     except OSError as error:
         raise InputError(f"--output {path} can't be written ({error.strerror})") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
 
 
 def main(argv: list[str] | None = None) -> None:

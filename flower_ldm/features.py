@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -25,8 +26,9 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
 from flower_ldm.data import ImageDataset, uint8_images
-from flower_ldm.errors import InputError
-from flower_ldm.latent_cache import UnusableCacheError, tensors_digest, write_whole
+from flower_ldm.errors import InputError, one_line
+from flower_ldm.files import write_whole
+from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 
 FORMAT_VERSION = "1"
 DEFAULT_FEATURES = "efficientnet-lite0"  # its weights are in a Python package: it works offline, and everywhere alike
@@ -221,7 +223,7 @@ def extract_features(
             try:
                 features = network(batch.to(network.device))
             except (RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())[-160:]  # TorchScript ends its own traceback with it
+                reason = one_line(error)[-160:]  # TorchScript ends its own traceback with it
                 raise InputError(
                     f"--features {network.name} doesn't take uint8 images {tuple(batch.shape)}: {reason}"
                 ) from error
@@ -356,7 +358,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, **meta
     Raises:
         InputError: where that can't be done.
     """
+    about = {"key": key, "digest": tensors_digest(tensors), **metadata}
     try:
-        write_whole(path, tensors, {"key": key, "digest": tensors_digest(tensors), **metadata})
+        write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata=about))
     except (OSError, SafetensorError) as error:
         raise InputError(f"--cache_dir: can't write {path} ({error}); is there space, and permission?") from error

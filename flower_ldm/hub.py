@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import InputError, OneLineParser, exit_on_input_error
+from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .model_card import write_model_card
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -82,7 +82,7 @@ def check_upload(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
-        raise InputError(f"--hub_model_id {repo_id} is no repository's name: {_one_line(error)}") from None
+        raise InputError(f"--hub_model_id {repo_id} is no repository's name: {one_line(error)}") from None
     if constants.HF_HUB_OFFLINE:
         raise InputError("--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or leave the flag out")
     if get_token() is None:
@@ -98,7 +98,7 @@ def create_repository(repo_id: str, private: bool = False, api: HfApi | None = N
     try:
         return (api or HfApi()).create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     except Exception as error:  # HTTP, network, a token that is none: the client has no common base for them
-        raise InputError(f"--push_to_hub can't write to {repo_id}: {_one_line(error)}") from error
+        raise InputError(f"--push_to_hub can't write to {repo_id}: {one_line(error)}") from error
 
 
 def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
@@ -113,15 +113,14 @@ def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | No
     Raises:
         InputError: where the folder is no finished run, or the upload breaks off; with the command that finishes it.
     """
-    run_files(run_dir)
+    allowed, additions = run_files(run_dir)
     command = f"python -m flower_ldm.hub {shlex.quote(str(run_dir))} --hub_model_id {repo_id}"
     command += " --hub_private_repo" if private else ""
     print(f"uploading {run_dir} to {repo_id}; should that break off: {command}", flush=True)
     api = api or HfApi()
     try:
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-        write_model_card(run_dir, repo_id)
-        allowed, additions = run_files(run_dir)
+        additions["README.md"] = write_model_card(run_dir, repo_id)
         operations = [CommitOperationAdd(path, content) for path, content in additions.items()]
         for path in api.list_repo_files(repo_id):
             if path not in additions and path != "README.md" and is_allowed(path, allowed):
@@ -129,7 +128,7 @@ def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | No
         return api.create_commit(repo_id, operations, commit_message="Upload a run of flower_ldm").commit_url
     except (Exception, KeyboardInterrupt) as error:  # whatever the reason, the run is on disk and can be pushed again
         raise InputError(
-            f"the upload to {repo_id} broke off: {_one_line(error)}; {run_dir} is complete, finish by: {command}"
+            f"the upload to {repo_id} broke off: {one_line(error)}; {run_dir} is complete, finish by: {command}"
         ) from error
 
 
@@ -154,7 +153,7 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
         metrics.get("evaluation", {}).pop("command", None)  # its words are paths, among others
         flags = public_flags(yaml.safe_load((run_dir / "args.yaml").read_text()))
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # damaged, or none of ours
-        raise InputError(f"{run_dir} is no finished run of flower_ldm: {_one_line(error)}") from error
+        raise InputError(f"{run_dir} is no finished run of flower_ldm: {one_line(error)}") from error
     files["metrics.json"] = (json.dumps(metrics, indent=2) + "\n").encode()
     files["args.yaml"] = yaml.safe_dump(flags, sort_keys=True).encode()
     return allowed, files
@@ -180,10 +179,6 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, str) and "/" in value and (Path(value).expanduser().is_absolute() or Path(value).exists()):
         return Path(value).name
     return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def main(argv: list[str] | None = None) -> None:

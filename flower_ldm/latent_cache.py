@@ -7,10 +7,8 @@ keeps mean and std, not samples: `LatentDataset` draws a fresh sample each epoch
 Shapes: N images, B of them in a batch; C latent channels of h x w; axis 1 of (N, 2, C, h, w) is image, flipped image.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from flower_ldm.data import ImageDataset, image_rng, keep_batch
 from flower_ldm.errors import InputError
+from flower_ldm.files import write_whole
 
 FORMAT_VERSION = "1"
 NOT_ENCODER_CONFIG = ("latents_mean", "latents_std")  # measured from the latents: they don't change them
@@ -205,22 +204,6 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
     return digest.hexdigest()
 
 
-def write_whole(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside its place, then move it there: a reader sees the old one or the new one.
-
-    Raises:
-        OSError, SafetensorError: where that can't be done; nothing unfinished is left.
-    """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, metadata=metadata)
-        os.replace(unfinished, path)
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-
-
 def _encode(
     vae: torch.nn.Module, loader: DataLoader, device: torch.device, autocast_dtype: torch.dtype | None
 ) -> LatentCache:
@@ -254,7 +237,7 @@ def _write(cache: LatentCache, path: Path, key: str) -> None:
         "digest": tensors_digest(cache.tensors()),
     }
     try:
-        write_whole(path, cache.tensors(), metadata)
+        write_whole(path, lambda unfinished: save_file(cache.tensors(), unfinished, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise InputError(f"can't write the latent cache {path} ({error}); is there space, and permission?") from error
 

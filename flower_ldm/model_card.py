@@ -7,13 +7,13 @@ links no picture that shows a photograph of the data set or a reconstruction of 
 
 import html
 import json
-import os
 import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .errors import InputError
+from .files import write_whole
 from .report import (
     DATASETS,
     Run,
@@ -87,12 +87,10 @@ def write_model_card(run_dir: Path, repo_id: str | None = None) -> Path:
     """
     run = read_run(Path(run_dir))
     path = run.folder / FILE_NAME
-    unfinished = path.with_name(f"{FILE_NAME}.{os.getpid()}.tmp")
     try:
         if path.is_file() and MARK not in path.read_text("utf-8"):
             return path
-        ModelCard(render(run, repo_id or run.args.get("hub_model_id"))).save(unfinished)
-        os.replace(unfinished, path)
+        write_whole(path, ModelCard(render(run, repo_id or run.args.get("hub_model_id"))).save)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be written: {error}") from error
     return path

@@ -13,7 +13,6 @@ import io
 import itertools
 import json
 import math
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image, ImageSequence
 from safetensors import SafetensorError, safe_open
 
 from .errors import InputError, OneLineParser, exit_on_input_error
+from .files import write_whole
 from .report_curves import is_finite, number, sweep_charts, timestep_chart, training_curves
 from .training import common_parser, read_log
 
@@ -578,10 +578,11 @@ def memorisation_table(evaluation: dict) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def sweep_table(sweep: list[dict]) -> list[list[str]]:
+def sweep_table(sweep: list[dict]) -> list[tuple[str, list[str]]]:
+    """A row without a name for each point."""
     keys = {"guidance_scale": None, "num_inference_steps": None, "n": None, "frechet_distance": 2, "kid": 5,
             "class_accuracy": 3, "seconds": 0}  # fmt: skip
-    return [[number(row.get(key), decimals) for key, decimals in keys.items()] for row in sweep]
+    return [("", [number(row.get(key), decimals) for key, decimals in keys.items()]) for row in sweep]
 
 
 # --- doing it again --------------------------------------------------------------------------------------------------
@@ -745,10 +746,8 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     page = render(read_run(run_dir))
     path = run_dir / FILE_NAME
-    unfinished = path.with_name(f"{FILE_NAME}.{os.getpid()}.tmp")
     try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} can't be written: {error.strerror}") from error
     return path

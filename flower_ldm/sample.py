@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import file_safe_name, to_rgb
-from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
+from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line
 
 DEFAULT_NUM_LABELS = 10
 
@@ -100,7 +100,7 @@ def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
     try:
         return FlowerLDMPipeline.from_pretrained(name)
     except Exception as error:  # of files, of the network, of the Hub: they have no common base
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         if isinstance(error, RemoteEntryNotFoundError) and FlowerLDMPipeline.config_name in reason:
             raise InputError(f"{flag} {name} is no pipeline: there is no model_index.json on the Hub") from error
         raise InputError(f"{flag} {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error

@@ -145,7 +145,7 @@ def interpolate_seeds(
     """Images `(num_images, H, W, 3)` uint8 of one class, from one seed's noise to another's by `slerp`."""
     start, end = (seeded_noise(pipeline, torch.Generator("cpu").manual_seed(seed)) for seed in seeds)
     noises = torch.cat([slerp(start, end, float(fraction)) for fraction in np.linspace(0, 1, num_images)])
-    generators = [torch.Generator("cpu").manual_seed(seeds[0]) for _ in noises]  # for schedulers that add noise
+    generators = same_seed(seeds[0], num_images)  # for schedulers that add noise
     return draw(pipeline, label, num_images_per_label=num_images, latents=noises, generator=generators, **options)
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
 from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
-from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
+from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line
 from flower_ldm.memorisation import TrainingNeighbours, memorised
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.trajectory import LatentPlane
@@ -122,12 +122,12 @@ def _two_lines(name: str, width: int = 14) -> str:
 
 def save_class_grid(images: np.ndarray, names: list[str], path: Path, title: str | None = None) -> None:
     """`class_grid` as a file."""
-    _save(class_grid(images, names, title), path)
+    save_figure(class_grid(images, names, title), path)
 
 
 def save_picture_table(images: np.ndarray, path: Path, **names) -> None:
     """`picture_table` as a file."""
-    _save(picture_table(images, **names), path)
+    save_figure(picture_table(images, **names), path)
 
 
 def save_nearest_neighbours(
@@ -171,10 +171,11 @@ def save_nearest_neighbours(
             f"{memorised(distances).sum()} of {len(samples):,} samples",
             fontsize=10,
         )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a figure and let go of it; the folder is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -201,7 +202,7 @@ def save_loss_curves(lines: list[dict], names: list[str], path: Path) -> None:
         axis.grid(alpha=0.25)
         if len(axis.lines) > 1:
             axis.legend(fontsize=8, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_diffusion_loss(lines: list[dict], path: Path) -> None:
@@ -221,7 +222,7 @@ def save_diffusion_loss(lines: list[dict], path: Path) -> None:
         axis.grid(alpha=0.25)
         if axis.lines:
             axis.legend(fontsize=8, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 # --- the latents, seen from above ------------------------------------------------------------------------------------
@@ -291,12 +292,12 @@ def save_latent_maps(sets: dict[str, LatentSet], class_names: list[str], folder:
     axis.set_xlabel(f"1st principal component, {shares[0]:.1%} of the variance")
     axis.set_ylabel(f"2nd principal component, {shares[1]:.1%}")
     axis.set_title("Latents in the plane in which the training images vary most (PCA)", fontsize=10)
-    _save(figure, folder / "latent_space_pca.png")
+    save_figure(figure, folder / "latent_space_pca.png")
     figure, axis = plt.subplots(figsize=(8.2, 6.2), layout="constrained")
     latent_map(axis, by_tsne, labels, class_names)
     axis.set(xticks=[], yticks=[])
     axis.set_title("Latents, neighbours beside each other (t-SNE)", fontsize=10)
-    _save(figure, folder / "latent_space_tsne.png")
+    save_figure(figure, folder / "latent_space_tsne.png")
     return plane
 
 
@@ -530,8 +531,7 @@ def load_autoencoder(name: str, device: str) -> FlowerAutoencoderKL:
     try:
         return FlowerAutoencoderKL.from_pretrained(name).eval().to(torch.device(device))
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--autoencoder {name} can't be loaded to --device {device}: {reason}") from error
+        raise InputError(f"--autoencoder {name} can't be loaded to --device {device}: {one_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -550,9 +550,7 @@ def main(argv: list[str] | None = None) -> None:
             pipe.check_inputs(1, 1, args.guidance_scale, num_inference_steps=args.num_inference_steps)
         except ValueError as error:
             raise InputError(str(error)) from error
-        with torch.no_grad():
-            resolution = pipe.decode_latents(torch.zeros(1, *pipe.latents_shape, device=pipe.device), "pt").shape[-1]
-        datasets = load_images(args, args.pipeline, resolution)
+        datasets = load_images(args, args.pipeline, pipe.image_size[1])
         if datasets and datasets["training"].class_names != pipe.class_names:
             raise InputError(
                 f"--dataset has other classes than --pipeline, which draws {', '.join(pipe.class_names[:5])} ...: "

@@ -621,7 +621,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         index = _read_json(folder / self.config_name)
         index["_class_name"] = _copy_source(type(self), folder)
         for name, component in self.components.items():
-            component_class = type(getattr(component, "_orig_mod", component))  # torch.compile wraps the module
+            component_class = _class_of(component)
             if index[name][0] == component_class.__module__:  # else the entry is a library, such as "diffusers"
                 index[name] = _copy_source(component_class, folder / name)
             for config_file in (folder / name).glob("*config.json"):
@@ -655,8 +655,12 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _class_of(value: Any) -> type:
+    return type(getattr(value, "_orig_mod", value))  # torch.compile wraps the module
+
+
 def _kind(value: Any) -> str:
-    return type(getattr(value, "_orig_mod", value)).__name__  # torch.compile wraps the module
+    return _class_of(value).__name__
 
 
 def _as_list(values: Any) -> Sequence[Any]:
