@@ -24,7 +24,8 @@ from huggingface_hub.utils import validate_repo_id
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .model_card import write_model_card
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# By diffusers' name: a latent cache may lie in the same folder, and holds the photographs.
+WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json")
 # By the file that makes a folder one of the two kinds: what of it goes to the Hub.
 AUTOENCODER_FILES = ("config.json", *WEIGHTS, "autoencoder_flower.py", "autoencoder_losses.png", "latent_space_*.png")
 PIPELINE_FILES = (

@@ -107,6 +107,20 @@ def test_metrics_go_without_the_command_that_measured_them(finished_runs, tmp_pa
     assert sent == {"psnr": 20.0, "evaluation": {"dataset": "synthetic"}}
 
 
+def test_latents_of_the_data_stay_where_they_lie_beside_the_weights(finished_runs, tmp_path):
+    shutil.copytree(finished_runs.autoencoder, tmp_path / "run")
+    before = hub.run_files(tmp_path / "run")[1].keys()
+    assert "diffusion_pytorch_model.safetensors" in before
+    shutil.copy(
+        tmp_path / "run" / "diffusion_pytorch_model.safetensors", tmp_path / "run" / "synthetic-train.safetensors"
+    )
+    assert hub.run_files(tmp_path / "run")[1].keys() == before
+    for name in ("00001-of-00002.safetensors", "fp16.safetensors", "fp16-00001-of-00002.safetensors"):
+        assert hub.is_allowed(f"diffusion_pytorch_model{'-' if name[0] == '0' else '.'}{name}", hub.WEIGHTS)
+    for name in ("index.json", "index.fp16.json"):
+        assert hub.is_allowed(f"diffusion_pytorch_model.safetensors.{name}", hub.WEIGHTS)
+
+
 def test_a_guide_goes_with_its_pipeline(finished_runs, tmp_path):
     shutil.copytree(finished_runs.flower_ldm, tmp_path / "run")
     guide = FlowerLDMPipeline.from_pretrained(tmp_path / "run").unet
