@@ -28,6 +28,7 @@ import train_autoencoder
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, hub
 from flower_ldm.errors import InputError
+from flower_ldm.model_card import write_model_card
 
 ROOT = Path(__file__).parent.parent
 AUTOENCODER_FILES = {
@@ -414,6 +415,7 @@ def test_upload_broken_off_at_each_request_can_be_finished(finished_runs, hub_se
 def test_upload_interrupted_by_the_user_or_killed_can_be_finished(finished_runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished_runs.autoencoder, run)
+    write_model_card(run, "gardener/flowers")  # as the push writes it, with the repository's name
     before = snapshot(run)
     command = [sys.executable, "-m", "flower_ldm.hub", str(run), "--hub_model_id", "flowers"]
     with LoopbackHub() as hub_server:
