@@ -25,7 +25,6 @@ from typing import NamedTuple
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -150,9 +149,16 @@ class Studio:
 
     @property
     def samplers(self) -> list[str]:
-        """The pipeline's own first, by its name where it has one here."""
+        """Those that can follow this model; the pipeline's own first, by its name where it has one here."""
         own = [name for name, kind in SAMPLERS.items() if type(self.pipe.scheduler) is kind] or [OWN_SAMPLER]
-        return own + [name for name in SAMPLERS if name not in own]
+        return own + [name for name in SAMPLERS if name not in own and self._can_follow(name)]
+
+    def _can_follow(self, sampler: str) -> bool:
+        try:
+            self._pipeline(sampler).check_inputs(num_labels=1)
+        except ValueError:
+            return False
+        return True
 
     def draw(self, wish: Wish) -> Iterator[Preview]:
         """Images of each label in turn; image i, counted over all, has the seed SEED + i."""
@@ -217,29 +223,27 @@ class Studio:
         """The drawing itself.
 
         Raises:
-            gr.Error: where this sampler can't do it in so few steps, or in so many.
+            gr.Error: where this sampler can't follow the model, or not in so few steps.
         """
-        pipe = self._pipeline(wish.sampler)
-        unable = refusal(f"{wish.sampler} draws nothing in {wish.steps} steps: choose another number, or sampler.")
         try:
-            pipe.scheduler.set_timesteps(wish.steps)
-        except ValueError:
-            raise unable from None
-        images = pipe(
-            labels, guidance_scale=wish.guidance, num_inference_steps=wish.steps, output_type="np",
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=("denoised_latents",),
-        ).images  # fmt: skip
-        if not np.isfinite(images).all():
-            raise unable
+            pipe = self._pipeline(wish.sampler)
+            images = pipe(
+                labels, guidance_scale=wish.guidance, num_inference_steps=wish.steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=("denoised_latents",),
+            ).images  # fmt: skip
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise refusal(f"{wish.sampler} draws nothing in {wish.steps} steps: {reason}.") from None
         steps = len(pipe.scheduler.timesteps)
-        return Preview(steps, steps, pipe.numpy_to_pil(images))
+        return Preview(steps, steps, images)
 
     def _pipeline(self, sampler: str) -> DiffusionPipeline:
         """The same models with a scheduler of its own: those remember where they are."""
-        config = self.pipe.scheduler.config
-        kind = SAMPLERS.get(sampler, type(self.pipe.scheduler))
-        pipe = type(self.pipe)(self.pipe.vae, self.pipe.unet, kind.from_config(config), self.pipe.config.id2label)
+        own = self.pipe.scheduler
+        kind = SAMPLERS.get(sampler, type(own))
+        scheduler = type(own).from_config(own.config) if kind is type(own) else self.pipe.make_scheduler(kind)
+        pipe = type(self.pipe)(**self.pipe.components | {"scheduler": scheduler}, id2label=self.pipe.config.id2label)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

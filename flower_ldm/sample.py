@@ -84,7 +84,7 @@ def load_pipeline(
     if guide is not None:
         pipe.guide = _from_pretrained("--guide", guide).unet
     if scheduler is not None:
-        pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
+        pipe.scheduler = pipe.make_scheduler(SCHEDULERS[scheduler])
     try:
         pipe.to(torch.device(device))
         if dtype != "float32":  # what it is loaded as
@@ -129,11 +129,6 @@ def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> N
         pipe.check_inputs(num_labels, **options)
     except ValueError as error:
         raise InputError(str(error)) from error
-    try:
-        pipe.scheduler.set_timesteps(options["num_inference_steps"])
-    except ValueError as error:  # some schedulers take no more steps than in training, some no fewer than their order
-        kind, steps = type(pipe.scheduler).__name__, options["num_inference_steps"]
-        raise InputError(f"{kind} can't take --num_inference_steps {steps}: {error}") from error
 
 
 def fresh_folder(folder: Path) -> Path:

@@ -26,6 +26,8 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What these multiply in their first step has no bound where it is from pure noise.
+STARTS_BELOW_PURE_NOISE = ("HeunDiscreteScheduler", "PNDMScheduler")
 
 
 class Original(NamedTuple):
@@ -214,9 +216,22 @@ class FlowerLDMPipeline(DiffusionPipeline):
                     latents = (callback_on_step_end(self, step_index, timestep, given) or {}).get("latents", latents)
                 progress_bar.update()
 
+        if not latents.isfinite().all():  # black images would hide it; a scheduler's rounding does it in a few steps
+            raise ValueError(
+                f"{_kind(self.scheduler)} gave numbers that are not finite in {num_inference_steps} steps: take "
+                "another number of steps, or another scheduler"
+            )
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type, original)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def make_scheduler(self, scheduler_class: type[SchedulerMixin]) -> SchedulerMixin:
+        """Another of diffusers' schedulers for this unet, to be put in the place of `scheduler`.
+
+        As its `from_config` makes it, but for Heun's method and PNDM, which have to start a little below pure noise.
+        """
+        below = scheduler_class.__name__ in STARTS_BELOW_PURE_NOISE
+        return scheduler_class.from_config(self.scheduler.config, **({"timestep_spacing": "leading"} if below else {}))
 
     def predict(
         self,
@@ -525,6 +540,15 @@ class FlowerLDMPipeline(DiffusionPipeline):
         for name, value in counts.items():
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        most = self.scheduler.config.num_train_timesteps
+        if num_inference_steps > most:
+            raise ValueError(
+                f"num_inference_steps must be at most {most}, as many as training has, got {num_inference_steps}"
+            )
+        try:
+            self.scheduler.set_timesteps(num_inference_steps)
+        except ValueError:  # of high order, it needs some to begin
+            raise ValueError(f"{_kind(self.scheduler)} can't take as few steps as {num_inference_steps}") from None
         if not _is_finite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number (1 means off), got {guidance_scale!r}")
         if not _is_finite(guidance_rescale) or not 0 <= guidance_rescale <= 1:
@@ -588,6 +612,12 @@ class FlowerLDMPipeline(DiffusionPipeline):
         prediction_type = config.get("prediction_type")
         if prediction_type == "sample" and kind in ("PNDMScheduler", "EulerAncestralDiscreteScheduler"):
             raise ValueError(f"{kind} can't follow a unet that predicts the sample: take another scheduler")
+        if (
+            (kind == "HeunDiscreteScheduler" or (kind == "PNDMScheduler" and prediction_type == "epsilon"))
+            and config.timestep_spacing != "leading"
+            and self.scheduler.alphas_cumprod[-1] < 1e-6  # the signal's share of the variance
+        ):
+            raise ValueError(f"{kind} can't start from pure noise: give it timestep_spacing='leading'")
         if not config.get("rescale_betas_zero_snr"):  # kept by `from_config` even where the scheduler doesn't know it
             return
         if "rescale_betas_zero_snr" not in inspect.signature(type(self.scheduler).__init__).parameters:

@@ -115,7 +115,9 @@ def test_every_sampler_draws(served, sampler):
 
 def test_a_drawing_that_is_left_makes_room_for_the_next(served):
     job = served.client.submit(served.names[:4], 6, 0, 100, 2.0, "DDPM", api_name="/draw")
+    end = time.monotonic() + 60
     while not job.outputs():
+        assert time.monotonic() < end
         time.sleep(0.01)
     job.cancel()
     _, gallery = draw(served)
@@ -177,7 +179,7 @@ def test_blend_takes_two(served, flowers):
 
 
 def test_sampler_that_cannot_says_so(served):
-    with pytest.raises(AppError, match="PNDM draws nothing in 2 steps: choose another number, or sampler"):
+    with pytest.raises(AppError, match="PNDM draws nothing in 2 steps: PNDMScheduler can't take as few steps as 2"):
         draw(served, sampler="PNDM", steps=2)
 
 
@@ -195,6 +197,27 @@ def test_pictures_that_are_no_numbers_are_not_shown(served):
             list(studio.draw(wish))
     finally:
         hook.remove()
+
+
+def test_samplers_are_those_that_follow_the_model(served):
+    studio = app.Studio(served.pipe)
+    assert sorted(studio.samplers) == sorted(app.SAMPLERS)
+    zero_snr = served.pipe.scheduler.from_config(served.pipe.scheduler.config, rescale_betas_zero_snr=True)
+    parts = served.pipe.components | {"scheduler": zero_snr}
+    studio = app.Studio(FlowerLDMPipeline(**parts, id2label=served.pipe.config.id2label))
+    assert studio.samplers[0] == "DPM-Solver++" and not {"Heun", "PNDM"} & set(studio.samplers)
+    wish = app.check_wish(studio.pipe, served.names[:1], 1, 0, 3, 2.0, "Heun")  # by hand
+    with pytest.raises(app.gr.Error, match="Heun draws nothing in 3 steps: .* knows no zero terminal SNR"):
+        list(studio.draw(wish))
+
+
+def test_guide_of_the_pipeline_guides_here_too(served):
+    guide = type(served.pipe.unet).from_config(served.pipe.unet.config)
+    pipe = FlowerLDMPipeline(**served.pipe.components | {"guide": guide}, id2label=served.pipe.config.id2label)
+    *_, drawn = app.Studio(pipe).draw(app.Wish([1], 1, 5, 4, 3.0, app.OWN_SAMPLER))
+    expected = alone(pipe, 1, 5, 4, 3.0)
+    assert np.abs(np.asarray(drawn.images[0], int) - expected).max() <= 1
+    assert np.abs(alone(served.pipe, 1, 5, 4, 3.0).astype(int) - expected).max() > 1
 
 
 def test_visitors_file_is_not_taken_and_none_is_given(served, tmp_path):

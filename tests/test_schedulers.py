@@ -3,10 +3,11 @@ what they draw through an exact denoiser has the distribution that it was made f
 """
 
 import itertools
+import re
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -19,9 +20,9 @@ from pipelines.pipeline_flower_ldm import FlowerLDMPipeline
 
 MEANS = (-1.0, 2.0)  # of the two classes
 STD = 0.5
-# Steps in which each comes near: those of first order need many, and so does PNDM with v_prediction, which averages
-# velocities that belong to different latents.
-STEPS = {name: 25 if name in ("heun", "dpm++", "unipc") else 200 for name in SCHEDULERS}
+# Steps in which each comes near: those of first order need many; so does PNDM with v_prediction, which averages
+# velocities that belong to different latents; and Heun's method starts a step below pure noise, so a small one.
+STEPS = {name: {"dpm++": 25, "unipc": 25, "heun": 100}.get(name, 200) for name in SCHEDULERS}
 COMBINATIONS = list(itertools.product(SCHEDULERS, PREDICTION_TYPES, (False, True)))
 
 
@@ -88,13 +89,21 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=self.factor * raw_latents)
 
 
-def make_pipeline(scheduler: str, prediction_type: str = "v_prediction", zero_snr: bool = False, std: float = STD):
-    """A pipeline with the scheduler that `--scheduler` would make from the one of training."""
+def make_pipeline(
+    scheduler: str,
+    prediction_type: str = "v_prediction",
+    zero_snr: bool = False,
+    beta_schedule: str = "squaredcos_cap_v2",
+    std: float = STD,
+) -> FlowerLDMPipeline:
+    """A pipeline as training saves it, then with the scheduler that `--scheduler` makes."""
     # epsilon and zero terminal SNR, which `make_noise_scheduler` refuses, can still come from elsewhere
-    training = make_noise_scheduler(prediction_type if not zero_snr else "sample", "linear", zero_snr)
+    training = make_noise_scheduler(prediction_type if not zero_snr else "sample", beta_schedule, zero_snr)
     training = DDPMScheduler.from_config(training.config, prediction_type=prediction_type)
     denoiser = GaussianDenoiser(training.alphas_cumprod.tolist(), prediction_type, std=std)
-    pipe = FlowerLDMPipeline(PixelAutoencoder(), denoiser, SCHEDULERS[scheduler].from_config(training.config))
+    saved = DPMSolverMultistepScheduler.from_config(training.config, timestep_spacing="trailing")
+    pipe = FlowerLDMPipeline(PixelAutoencoder(), denoiser, saved)
+    pipe.scheduler = pipe.make_scheduler(SCHEDULERS[scheduler])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -112,9 +121,31 @@ def assert_gaussian(latents: torch.Tensor) -> None:
         assert of_class.std().item() == pytest.approx(STD, abs=0.03)
 
 
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize(("scheduler", "prediction_type", "zero_snr"), [c for c in COMBINATIONS if not refusal(*c)])
-def test_reproduces_a_gaussian_through_its_exact_denoiser(scheduler, prediction_type, zero_snr):
-    assert_gaussian(draw(make_pipeline(scheduler, prediction_type, zero_snr), scheduler))
+def test_reproduces_a_gaussian_through_its_exact_denoiser(scheduler, prediction_type, zero_snr, beta_schedule):
+    assert_gaussian(draw(make_pipeline(scheduler, prediction_type, zero_snr, beta_schedule), scheduler))
+
+
+@pytest.mark.parametrize(("scheduler", "prediction_type"), [("heun", "v_prediction"), ("pndm", "epsilon")])
+def test_start_from_pure_noise_is_refused_where_it_has_no_bound(scheduler, prediction_type):
+    pipe = make_pipeline(scheduler, prediction_type)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="can't start from pure noise: give it timestep_spacing='leading'$"):
+        draw(pipe, scheduler)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 1000, 1001])
+def test_few_steps_and_many_give_numbers_or_one_line(scheduler, steps):
+    pipe = make_pipeline(scheduler)
+    try:
+        assert draw(pipe, scheduler, 1, num_inference_steps=steps).isfinite().all()
+    except ValueError as error:
+        assert "\n" not in str(error)
+        assert re.match(r"num_inference_steps must be at most 1000|\w+ can't take as few steps as [123]$|"
+                        r"\w+ gave numbers that are not finite in [123] steps: take another", str(error))  # fmt: skip
+        assert steps == 1001 or (steps < 4 and scheduler in ("pndm", "euler_ancestral"))
 
 
 @pytest.mark.parametrize("combination", [c for c in COMBINATIONS if refusal(*c)])
