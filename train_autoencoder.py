@@ -368,14 +368,15 @@ def main(argv: list[str] | None = None) -> None:
             log.check()
             with training.ema_weights(ema, vae), clock.paused():
                 validate_and_keep_best(accelerator, args, vae, parts.perceptual, val_batches, log, progress)
-        stopping = stop.agreed(step, args.logging_steps)
+        stopping = stop.agreed(step, 1 if at_end else args.logging_steps)
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
             with clock.paused():
-                saved = training.save_checkpoint(accelerator, args, step)
-            if stopping and not at_end:
-                stop.exit(saved)
+                checkpoint = training.save_checkpoint(accelerator, args, step)
+            if stopping:
+                stop.exit(checkpoint)
     bar.close()
+    stop.exit_when_told(checkpoint)
 
     with training.ema_weights(ema, vae):
         results = validate_and_keep_best(accelerator, args, vae, parts.perceptual, val_batches, log, progress)

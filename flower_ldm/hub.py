@@ -10,6 +10,7 @@ Its neighbours: both training scripts, which call it; `model_card`, which writes
 
 import argparse
 import json
+import os
 import shlex
 import signal
 from fnmatch import fnmatchcase
@@ -70,7 +71,8 @@ def push_results(accelerator: Accelerator, args: argparse.Namespace) -> None:
         InputError: where the upload fails or is interrupted; all is on disk, and the line says how to go on.
     """
     if args.push_to_hub and accelerator.is_main_process:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # `training.StopSignal` would only remember it
+        for number in (signal.SIGINT, signal.SIGTERM):  # both end the upload with the line that says how to go on
+            signal.signal(number, signal.default_int_handler)
         print(f"pushed: {push_run(Path(args.output_dir), repository_of(args), args.hub_private_repo)}")
 
 
@@ -93,11 +95,16 @@ def check_upload(repo_id: str) -> None:
 def create_repository(repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
     """The repository of that name, made where there is none yet; its full name, `user/name`.
 
+    Asks whether it may be written to as well: of one that is there already `create_repo` hides that it may not.
+
     Raises:
         InputError: where this token may not write there, or the Hub can't be reached.
     """
+    api = api or HfApi()
     try:
-        return (api or HfApi()).create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        full_name = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        api.auth_check(full_name, write=True)
+        return full_name
     except Exception as error:  # HTTP, network, a token that is none: the client has no common base for them
         raise InputError(f"--push_to_hub can't write to {repo_id}: {one_line(error)}") from error
 
@@ -177,7 +184,7 @@ def without_paths(value: Any) -> Any:
         return {name: without_paths(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [without_paths(inner) for inner in value]
-    if isinstance(value, str) and "/" in value and (Path(value).expanduser().is_absolute() or Path(value).exists()):
+    if isinstance(value, str) and "/" in value and (value[0] in "/~" or os.path.exists(value)):
         return Path(value).name
     return value
 

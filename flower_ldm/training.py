@@ -129,6 +129,9 @@ def parse_arguments(parser: OneLineParser, section: str, argv: list[str] | None 
     args = parser.parse_args((read_recipe(parser, Path(recipe), section) if recipe else []) + argv)
     check_numbers(args)
     check_trackers(args.report_to)
+    for name in ("dataset", "autoencoder"):  # a folder, or an id on the Hub; which of them is known only here
+        if "/" in getattr(args, name, "") and Path(getattr(args, name)).is_dir():
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
     return args
 
 
@@ -727,3 +730,15 @@ class StopSignal:
         self.accelerator.print(f"stopped: go on with --resume_from_checkpoint {checkpoint}")
         self.accelerator.end_training()
         sys.exit(128 + self.number)
+
+    def exit_when_told(self, checkpoint: Path) -> None:
+        """After the last update: from here on a signal ends the run as it comes, and the last checkpoint stays."""
+
+        def exit(number: int, frame) -> None:
+            self._remember(number, frame)
+            self.exit(checkpoint)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, exit)
+        if self.number:  # it came when the last update was done
+            self.exit(checkpoint)

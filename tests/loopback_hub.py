@@ -203,6 +203,10 @@ class LoopbackHub:
         repository.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "initial commit")
         return _json(made)
 
+    def _auth_check(self, request: Request, repo_id: str) -> Answer:
+        self._repository(request, repo_id, write=True)
+        return _json({})
+
     def _validate_card(self, request: Request) -> Answer:
         content = json.loads(request.body)["content"]
         match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
@@ -328,6 +332,7 @@ _MODEL = rf"/api/models/{_REPO}"
 _ROUTES = [
     (("GET",), r"/api/whoami-v2", LoopbackHub._whoami),
     (("POST",), r"/api/repos/create", LoopbackHub._create),
+    (("GET",), rf"{_MODEL}/auth-check/write", LoopbackHub._auth_check),
     (("POST",), r"/api/validate-yaml", LoopbackHub._validate_card),
     (("POST",), rf"{_MODEL}/preupload/(?P<revision>[^/]+)", LoopbackHub._preupload),
     (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", LoopbackHub._lfs_batch),

@@ -6,6 +6,7 @@ The Hub is `loopback_hub`; the client is the real one, and its requests cross a 
 import hashlib
 import itertools
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import tiny_stages
 from huggingface_hub import HfApi
 from loopback_hub import TOKEN, Blob, LoopbackHub, Repository, Request
@@ -152,6 +154,8 @@ def test_every_flag_that_takes_text_is_a_path_or_may_go():
         ("~/models/net.pt", "net.pt"),
         ("user/dataset", "user/dataset"),
         ({"a": ["/b/c", 1.5, None]}, {"a": ["c", 1.5, None]}),
+        ("~nobody-of-this-name/net.pt", "net.pt"),
+        ("petals/" + "x" * 300, "petals/" + "x" * 300),
     ],
 )
 def test_paths_are_cut_down_to_names(value, public):
@@ -193,6 +197,29 @@ def test_a_token_that_may_not_write_there_starts_no_training(hub_server, stage_f
         train_autoencoder.main([*stage_flags[0], "--push_to_hub", "--hub_model_id", "somebody/flowers"])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "autoencoder").exists() and not hub_server.repositories
+
+
+def test_a_repository_of_somebody_else_starts_no_training(hub_server, stage_flags, tmp_path):
+    """It is there already, so the client's `create_repo` has nothing against it."""
+    hub_server.repositories["somebody/flowers"] = Repository()
+    hub_server.repositories["somebody/flowers"].commit("main", {}, "theirs")
+    with pytest.raises(InputError, match="--push_to_hub can't write to somebody/flowers: .*rights") as caught:
+        train_autoencoder.main([*stage_flags[0], "--push_to_hub", "--hub_model_id", "somebody/flowers"])
+    assert "\n" not in str(caught.value) and not (tmp_path / "autoencoder").exists()
+
+
+def test_sigterm_during_the_upload_ends_it_with_the_line_that_says_how_to_go_on(finished_runs, hub_server):
+    def end(request) -> int | None:
+        if "/commit/" not in request.path:
+            return None
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(2)
+        return -1
+
+    hub_server.interrupt = end
+    args = train_autoencoder.parse_args([*finished_runs.stage1, "--push_to_hub", "--hub_model_id", "flowers"])
+    with pytest.raises(InputError, match="broke off: KeyboardInterrupt; .*finish by: python -m flower_ldm.hub"):
+        hub.push_results(Accelerator(), args)
 
 
 @pytest.mark.parametrize(

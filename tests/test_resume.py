@@ -185,6 +185,33 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(flags, run, tmp_path,
     assert (stopped / f"checkpoint-{step + 2}").is_dir() and (stopped / "metrics.json").is_file()
 
 
+@pytest.mark.parametrize(("stage", "number"), SIGNALS)
+def test_a_signal_after_the_last_update_ends_the_run_too(run, tmp_path, capsys, stage, number, hub_server):
+    """While results are measured and drawn: nothing is pushed, and the last checkpoint gives the rest."""
+    stopped, ended = tmp_path / "stopped", threading.Event()
+
+    def send_at_the_end() -> None:
+        while not (stopped / "checkpoint-6").exists() and not ended.wait(0.001):
+            pass
+        if not ended.is_set():
+            os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send_at_the_end)
+    sender.start()
+    try:
+        with pytest.raises(SystemExit) as ending:
+            run(stage, stopped, "--push_to_hub", "--hub_model_id", "flowers")
+    finally:
+        ended.set()
+        sender.join()
+    assert ending.value.code == 128 + number and not (stopped / "report.html").exists()
+    assert f"go on with --resume_from_checkpoint {stopped / 'checkpoint-6'}" in capsys.readouterr().out
+    repository = hub_server.repositories["gardener/flowers"]
+    assert set(repository.files) == {".gitattributes"}
+    run(stage, stopped, "--resume_from_checkpoint", "latest", "--push_to_hub", "--hub_model_id", "flowers")
+    assert (stopped / "report.html").exists() and "metrics.json" in repository.files
+
+
 def start(stage: str, flags: dict, output_dir: Path) -> subprocess.Popen:
     """The script in a process of its own, the first of a group, with this process's arithmetic."""
     words = [sys.executable, f"train_{stage}.py", *flags[stage], "--output_dir", str(output_dir)]
