@@ -7,6 +7,7 @@ links no picture that shows a photograph of the data set or a reconstruction of 
 
 import html
 import json
+import os
 import re
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def plain(text: object) -> str:
 def hub_id(name: object) -> str | None:
     """The name where it is an id on the Hub; `None` where it is anything else, a folder on this machine among it."""
     is_id = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-    return name if is_id and not Path(name).exists() else None
+    return name if is_id and not os.path.exists(name) else None
 
 
 def public_run(run: Run) -> Run:

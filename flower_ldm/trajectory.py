@@ -160,7 +160,8 @@ def interpolate_classes(
     """
     first, last = pipeline.get_label_ids([start, end])
     one_hot = torch.eye(pipeline.num_classes)
-    weights = torch.stack([torch.lerp(one_hot[first], one_hot[last], i / (num_images - 1)) for i in range(num_images)])
+    shares = [i / max(1, num_images - 1) for i in range(num_images)]
+    weights = torch.stack([torch.lerp(one_hot[first], one_hot[last], share) for share in shares])
     return draw(pipeline, weights, generator=same_seed(seed, num_images), **options)
 
 

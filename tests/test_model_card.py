@@ -160,6 +160,17 @@ def test_card_names_no_path_and_shows_no_photograph(runs, stage):
     assert all((runs[stage] / name).is_file() for name in linked)
 
 
+def test_relative_folder_is_no_repository_from_elsewhere_either(tmp_path, monkeypatch):
+    """`results/stage-1` looks like an id on the Hub once the working folder is another."""
+    (tmp_path / "results" / "stage-1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--autoencoder", "results/stage-1", "--dataset", "results/stage-1"]
+    args = train_latent_diffusion.parse_args(flags)
+    assert args.autoencoder == args.dataset == str(tmp_path / "results" / "stage-1")
+    args = train_latent_diffusion.parse_args(["--autoencoder", "user/stage-1", "--dataset", "user/flowers"])
+    assert (args.autoencoder, args.dataset) == ("user/stage-1", "user/flowers")
+
+
 def test_examples_of_a_pipeline_run_and_agree(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = {}

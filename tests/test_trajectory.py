@@ -158,6 +158,8 @@ def test_classes_are_joined(pipe):
     for image, label in ((images[0], 0), (images[-1], 2)):
         assert abs(image.astype(int) - drawn(pipe, label, 6)).max() <= 1
     assert len(np.unique(images, axis=0)) == 4
+    [alone] = interpolate_classes(pipe, "rose", 2, num_images=1, seed=6, num_inference_steps=STEPS)
+    assert abs(alone.astype(int) - images[0]).max() <= 1
 
 
 def test_guidance_is_swept_over_the_same_noise(pipe):
