@@ -1,4 +1,4 @@
-"""The diffusion process in training, as pure functions: timesteps, label dropout, targets, weights, loss by timestep.
+"""The diffusion process in training, function by function: timesteps, label dropout, targets, weights; their loss.
 
 Its neighbours: `latent_cache` brings latents, noise and uniforms; `train_latent_diffusion.py` strings these functions
 together around `FlowerUNet2DModel`. Everything runs on the device of its inputs and never makes the host wait for it.
@@ -15,8 +15,8 @@ from flower_ldm.errors import InputError
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-# Where the schedule ends in pure noise, min-SNR weights vanish with the SNR, and the step that sampling starts from
-# would never be trained. Signal this faint counts as this much.
+# Towards pure noise min-SNR weights vanish with the SNR (2e-9 at the end of the cosine schedule), and the steps that
+# sampling starts from would never be trained. Signal this faint counts as this much.
 SNR_FLOOR = 0.01
 
 
@@ -24,8 +24,8 @@ def check_schedule(prediction_type: str, beta_schedule: str, zero_terminal_snr: 
     """Refuse what no scheduler can do.
 
     Raises:
-        InputError: an unknown name, or noise prediction where the last step holds nothing but noise: the model would
-            learn to copy its input there, and sampling would divide by a signal of zero (Lin et al. 2023).
+        InputError: an unknown name, or noise prediction where the last step holds (next to) nothing but noise: the
+            model would learn to copy its input there, and sampling would divide by a signal of zero (Lin et al. 2023).
     """
     if prediction_type not in PREDICTION_TYPES:
         raise InputError(f"--prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}.")
@@ -35,6 +35,12 @@ def check_schedule(prediction_type: str, beta_schedule: str, zero_terminal_snr: 
         raise InputError(
             "--zero_terminal_snr cannot go with --prediction_type epsilon, which is undefined at pure noise; "
             "choose --prediction_type v_prediction or sample."
+        )
+    if beta_schedule == "squaredcos_cap_v2" and prediction_type == "epsilon":
+        raise InputError(
+            "--prediction_type epsilon cannot go with --beta_schedule squaredcos_cap_v2, whose first step would "
+            "multiply the model's error by 20,000; choose --beta_schedule linear or scaled_linear, or "
+            "--prediction_type v_prediction or sample."
         )
 
 
@@ -103,7 +109,8 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: fl
     """Loss weights `(B,)` that keep any one noise level from dominating (Hang et al. 2023, "Min-SNR", section 3.4).
 
     In terms of the error of the denoised latents the weight is min(SNR, gamma). That of the noise is SNR times as
-    large, and that of the velocity SNR + 1 times, so the weight is divided by as much. `gamma=None` weighs all alike.
+    large, and that of the velocity SNR + 1 times, so the weight is divided by as much. An SNR below `SNR_FLOOR` counts
+    as that, which is ours. `gamma=None` weighs all alike.
 
     Raises:
         ValueError: the scheduler's `prediction_type` is none of the three.
@@ -112,9 +119,7 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: fl
         return torch.ones_like(timesteps, dtype=torch.float32)
     # Kept there, as `add_noise` does too: the copy makes the host wait, so it must happen once and not at every step.
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)
-    snr = compute_snr(scheduler, timesteps)
-    if scheduler.config.rescale_betas_zero_snr:
-        snr = snr.clamp(min=SNR_FLOOR)
+    snr = compute_snr(scheduler, timesteps).clamp(min=SNR_FLOOR)
     weights = snr.clamp(max=gamma)
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
@@ -128,6 +133,8 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: fl
 
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean squared error of each sample, `(B,)` float32, from `(B, C, H, W)` twice and weights `(B,)`."""
+    if prediction.shape != target.shape:  # torch would broadcast, with a warning
+        raise ValueError(f"the prediction has the shape {tuple(prediction.shape)}, its target {tuple(target.shape)}")
     squared_error = F.mse_loss(prediction.float(), target.float(), reduction="none")
     return squared_error.mean(dim=(1, 2, 3)) * weights
 
