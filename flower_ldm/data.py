@@ -320,11 +320,13 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return scaled.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
-def uint8_images(images: ImageDataset | np.ndarray, keys: Sequence[int]) -> np.ndarray:
-    """Some images of a data set (centre-cropped, not flipped) or an array, as `(B, H, W, 3)` uint8."""
+def uint8_images(images: ImageDataset | np.ndarray, keys: Sequence[int], mirrored: bool = False) -> np.ndarray:
+    """Some images of a data set (centre-cropped) or an array, or what a mirror shows, as `(B, H, W, 3)` uint8."""
     if isinstance(images, np.ndarray):
-        return images[np.asarray(keys)]
-    return to_uint8(images.__getitems__(list(keys))["images"])
+        chosen = images[np.asarray(keys)]
+    else:
+        chosen = to_uint8(images.__getitems__(list(keys))["images"])
+    return np.ascontiguousarray(chosen[:, :, ::-1]) if mirrored else chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ import flower_ldm
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.autoencoder_losses import PerceptualLoss
 from flower_ldm.data import ImageDataset, load_datasets, to_uint8
-from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
+from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line
 from flower_ldm.features import (
     DEFAULT_FEATURES,
     KID_MAX_SUBSET,
@@ -55,7 +55,7 @@ from flower_ldm.features import (
     read_tensors,
     write_tensors,
 )
-from flower_ldm.files import write_whole
+from flower_ldm.files import whole_path, write_whole
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
 from flower_ldm.model_card import write_model_card
@@ -137,6 +137,7 @@ def add_data_flags(args: argparse.Namespace) -> None:
             saved = dict(yaml.safe_load(path.read_text()))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise InputError(f"{path} can't be read: repair it, or move it away and give --dataset") from error
+    args.dataset = whole_path(args.dataset)
     if args.dataset is not None and args.dataset != saved.get("dataset"):
         saved = {}
     for name, default in DATA_FLAGS.items():
@@ -281,7 +282,10 @@ class Sampler:
     def _draw_batch(self, numbers: list[int], options: dict) -> np.ndarray:
         labels = [number % self.pipe.num_classes for number in numbers]
         generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
-        return np.ascontiguousarray(draw(self.pipe, labels, generator=generators, **options))
+        try:
+            return np.ascontiguousarray(draw(self.pipe, labels, generator=generators, **options))
+        except ValueError as error:  # what comes of so few steps shows when they are done
+            raise InputError(one_line(error)) from error
 
     def _kept(self, folder: Path, key: str, num_samples: int) -> tuple[dict[int, np.ndarray], float]:
         """The images that are there already, by number, and the seconds they took; what is damaged is drawn again."""
@@ -437,6 +441,11 @@ def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureN
     )
     wanted = torch.bincount(sample_labels(args.num_samples, train.num_classes), minlength=train.num_classes)
     held_back, rest = hold_back(train.labels, wanted)
+    if len(held_back) < MIN_IMAGES:
+        raise InputError(
+            f"{len(held_back)} of {len(train):,} training images can be held back to compare with, at most half of "
+            f"each class: there must be {MIN_IMAGES}; take larger --train_splits"
+        )
     print("training the classifier", flush=True)
     classifier = train_classifier(train_features[rest], train.labels[rest])
     return Real(train, held_out, train_features, held_out_features, held_back, classifier)
@@ -501,8 +510,9 @@ def evaluate(
         for name, (features, of_class) in sets.items()
     }
     neighbours = TrainingNeighbours(real.train, real.train_features)
-    found = neighbours.search(samples, sets["samples"][0])
-    held_out_found = neighbours.search(real.held_out, real.held_out_features)
+    look_in_mirror = partial(look, title="features of mirrored images", mirrored=True)
+    found = neighbours.search(samples, sets["samples"][0], look_in_mirror(samples))
+    held_out_found = neighbours.search(real.held_out, real.held_out_features, look_in_mirror(real.held_out))
     names = [pipe.class_names[label] for label in labels.tolist()]
     save_nearest_neighbours(samples, names, real.train, found, args.output.parent / "nearest_neighbours.png")
     sweep = measure_sweep(args, sampler, network, real)
@@ -584,6 +594,10 @@ def remarks_on(args: argparse.Namespace, against_held_out: dict[str, dict], real
     remarks.append(
         f"KID is the mean over {KID_SUBSETS} random subsets of at most {subset} images, its spread their deviation; "
         "the classifier has seen none of the images in this table"
+    )
+    remarks.append(
+        "precision, recall, density and coverage: every feature is first brought to the held-out images' mean 0 and "
+        "deviation 1, so they don't compare with figures elsewhere; memorisation: each image as it is and mirrored"
     )
     return remarks
 

@@ -209,9 +209,17 @@ def _in_255(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], l
 
 @torch.no_grad()
 def extract_features(
-    network: FeatureNetwork, images: ImageDataset | np.ndarray, *, batch_size: int = 64, title: str = "features"
+    network: FeatureNetwork,
+    images: ImageDataset | np.ndarray,
+    *,
+    batch_size: int = 64,
+    title: str = "features",
+    mirrored: bool = False,
 ) -> torch.Tensor:
     """Features `(N, D)` float32, on the CPU, of a data set or of `(N, H, W, 3)` uint8; a batch at a time in memory.
+
+    Args:
+        mirrored: of what a mirror shows.
 
     Raises:
         InputError: where the network doesn't take these images, or gives something else than finite `(B, D)`.
@@ -219,7 +227,8 @@ def extract_features(
     parts = []
     with tqdm(total=len(images), desc=title, unit=" images") as progress:
         for keys in torch.arange(len(images)).split(batch_size):
-            batch = torch.from_numpy(uint8_images(images, keys.tolist())).permute(0, 3, 1, 2)  # channels last
+            batch = torch.from_numpy(uint8_images(images, keys.tolist(), mirrored))
+            batch = batch.permute(0, 3, 1, 2)  # channels last in memory
             try:
                 features = network(batch.to(network.device))
             except (RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: `write_whole`, for caches, metrics, pages and cards.
+"""Files that are whole or not there: `write_whole`, for caches, metrics, pages and cards; and `whole_path`.
 
 Its neighbours: `latent_cache`, `features`, `evaluation`, `report` and `model_card` write through it.
 """
@@ -26,3 +26,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+def whole_path(name: str | None) -> str | None:
+    """What names a folder or else an id on the Hub, unmistakable from elsewhere too: a folder by its whole path."""
+    return os.path.abspath(name) if name and "/" in name and os.path.isdir(name) else name

@@ -81,40 +81,64 @@ class TrainingNeighbours:
             raise InputError("memorisation needs at least 2 different training images: choose other --train_splits")
 
     def search(
-        self, images: ImageDataset | np.ndarray, features: torch.Tensor | None = None
+        self,
+        images: ImageDataset | np.ndarray,
+        features: torch.Tensor | None = None,
+        mirrored_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """For Q images and their features: what `memorisation_rates` and `save_nearest_neighbours` need.
+        """For Q images: what `memorisation_rates` and `save_nearest_neighbours` need.
+
+        Each is looked up as it is and mirrored, since models are trained on mirrored images too.
+
+        Args:
+            features, mirrored_features: `(Q, D)`, of the images and of what a mirror shows of them; both or neither.
 
         Returns:
             "feature_distances" (where there are features), "pixel_distances" `(Q, 2)`, nearest first; "feature_keys",
             "pixel_keys" `(Q, 2)`, the training images' indices; "is_copy" `(Q,)`, whether its bytes are those of a
             training image.
         """
-        rows_in = {"pixel": (partial(pixel_rows, images), partial(pixel_rows, self.images))}
-        if features is not None:
-            rows_in["feature"] = (features.__getitem__, self.features.__getitem__)
         queries = torch.arange(len(images))
         found = {}
-        for space, (query_rows, training_rows) in rows_in.items():
-            found[f"{space}_distances"], found[f"{space}_keys"] = nearest_two(
-                query_rows, queries, training_rows, self.distinct, title=f"neighbours by {space}s"
-            )
-        found["is_copy"] = torch.tensor([digest in self.first_of for digest in image_digests(images)])
+        for space in ("pixel", "feature") if features is not None else ("pixel",):
+            either = []
+            for mirrored, of_these in ((False, features), (True, mirrored_features)):
+                if space == "pixel":
+                    query_rows = partial(pixel_rows, images, mirrored=mirrored)
+                    training_rows = partial(pixel_rows, self.images)
+                else:
+                    query_rows, training_rows = of_these.__getitem__, self.features.__getitem__
+                title = f"neighbours by {space}s{', mirrored' if mirrored else ''}"
+                either.append(nearest_two(query_rows, queries, training_rows, self.distinct, title=title))
+            found[f"{space}_distances"], found[f"{space}_keys"] = nearest_of_either(*either)
+        copies = [[digest in self.first_of for digest in image_digests(images, side)] for side in (False, True)]
+        found["is_copy"] = torch.tensor(copies).any(dim=0)
         return found
 
 
-def image_digests(images: ImageDataset | np.ndarray) -> Iterator[bytes]:
+def nearest_of_either(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of two answers of `nearest_two` to the same queries the two nearest references, which are not the same."""
+    distances, order = torch.cat([one[0], other[0]], dim=1).sort(dim=1, stable=True)  # (Q, 4)
+    keys = torch.cat([one[1], other[1]], dim=1).gather(1, order)
+    second = 1 + (keys[:, 1:] != keys[:, :1]).int().argmax(dim=1)
+    both = torch.stack([torch.zeros_like(second), second], dim=1)  # (Q, 2)
+    return distances.gather(1, both), keys.gather(1, both)
+
+
+def image_digests(images: ImageDataset | np.ndarray, mirrored: bool = False) -> Iterator[bytes]:
     """A digest of each image's pixels, in order."""
     for keys in torch.arange(len(images)).split(IMAGES_AT_A_TIME):
-        for image in uint8_images(images, keys.tolist()):
+        for image in uint8_images(images, keys.tolist(), mirrored):
             yield hashlib.sha256(image.tobytes()).digest()
 
 
-def pixel_rows(images: ImageDataset | np.ndarray, keys: torch.Tensor) -> torch.Tensor:
+def pixel_rows(images: ImageDataset | np.ndarray, keys: torch.Tensor, mirrored: bool = False) -> torch.Tensor:
     """Pixels `(B, 3 H W)` in [-1, 1], averaged down to at most 64 a side: copies are as near there as at full size."""
     rows = []
     for some in keys.split(IMAGES_AT_A_TIME):
-        pixels = torch.from_numpy(uint8_images(images, some.tolist())).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(uint8_images(images, some.tolist(), mirrored)).permute(0, 3, 1, 2)
         pixels = pixels.float().div_(127.5).sub_(1)
         if pixels.shape[-1] > PIXEL_SPACE:
             pixels = F.interpolate(pixels, size=(PIXEL_SPACE, PIXEL_SPACE), mode="area")

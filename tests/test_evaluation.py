@@ -344,7 +344,13 @@ def test_too_few_images_for_the_features_are_remarked_beside_the_number(finished
     assert any(line.startswith("* n = 8 is not above") for line in table)
 
 
-def test_flags_win_over_args_yaml_and_another_data_set_forgets_it(tmp_path):
+def test_too_few_training_images_to_hold_some_back(finished_runs, pooled, tmp_path):
+    with pytest.raises(InputError, match="4 of 8 training images can be held back to compare with.*there must be 6"):
+        run(finished_runs, pooled, tmp_path / "metrics.json", "--images_per_class", "2", "--dataset", "synthetic",
+            "--classes", "0", "1", "2", "3", "--train_splits", "train", "--val_splits", "val")  # fmt: skip
+
+
+def test_flags_win_over_args_yaml_and_another_data_set_forgets_it(tmp_path, monkeypatch):
     saved = {"dataset": "imagefolder", "data_dir": "here", "classes": ["a", "b"], "resolution": 32, "seed": 7}
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(saved))
     args = parse_args(["--pipeline", str(tmp_path)])
@@ -354,6 +360,12 @@ def test_flags_win_over_args_yaml_and_another_data_set_forgets_it(tmp_path):
     assert (args.data_dir, args.classes) == ("there", ["a", "b"])
     args = parse_args(["--pipeline", str(tmp_path), "--dataset", "flowers102"])
     assert (args.data_dir, args.classes, args.resolution) == (None, None, None)
+    (tmp_path / "folder" / "of flowers").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    saved |= {"dataset": str(tmp_path / "folder" / "of flowers"), "image_column": "picture"}  # as the scripts write it
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(saved))
+    args = parse_args(["--pipeline", str(tmp_path), "--dataset", "folder/of flowers"])
+    assert (args.dataset, args.image_column) == (saved["dataset"], "picture")
     (tmp_path / "args.yaml").write_text("- no\n- mapping")
     with pytest.raises(InputError, match="args.yaml can't be read"):
         parse_args(["--pipeline", str(tmp_path)])
@@ -372,7 +384,7 @@ def test_flags_win_over_args_yaml_and_another_data_set_forgets_it(tmp_path):
         (("--classes", "0", "1", "3", "2"), "class 2 is '.*' in --pipeline .*, but '.*' in synthetic"),
         (("--val_splits", "test"), "--val_splits: there is no split 'test'"),
         (("--guidance_scale", "nan"), "guidance_scale must be a finite number"),
-        (("--scheduler", "ddim", "--sweep_steps", "2", "1001"), "can't take --num_inference_steps 1001"),
+        (("--scheduler", "ddim", "--sweep_steps", "2", "1001"), "num_inference_steps must be at most 1000"),
         (("--guidance_interval", "0.8", "0.1"), "guidance_interval must be two fractions"),
         (("--device", "toaster"), "--device toaster can't be used"),
         (("--vgg_weights", "nowhere.pth"), "--vgg_weights nowhere.pth is no file"),
@@ -475,12 +487,13 @@ def test_real_images_beat_noise_by_far_and_know_their_classes(photographs):
 
 @pytest.mark.slow
 def test_training_photographs_are_memorised_and_held_out_ones_are_not(photographs):
-    _, train, held_out, train_features, held_out_features = photographs
+    network, train, held_out, train_features, held_out_features = photographs
+    in_a_mirror = [extract_features(network, images, mirrored=True) for images in (train, held_out)]
     neighbours = TrainingNeighbours(train, train_features)
     assert len(neighbours.distinct) < len(train)  # byte-identical pairs
-    rates = memorisation_rates(neighbours.search(train, train_features))
+    rates = memorisation_rates(neighbours.search(train, train_features, in_a_mirror[0]))
     assert rates["n"] == rates["exact_duplicates"] == 7169
     assert rates["feature_rate"] >= 0.999 and rates["pixel_rate"] >= 0.999
-    null = memorisation_rates(neighbours.search(held_out, held_out_features))
+    null = memorisation_rates(neighbours.search(held_out, held_out_features, in_a_mirror[1]))
     assert null["n"] == 1020
     assert null["feature_rate"] <= 0.005 and null["pixel_rate"] <= 0.005

@@ -20,6 +20,10 @@ def rows_of(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).flatten(1).float()
 
 
+def mirrored_rows_of(images: np.ndarray) -> torch.Tensor:
+    return rows_of(images[:, :, ::-1].copy())
+
+
 def test_nearest_two_are_the_nearest(monkeypatch):
     monkeypatch.setattr(memorisation, "ROWS_AT_A_TIME", 8)
     rng = torch.Generator().manual_seed(0)
@@ -36,18 +40,36 @@ def test_nearest_two_are_the_nearest(monkeypatch):
 def test_training_images_are_memorised_and_others_are_not():
     train, others = random_images(60), random_images(40, seed=1)
     neighbours = TrainingNeighbours(train, rows_of(train))
-    found = neighbours.search(train, rows_of(train))
+    found = neighbours.search(train, rows_of(train), mirrored_rows_of(train))
     assert memorisation_rates(found) == {"n": 60, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 60}
     assert found["pixel_keys"][:, 0].tolist() == found["feature_keys"][:, 0].tolist() == list(range(60))
     assert (found["pixel_distances"][:, 0] == 0).all()
-    rates = memorisation_rates(neighbours.search(others, rows_of(others)))
+    rates = memorisation_rates(neighbours.search(others, rows_of(others), mirrored_rows_of(others)))
     assert rates == {"n": 40, "feature_rate": 0, "pixel_rate": 0, "exact_duplicates": 0}
+
+
+def test_mirrored_copies_are_memorised_too():
+    train = random_images(60)
+    mirrored = train[:20, :, ::-1].copy()
+    neighbours = TrainingNeighbours(train, rows_of(train))
+    found = neighbours.search(mirrored, rows_of(mirrored), mirrored_rows_of(mirrored))
+    assert memorisation_rates(found) == {"n": 20, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 20}
+    assert found["pixel_keys"][:, 0].tolist() == found["feature_keys"][:, 0].tolist() == list(range(20))
+
+
+def test_an_image_that_is_its_own_mirror_image_has_another_as_its_second():
+    train = random_images(30)
+    train[7] = train[7, :, ::-1] // 2 + train[7] // 2
+    found = TrainingNeighbours(train).search(train)
+    assert found["pixel_keys"][7, 0] == 7 and (found["pixel_keys"][:, 0] != found["pixel_keys"][:, 1]).all()
+    assert (found["pixel_distances"][:, 1] > 1).all()
 
 
 def test_near_copies_are_memorised_though_no_byte_is_the_same():
     train = random_images(60)
     copies = np.where(train[:20] > 127, train[:20] - 1, train[:20] + 1)
-    rates = memorisation_rates(TrainingNeighbours(train, rows_of(train)).search(copies, rows_of(copies)))
+    neighbours = TrainingNeighbours(train, rows_of(train))
+    rates = memorisation_rates(neighbours.search(copies, rows_of(copies), mirrored_rows_of(copies)))
     assert rates == {"n": 20, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 0}
 
 
@@ -57,13 +79,13 @@ def test_byte_identical_training_images_neither_hide_nor_fake_memorisation():
     twins = np.concatenate([train, train[:10]])
     neighbours = TrainingNeighbours(twins, rows_of(twins))
     near = np.where(train[:10] > 127, train[:10] - 1, train[:10] + 1)
-    found = neighbours.search(near, rows_of(near))
+    found = neighbours.search(near, rows_of(near), mirrored_rows_of(near))
     assert memorisation_rates(found)["feature_rate"] == memorisation_rates(found)["pixel_rate"] == 1
     assert (found["pixel_keys"] < 30).all() and (found["pixel_distances"][:, 1] > 0).all()
-    exact = memorisation_rates(neighbours.search(train[:10], rows_of(train[:10])))
+    exact = memorisation_rates(neighbours.search(train[:10], rows_of(train[:10]), mirrored_rows_of(train[:10])))
     assert exact == {"n": 10, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 10}
     others = random_images(20, seed=1)
-    assert memorisation_rates(neighbours.search(others, rows_of(others)))["pixel_rate"] == 0
+    assert memorisation_rates(neighbours.search(others, rows_of(others), mirrored_rows_of(others)))["pixel_rate"] == 0
 
 
 def test_the_one_third_rule():
@@ -81,7 +103,7 @@ def test_picture_shows_the_suspects_first(tmp_path):
     train = random_images(30, size=16) // 2 + 64  # no strong red in it
     samples = random_images(12, size=16, seed=1) // 2 + 64
     samples[7] = train[3]
-    found = TrainingNeighbours(train, rows_of(train)).search(samples, rows_of(samples))
+    found = TrainingNeighbours(train, rows_of(train)).search(samples, rows_of(samples), mirrored_rows_of(samples))
     names = [f"a class with a long name {number}" for number in range(12)]
     save_nearest_neighbours(samples, names, train, found, tmp_path / "new" / "nearest_neighbours.png")
     picture = np.asarray(Image.open(tmp_path / "new" / "nearest_neighbours.png").convert("RGB")).astype(int)
