@@ -37,7 +37,7 @@ from flower_ldm.autoencoder_losses import (
     pixel_loss,
 )
 from flower_ldm.data import ImageDataset
-from flower_ldm.discriminator import PatchDiscriminator
+from flower_ldm.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
@@ -289,6 +289,11 @@ def build_parts(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, percep
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
+    if args.adversarial_weight > 0 and args.resolution < SMALLEST_IMAGE:
+        raise InputError(
+            f"--resolution must be at least {SMALLEST_IMAGE} for the discriminator, got {args.resolution}: raise it, "
+            "or train without by --adversarial_weight 0"
+        )
     training.check_output_dir(args)
     checkpoint = training.find_checkpoint(args)
     needs_head = args.classification_weight > 0 or args.center_weight > 0 or args.repulsion_weight > 0
@@ -303,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = training.build_model(
         FlowerAutoencoderKL,
         args.model_config,
+        in_channels=3,
         num_classes=train_images.num_classes if needs_head else 0,
         sample_size=args.resolution,
     )

@@ -74,6 +74,8 @@ def parse_args(argv: list[str] | None = None):
     hub.check_flags(args)
     if not 0 <= args.label_dropout < 1:
         raise InputError(f"--label_dropout must be at least 0 and below 1, got {args.label_dropout}")
+    if args.label_dropout == 0 and args.guidance_scale != 1:
+        raise InputError("--label_dropout 0 never trains the null label that guidance needs: add --guidance_scale 1")
     if args.snr_gamma < 0:
         raise InputError(f"--snr_gamma must be at least 0, got {args.snr_gamma}")
     check_schedule(args.prediction_type, args.beta_schedule, args.zero_terminal_snr)
@@ -259,8 +261,6 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     vae = load_autoencoder(args.autoencoder)
     training.check_output_dir(args)
-    if Path(args.autoencoder).resolve().is_relative_to(output_dir.resolve()) and not training.resumes_in_place(args):
-        raise InputError(f"--output_dir {output_dir} holds --autoencoder {args.autoencoder}: name another folder")
     checkpoint = training.find_checkpoint(args)
     accelerator = training.set_up(args)
     train_images, val_images = training.load_images(accelerator, args)
@@ -274,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         args.model_config,
         sample_size=height if height == width else [height, width],
         in_channels=channels,
+        out_channels=channels,
         num_classes=len(class_names),
     ).to(accelerator.device)
     if args.gradient_checkpointing:

@@ -9,6 +9,8 @@ from torch import nn
 
 from .models.autoencoder_flower import LayerNorm2d
 
+SMALLEST_IMAGE = 12  # pixels a side that leave one patch
+
 
 class PatchDiscriminator(nn.Module):
     """The patch discriminator of pix2pix (Isola et al. 2017), with layer normalisation over channels.

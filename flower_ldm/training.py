@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
 from .errors import InputError, OneLineParser
+from .files import whole_path
 
 CHECKPOINT_PREFIX = "checkpoint-"
 # What a resumed run may have otherwise. The paths among these are compared by what they lead to (see `Progress`), the
@@ -53,7 +54,7 @@ MAY_CHANGE = {
     "logging_steps", "report_to", "dataloader_num_workers", "torch_compile", "gradient_checkpointing",
     "mixed_precision", "skip_bad_images", "train_batch_size", "gradient_accumulation_steps", "model_config",
     "vgg_weights", "autoencoder", "latent_cache_dir", "guidance_scale", "final_pictures", "learning_rate",
-    "push_to_hub", "hub_model_id", "hub_private_repo",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "dataset",
 }  # fmt: skip
 # diffusers' schedules that these flags can describe.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -127,12 +128,19 @@ def parse_arguments(parser: OneLineParser, section: str, argv: list[str] | None 
     recipe_parser.add_argument("--config")
     recipe = recipe_parser.parse_known_args(argv)[0].config
     args = parser.parse_args((read_recipe(parser, Path(recipe), section) if recipe else []) + argv)
+    if given(argv, parser, "num_train_epochs") and not given(argv, parser, "max_train_steps"):
+        args.max_train_steps = None  # the recipe's, which would win over the flag
     check_numbers(args)
     check_trackers(args.report_to)
-    for name in ("dataset", "autoencoder"):  # a folder, or an id on the Hub; which of them is known only here
-        if "/" in getattr(args, name, "") and Path(getattr(args, name)).is_dir():
-            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+    for name in {"dataset", "autoencoder"} & vars(args).keys():
+        setattr(args, name, whole_path(getattr(args, name)))
     return args
+
+
+def given(argv: list[str], parser: OneLineParser, name: str) -> bool:
+    """Whether a flag is among the words of the command line, by any of its spellings."""
+    [action] = [action for action in parser._actions if action.dest == name]
+    return any(word.partition("=")[0] in action.option_strings for word in argv)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -223,12 +231,13 @@ def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module
     for key, value in config.items():
         if key not in known:
             raise InputError(f"--model_config {path}: {model_class.__name__} has no '{key}'")
-        if value != of_this_run.get(key, value):
+        if value is not None and value != of_this_run.get(key, value):
             raise InputError(f"--model_config {path}: '{key}' must be {of_this_run[key]} in this run, or be left out")
     try:
         return model_class(**(config | of_this_run))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{model_class.__name__} can't be built: {error}") from error
+        which = f"--model_config {path}: " if path else ""
+        raise InputError(f"{which}{model_class.__name__} can't be built: {error}") from error
 
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
@@ -297,6 +306,12 @@ def check_output_dir(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file: name a folder")
+    if not resumes_in_place(args):
+        for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights"):
+            path = getattr(args, name, None)
+            there = path and (name == "data_dir" or os.path.exists(path))  # else an id on the Hub
+            if there and Path(path).resolve().is_relative_to(output_dir.resolve()):
+                raise InputError(f"--output_dir {output_dir} holds --{name} {path}: name another folder")
     if not output_dir.is_dir() or not any(output_dir.iterdir()) or resumes_in_place(args):
         return
     if not args.overwrite_output_dir:
@@ -320,10 +335,11 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
     """Make the output folder this run's, with its `args.yaml`, and start the trackers in it.
 
     Called when nothing else can be wrong any more, so that a mistake neither costs the run that is replaced nor leaves
-    a folder behind that the next try would stumble over.
+    a folder behind that the next try would stumble over. Another run may have come there meanwhile, so it looks again.
     """
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
+        check_output_dir(args)
         output_dir.mkdir(parents=True, exist_ok=True)
         for path in list(output_dir.iterdir()):
             if not resumes_in_place(args) or path.name.startswith("unfinished-"):
@@ -553,6 +569,10 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         saved = dict(yaml.safe_load((checkpoint / "args.yaml").read_text()))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read") from error
+    if resumes_in_place(args) and checkpoint.resolve() not in [path.resolve() for path in checkpoints]:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint} must be called {CHECKPOINT_PREFIX}<step>, or --output_dir another"
+        )
     if resumes_in_place(args) and checkpoint.resolve() != checkpoints[-1].resolve():
         raise InputError(
             f"--resume_from_checkpoint {checkpoint}: {args.output_dir} holds {checkpoints[-1].name}, which is newer; "
@@ -590,6 +610,7 @@ def resume(
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"
             ) from error
+        accelerator.step = 0  # it counts micro-batches: a checkpoint lies between two updates, however many those had
         ema.to(accelerator.device)  # accelerate loads what is registered to the CPU
         lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
         for group, lr_lambda in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):

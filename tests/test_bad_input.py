@@ -130,7 +130,8 @@ def test_resolution_that_cannot_be_halved_often_enough(refusal):
     line = refusal("latent_diffusion", "--resolution", "36")
     assert line.startswith("--resolution 36 doesn't suit --autoencoder: images of 36 x 36 can't be encoded")
     assert "multiples of 8" in line
-    assert refusal("autoencoder", "--resolution", "4") == "--resolution must be at least 8, not 4"
+    line = refusal("autoencoder", "--resolution", "4", "--adversarial_weight", "0")
+    assert line == "--resolution must be at least 8, not 4"
 
 
 def test_resolution_that_a_stock_autoencoder_would_round(refusal, tmp_path):
@@ -178,6 +179,9 @@ def test_unknown_recipe_key_with_the_nearest(refusal, tmp_path, stage):
         ("latent_diffusion", "--prediction_type noise", "--prediction_type: invalid choice: 'noise'"),
         ("latent_diffusion", "--beta_schedule cosine", "--beta_schedule: invalid choice: 'cosine'"),
         ("latent_diffusion", "--label_dropout 1", "--label_dropout must be at least 0 and below 1, got 1.0"),
+        ("latent_diffusion", "--prediction_type epsilon", "cannot go with --beta_schedule squaredcos_cap_v2"),
+        ("latent_diffusion", "--label_dropout 0", "never trains the null label that guidance needs"),
+        ("autoencoder", "--resolution 8", "--resolution must be at least 12 for the discriminator, got 8"),
         ("latent_diffusion", "--snr_gamma -1", "--snr_gamma must be at least 0, got -1.0"),
         ("latent_diffusion", "--guidance_scale nan", "--guidance_scale must be a finite number, got nan"),
         ("latent_diffusion", "--lr_scheduler sinus", "--lr_scheduler: invalid choice: 'sinus' (choose from"),
@@ -212,6 +216,13 @@ def test_model_config_of_another_model(refusal, tmp_path, stage):
     (tmp_path / "model.json").write_text(json.dumps({"depth": 12}))
     line = refusal(stage, "--model_config", tmp_path / "model.json")
     assert line.startswith(f"--model_config {tmp_path}/model.json: Flower") and line.endswith("has no 'depth'")
+
+
+@pytest.mark.parametrize(("stage", "name"), [("autoencoder", "in_channels"), ("latent_diffusion", "out_channels")])
+def test_model_config_with_channels_that_images_or_latents_have_not(refusal, earlier_runs, tmp_path, stage, name):
+    (tmp_path / "model.json").write_text(json.dumps({name: 1}))
+    line = refusal(stage, "--model_config", tmp_path / "model.json", "--overwrite_output_dir")
+    assert f"model.json: '{name}' must be" in line and line.endswith("in this run, or be left out")
 
 
 def test_vgg_that_cannot_be_had(refusal, flags, offline, tmp_path):

@@ -6,6 +6,7 @@ really end one. Neighbour: `test_distributed.py`, the same for several processes
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +323,45 @@ def test_one_batch_or_two_halves_are_one_update(flags, run, tmp_path, stage):
         states = [tensors(checkpoint[name]) for checkpoint in (one, other, before)]
         if states[0]:
             assert apart(*states) < (1e-3 if name.startswith("optimizer") else 1e-2), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_may_split_its_batches_otherwise(flags, run, tmp_path, stage):
+    """From an odd number of micro-batches, too: the halves of an update stay together."""
+    if stage == "autoencoder":
+        flags[stage] += ["--no-adaptive_weight"]
+    whole = ["--train_batch_size", "8", "--gradient_accumulation_steps", "1", "--checkpointing_steps", "1"]
+    run(stage, tmp_path / "whole", *whole, "--max_train_steps", "4", "--checkpoints_total_limit", "4")
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    run(stage, tmp_path / "halves", "--max_train_steps", "4", "--resume_from_checkpoint", str(checkpoint))
+    ends = [contents(tmp_path / name) for name in ("whole/checkpoint-4", "halves/checkpoint-4")]
+    before = contents(checkpoint)
+    for name in before:
+        states = [tensors(part[name]) for part in (*ends, before)]
+        if states[0]:
+            assert apart(*states) < 1e-2, name
+
+
+def test_a_resumed_run_finds_its_data_in_another_place(run, flags, flowers, tmp_path, monkeypatch):
+    """A folder of data is kept by its whole path, but may be moved: the images say whether they are the same."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "other"):
+        shutil.copytree(flowers, tmp_path / folder / "data" / "flowers" / "train")
+    words = ["--train_splits", "train", "--label_column", "label", "--max_train_steps", "2"]
+    run("latent_diffusion", tmp_path / "run", "--dataset", "one/data/flowers", *words)
+    words[-1] = "4"
+    run("latent_diffusion", tmp_path / "run", "--dataset", "other/data/flowers", *words, "--resume_from_checkpoint",
+        "latest")  # fmt: skip
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+
+
+def test_a_renamed_checkpoint_is_refused_in_its_own_folder(run, tmp_path):
+    folder = run("latent_diffusion", tmp_path / "run", "--max_train_steps", "2")
+    (folder / "checkpoint-2").rename(folder / "kept")
+    words = ["--resume_from_checkpoint", str(folder / "kept"), "--max_train_steps", "2"]
+    with pytest.raises(InputError, match="kept must be called checkpoint-<step>, or --output_dir another"):
+        run("latent_diffusion", folder, *words)
+    run("latent_diffusion", tmp_path / "exported", *words)
 
 
 def test_a_resumed_run_takes_another_learning_rate(run, tmp_path):

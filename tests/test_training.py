@@ -57,6 +57,15 @@ def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_default(recipe):
     assert (args.train_batch_size, args.output_dir, args.pixel_weight) == (64, "results/autoencoder", 1.0)
 
 
+@pytest.mark.parametrize("flag", [["--num_train_epochs", "3"], ["--total_epochs=3"]])
+def test_epochs_on_the_command_line_win_over_a_recipes_steps(recipe, flag):
+    config = recipe("autoencoder: {max_train_steps: 100}")
+    assert parse(*config).max_train_steps == 100
+    args = parse(*config, *flag)
+    assert (args.max_train_steps, args.num_train_epochs) == (None, 3)
+    assert parse(*config, *flag, "--max_train_steps", "7").max_train_steps == 7
+
+
 def test_a_script_reads_its_own_section(recipe):
     config = recipe("autoencoder: {pixel_weight: 2}\nlatent_diffusion: {train_batch_size: 128, snr_gamma: 5}")
     args = parse(*config)
@@ -204,6 +213,26 @@ def on_disk(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_folder_that_another_run_has_filled_meanwhile_is_left_alone(output_dir):
+    args = parse(f"--output_dir={output_dir}", "--report_to=none")
+    training.check_output_dir(args)
+    (output_dir / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(InputError, match="is not empty"):
+        training.claim_output_dir(Accelerator(cpu=True), args)
+    assert [path.name for path in output_dir.iterdir()] == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("name", ["data_dir", "vgg_weights", "config", "model_config"])
+def test_what_a_run_reads_may_not_lie_where_it_writes(output_dir, name):
+    output_dir.mkdir(parents=True)
+    (output_dir / "args.yaml").write_text("{}")
+    (output_dir / "needed").write_text("{}")
+    args = parse(f"--output_dir={output_dir}", "--overwrite_output_dir")
+    setattr(args, name, str(output_dir / "needed"))
+    with pytest.raises(InputError, match=f"holds --{name} {output_dir}/needed: name another folder"):
+        training.check_output_dir(args)
+
+
 @pytest.fixture
 def earlier_run(output_dir) -> dict[str, bytes]:
     """A run with a checkpoint, and what it has on disk."""
@@ -311,7 +340,7 @@ def test_no_checkpoint_to_find(output_dir, earlier_run, tmp_path):
 
 @pytest.mark.parametrize(
     "flag",
-    ["seed=2", "resolution=32", "lr_warmup_steps=1", "dataset=synthetic", "classes=1", "images_per_class=7"],
+    ["seed=2", "resolution=32", "lr_warmup_steps=1", "classes=1", "images_per_class=7"],
 )
 def test_a_checkpoint_of_another_trajectory_is_refused(output_dir, earlier_run, flag):
     with pytest.raises(InputError, match=f"--{flag.partition('=')[0]} is .* made with") as caught:
