@@ -116,7 +116,10 @@ def whole(name: str, value: object, lowest: int, highest: int) -> int:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def refusal(message: str) -> Exception:
@@ -478,8 +481,9 @@ def load_pipeline(name: str, device: str, trust_remote_code: bool) -> DiffusionP
     options = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         pipe = loader.from_pretrained(name, **options)
-        pipe.class_names, pipe.latents_shape  # noqa: B018  (what the page needs of it)
-    except (OSError, ValueError, AttributeError) as error:
+        pipe.class_names, pipe.make_scheduler  # noqa: B018  (what the page needs of it)
+        pipe.check_inputs(num_labels=1)
+    except Exception as error:  # of files, of the network, of the Hub: they have no common base
         reason = " ".join(str(error).split())
         fail(f"--pipeline {name} is no folder or Hub id of a pipeline that draws classes: {reason}")
     try:
@@ -490,6 +494,8 @@ def load_pipeline(name: str, device: str, trust_remote_code: bool) -> DiffusionP
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if not 0 < args.port < 65536:
+        fail(f"--port must be from 1 to 65535, got {args.port}")
     if gr is None:
         fail("the page needs gradio: pip install 'gradio>=6.0' (or, in a clone, pip install -e '.[app]')")
     if args.space:

@@ -23,7 +23,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
-from .model_card import write_model_card
+from .model_card import public_dataset, write_model_card
 
 # By diffusers' name: a latent cache may lie in the same folder, and holds the photographs.
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json")
@@ -98,15 +98,22 @@ def create_repository(repo_id: str, private: bool = False, api: HfApi | None = N
     Asks whether it may be written to as well: of one that is there already `create_repo` hides that it may not.
 
     Raises:
-        InputError: where this token may not write there, or the Hub can't be reached.
+        InputError: where this token may not write there, it is public but shall be private, or the Hub can't be
+            reached.
     """
     api = api or HfApi()
     try:
         full_name = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         api.auth_check(full_name, write=True)
-        return full_name
+        is_public = private and not api.model_info(full_name).private
     except Exception as error:  # HTTP, network, a token that is none: the client has no common base for them
         raise InputError(f"--push_to_hub can't write to {repo_id}: {one_line(error)}") from error
+    if is_public:
+        raise InputError(
+            f"--hub_private_repo: {full_name} is there already and public; make it private on the Hub, or name "
+            "another --hub_model_id"
+        )
+    return full_name
 
 
 def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
@@ -127,7 +134,7 @@ def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | No
     print(f"uploading {run_dir} to {repo_id}; should that break off: {command}", flush=True)
     api = api or HfApi()
     try:
-        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        repo_id = create_repository(repo_id, private, api)
         additions["README.md"] = write_model_card(run_dir, repo_id)
         operations = [CommitOperationAdd(path, content) for path, content in additions.items()]
         for path in api.list_repo_files(repo_id):
@@ -160,6 +167,9 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
         metrics = without_paths(json.loads((run_dir / "metrics.json").read_text()))
         metrics.get("evaluation", {}).pop("command", None)  # its words are paths, among others
         flags = public_flags(yaml.safe_load((run_dir / "args.yaml").read_text()))
+        for entries in (metrics, metrics.get("evaluation", {}), flags):
+            if "dataset" in entries:
+                entries["dataset"] = public_dataset(entries["dataset"])
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # damaged, or none of ours
         raise InputError(f"{run_dir} is no finished run of flower_ldm: {one_line(error)}") from error
     files["metrics.json"] = (json.dumps(metrics, indent=2) + "\n").encode()

@@ -130,11 +130,14 @@ def hub_id(name: object) -> str | None:
     return name if is_id and not os.path.exists(name) else None
 
 
+def public_dataset(name: object) -> str:
+    """A data set by the name that all may know: of a folder on this machine it isn't said."""
+    return str(name) if name in DATASETS or hub_id(name) else "imagefolder"
+
+
 def public_run(run: Run) -> Run:
     """The same run, its data set called by what all may know."""
-    name = run.args.get("dataset") or run.metrics.get("dataset") or "imagefolder"
-    if name not in DATASETS and hub_id(name) is None:
-        name = "imagefolder"
+    name = public_dataset(run.args.get("dataset") or run.metrics.get("dataset"))
     known = {key: value for key, value in run.args.items() if key not in LEFT_OUT}
     return Run(run.folder, run.stage, known | {"dataset": name}, run.log,
                {key: value for key, value in run.metrics.items() if key != "vgg_weights"}, run.configs,

@@ -185,6 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     for flag, value in {"--num_images": args.num_images, "--batch_size": args.batch_size}.items():
         if value < 1:
             raise InputError(f"{flag} must be at least 1, got {value}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must be at least 0 and below 2**63, got {args.seed}")
     pipe = load_pipeline(args.pipeline, args.scheduler, args.device, args.dtype, args.guide)
     options = {
         "num_inference_steps": args.num_inference_steps,
@@ -212,7 +214,10 @@ def main(argv: list[str] | None = None) -> None:
             batch = range(start, min(start + args.batch_size, len(names)))
             # one generator an image: the same picture whatever the batch size
             generators = [torch.Generator("cpu").manual_seed(args.seed + number) for number in batch]
-            images += pipe([labels_of_images[number] for number in batch], generator=generators, **options).images
+            try:
+                images += pipe([labels_of_images[number] for number in batch], generator=generators, **options).images
+            except ValueError as error:  # what comes of so few steps shows when they are done
+                raise InputError(one_line(error)) from error
             for number in batch:
                 images[number].save(folder / files[number])
             progress_bar.update(len(batch))

@@ -2,7 +2,7 @@
 
 Travels to the Hub at the root of each repository that it saves, so it imports the standard library, torch and
 diffusers only. It knows its parts by what they do, never by class: `FlowerAutoencoderKL` and `FlowerUNet2DModel`, or
-diffusers' own `AutoencoderKL` and `UNet2DModel`, with any of diffusers' schedulers.
+diffusers' own `AutoencoderKL` and `UNet2DModel`, with any of diffusers' schedulers that has `alphas_cumprod`.
 
 Shapes: L labels, B = L x images per label, K classes, Z latent channels, (h, w) latent positions, (H, W) pixels.
 """
@@ -26,7 +26,7 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# What these multiply in their first step has no bound where it is from pure noise.
+# What these multiply in their first step has no bound where it is from pure noise: they start one step below it.
 STARTS_BELOW_PURE_NOISE = ("HeunDiscreteScheduler", "PNDMScheduler")
 
 
@@ -46,7 +46,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         vae: decodes raw latents `(B, Z, h, w)` to images `(B, 3, H, W)` in [-1, 1].
         unet: `unet(noisy_latents, timesteps, class_labels).sample`, on latents `(B, Z, h, w)` of unit variance. Its
             config has `num_classes` (K; label K is the null label) or `num_class_embeds` (the last label is).
-        scheduler: one of diffusers' schedulers.
+        scheduler: one of diffusers' schedulers that has a table of `alphas_cumprod`, the noise schedule of training.
         id2label: name of each label `0..K-1`, each once. Kept in the config with strings as keys, as JSON has them.
         guide: a worse unet for the same latents and classes, of fewer updates or parameters. Guidance then leads away
             from it and not from the null label (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a
@@ -168,7 +168,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
             strength: how much of the way from pure noise is gone again, in (0, 1]: near 0 the image stays as it is,
                 with 1 nothing stays (but what a mask keeps).
             mask_image: white where the image is drawn anew, black where it stays, pixel for pixel; of the image's
-                size, or one channel of floats.
+                size, or floats `(1, H, W)` or `(H, W)` for the pixels that are drawn.
 
         Returns:
             `ImagePipelineOutput` with `images`, or `(images,)` where `return_dict=False`.
@@ -216,22 +216,29 @@ class FlowerLDMPipeline(DiffusionPipeline):
                     latents = (callback_on_step_end(self, step_index, timestep, given) or {}).get("latents", latents)
                 progress_bar.update()
 
-        if not latents.isfinite().all():  # black images would hide it; a scheduler's rounding does it in a few steps
+        images = latents if output_type == "latent" else self.decode_latents(latents, "pt", original)
+        self.maybe_free_model_hooks()
+        if not images.isfinite().all():  # as pictures they would be black
             raise ValueError(
                 f"{_kind(self.scheduler)} gave numbers that are not finite in {num_inference_steps} steps: take "
-                "another number of steps, or another scheduler"
+                "another number of steps, another scheduler, or a wider dtype"
             )
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type, original)
-        self.maybe_free_model_hooks()
+        if output_type in ("pil", "np"):
+            images = self._to_arrays(images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def make_scheduler(self, scheduler_class: type[SchedulerMixin]) -> SchedulerMixin:
         """Another of diffusers' schedulers for this unet, to be put in the place of `scheduler`.
 
-        As its `from_config` makes it, but for Heun's method and PNDM, which have to start a little below pure noise.
+        As its `from_config` makes it, but for the timesteps of Heun's method and PNDM, which have to start one step
+        below pure noise: the fewer steps, the less they know of it. After one of those, others start from it again.
         """
-        below = scheduler_class.__name__ in STARTS_BELOW_PURE_NOISE
-        return scheduler_class.from_config(self.scheduler.config, **({"timestep_spacing": "leading"} if below else {}))
+        spacing = {}
+        if scheduler_class.__name__ in STARTS_BELOW_PURE_NOISE:
+            spacing = {"timestep_spacing": "leading"}
+        elif _kind(self.scheduler) in STARTS_BELOW_PURE_NOISE:
+            spacing = {"timestep_spacing": "trailing"}
+        return scheduler_class.from_config(self.scheduler.config, **spacing)
 
     def predict(
         self,
@@ -404,9 +411,11 @@ class FlowerLDMPipeline(DiffusionPipeline):
         images = (images / 2 + 0.5).clamp(0, 1)
         if original is not None and original.mask is not None:
             images = torch.where(original.mask, images, original.pixels)
-        if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        return images if output_type == "pt" else self._to_arrays(images, output_type)
+
+    def _to_arrays(self, images: torch.Tensor, output_type: str) -> Any:
+        """Images `(B, 3, H, W)` in [0, 1] as PIL images or, "np", `(B, H, W, 3)`."""
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
         return images if output_type == "np" else self.numpy_to_pil(images)
 
     @torch.no_grad()
@@ -547,8 +556,15 @@ class FlowerLDMPipeline(DiffusionPipeline):
             )
         try:
             self.scheduler.set_timesteps(num_inference_steps)
-        except ValueError:  # of high order, it needs some to begin
-            raise ValueError(f"{_kind(self.scheduler)} can't take as few steps as {num_inference_steps}") from None
+        except ValueError as error:  # some need a few to begin, some know a few only
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{_kind(self.scheduler)} can't take {num_inference_steps} steps: {reason}") from None
+        first = int(self.scheduler.timesteps[0])
+        if _kind(self.scheduler) in STARTS_BELOW_PURE_NOISE and self.scheduler.alphas_cumprod[first] > 0.1:
+            raise ValueError(
+                f"{_kind(self.scheduler)} can't take {num_inference_steps} steps: with so few it starts at timestep "
+                f"{first}, far below pure noise"
+            )
         if not _is_finite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number (1 means off), got {guidance_scale!r}")
         if not _is_finite(guidance_rescale) or not 0 <= guidance_rescale <= 1:
@@ -574,6 +590,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
             raise ValueError(f"latents must be a tensor of floats of the shape {shape}, got {type(latents).__name__}")
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        if latents is not None and not latents.isfinite().all():
+            raise ValueError("latents must hold finite numbers")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -599,16 +617,18 @@ class FlowerLDMPipeline(DiffusionPipeline):
             return
         self._to_pixels(mask_image, "mask_image")
         for index in range(max(len(images), len(masks))):
-            size, mask_size = (
-                one.size if hasattr(one, "convert") else self.image_size[::-1]  # PIL's, width and height
-                for one in (images[index % len(images)], masks[index % len(masks)])
-            )
-            if mask_size != size:
-                raise ValueError(f"mask_image must have the image's size, {size} in width and height, got {mask_size}")
+            one, mask = images[index % len(images)], masks[index % len(masks)]
+            if not hasattr(mask, "convert"):  # floats are of the size that is drawn
+                continue
+            size = one.size if hasattr(one, "convert") else self.image_size[::-1]  # PIL's, width and height
+            if mask.size != size:
+                raise ValueError(f"mask_image must have the image's size, {size} in width and height, got {mask.size}")
 
     def _check_scheduler(self) -> None:
         """Refuse what diffusers' schedulers get wrong in silence, or refuse in the middle of the way."""
         kind, config = _kind(self.scheduler), self.scheduler.config
+        if not hasattr(self.scheduler, "alphas_cumprod"):  # it has noise levels of its own
+            raise ValueError(f"{kind} can't follow the noise schedule of training: take another scheduler")
         prediction_type = config.get("prediction_type")
         if prediction_type == "sample" and kind in ("PNDMScheduler", "EulerAncestralDiscreteScheduler"):
             raise ValueError(f"{kind} can't follow a unet that predicts the sample: take another scheduler")
@@ -617,7 +637,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
             and config.timestep_spacing != "leading"
             and self.scheduler.alphas_cumprod[-1] < 1e-6  # the signal's share of the variance
         ):
-            raise ValueError(f"{kind} can't start from pure noise: give it timestep_spacing='leading'")
+            raise ValueError(f"{kind} can't start from pure noise: take pipe.make_scheduler({kind})")
         if not config.get("rescale_betas_zero_snr"):  # kept by `from_config` even where the scheduler doesn't know it
             return
         if "rescale_betas_zero_snr" not in inspect.signature(type(self.scheduler).__init__).parameters:
@@ -662,6 +682,12 @@ class FlowerLDMPipeline(DiffusionPipeline):
             self.push_to_hub(repo_id, safe_serialization=safe_serialization, variant=variant, **hub_options)
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "FlowerLDMPipeline":
+        """The stock one, which takes over parts of exactly the annotated types only; here all are taken."""
+        parts = {name: part for name, part in pipeline.components.items() if name in ("vae", "unet", "guide")}
+        return super().from_pipe(pipeline, **(parts | kwargs))
+
+    @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """The stock one, but a class that the installed `flower_ldm` has is taken from there, and needs no trust."""
         loaded = super().load_config(*args, **kwargs)
@@ -682,7 +708,10 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _class_of(value: Any) -> type:

@@ -208,6 +208,30 @@ def test_a_repository_of_somebody_else_starts_no_training(hub_server, stage_flag
     assert "\n" not in str(caught.value) and not (tmp_path / "autoencoder").exists()
 
 
+def test_a_public_repository_is_not_taken_for_a_private_one(finished_runs, hub_server, stage_flags, tmp_path):
+    hub.push_run(finished_runs.autoencoder, "flowers")
+    words = [*stage_flags[0], "--push_to_hub", "--hub_model_id", "flowers", "--hub_private_repo"]
+    with pytest.raises(InputError, match="^--hub_private_repo: gardener/flowers is there already and public"):
+        train_autoencoder.main(words)
+    assert not (tmp_path / "autoencoder").exists()
+    before = dict(hub_server.repositories["gardener/flowers"].files)
+    with pytest.raises(InputError, match="gardener/flowers is there already and public"):
+        hub.push_run(finished_runs.autoencoder, "flowers", private=True)
+    assert hub_server.repositories["gardener/flowers"].files == before
+
+
+def test_name_of_a_folder_with_the_data_stays_here(finished_runs, tmp_path):
+    shutil.copytree(finished_runs.flower_ldm, tmp_path / "run")
+    folder = str(tmp_path / "planted-data-folder")
+    flags = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text()) | {"dataset": folder}
+    (tmp_path / "run" / "args.yaml").write_text(yaml.safe_dump(flags))
+    metrics = {"psnr": 20.0, "dataset": folder, "evaluation": {"dataset": folder}}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    sent = hub.run_files(tmp_path / "run")[1]
+    assert json.loads(sent["metrics.json"])["evaluation"]["dataset"] == "imagefolder"
+    assert b"planted" not in sent["metrics.json"] + sent["args.yaml"]
+
+
 def test_sigterm_during_the_upload_ends_it_with_the_line_that_says_how_to_go_on(finished_runs, hub_server):
     def end(request) -> int | None:
         if "/commit/" not in request.path:

@@ -551,6 +551,24 @@ def test_an_image_may_be_what_the_pipeline_returns(pipe):
         assert torch.equal(sample(pipe, image=drawn, strength=0.5, mask_image=given), expected)
 
 
+def test_a_mask_of_floats_is_for_the_pixels_that_are_drawn(pipe):
+    photograph = PIL.Image.new("RGB", (48, 20), "red")
+    mask = torch.zeros(1, 16, 16)
+    mask[..., 8:] = 1
+    drawn = sample(pipe, image=photograph, mask_image=mask, output_type="pt")
+    assert (drawn[..., :8] == torch.tensor([1.0, 0, 0]).view(3, 1, 1)).all() and (drawn[..., 8:] < 1).any()
+
+
+def test_from_pipe_shares_the_parts(pipe):
+    other = FlowerLDMPipeline.from_pipe(pipe)
+    assert other.unet is pipe.unet and other.vae is pipe.vae and other.class_names == pipe.class_names
+
+
+def test_latents_that_are_no_numbers_are_refused(pipe):
+    with pytest.raises(ValueError, match="^latents must hold finite numbers$"):
+        sample(pipe, latents=torch.full((1, *pipe.latents_shape), torch.nan))
+
+
 def test_images_in_a_batch_equal_single_ones(pipe):
     images = [picture(1), picture(2)]
     options = {"strength": 0.6, "mask_image": half_mask(), "output_type": "pt"}

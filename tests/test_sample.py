@@ -100,6 +100,7 @@ def test_every_scheduler_draws(pipeline_folder, tmp_path, scheduler):
         (("--batch_size", "0"), "--batch_size must be at least 1"),
         (("--num_inference_steps", "0"), "num_inference_steps must be"),
         (("--num_inference_steps", "1001"), "num_inference_steps must be at most 1000"),
+        (("--seed", str(2**64)), "--seed must be at least 0 and below 2"),
         (("--guidance_scale", "nan"), "guidance_scale must be a finite number"),
         (("--guidance_interval", "0.8", "0.1"), "guidance_interval must be two fractions"),
         (("--device", "toaster"), "--device toaster can't be used"),
@@ -111,6 +112,14 @@ def test_bad_input_is_one_line_and_writes_nothing(pipeline_folder, tmp_path, fla
         run(pipeline_folder, tmp_path / "out", *flags)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_are_no_numbers_are_one_line(pipeline_folder, tmp_path):
+    pipe = FlowerLDMPipeline.from_pretrained(pipeline_folder)
+    next(pipe.unet.parameters()).data.fill_(torch.nan)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(InputError, match="^DDIMScheduler gave numbers that are not finite in 2 steps: take another"):
+        run(tmp_path / "pipeline", tmp_path / "out")
 
 
 def test_folder_without_a_pipeline(tmp_path):
