@@ -277,6 +277,16 @@ class ImageDataset(Dataset):
         """One sample: the batch of `__getitems__` without its first dimension."""
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
+    def centre_crops(self, indices: Sequence[int]) -> torch.Tensor:
+        """Some images, cropped to the middle and not flipped, `(B, resolution, resolution, 3)` uint8."""
+        size = self.resolution
+        crops = torch.empty(len(indices), size, size, 3, dtype=torch.uint8)
+        for row, index in enumerate(indices):
+            pixels = self._small_pixels(int(index))
+            top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2  # one of them is 0
+            crops[row] = pixels[top : top + size, left : left + size]
+        return crops
+
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
         """Return a whole batch, as torch's `DataLoader` asks for it; all keys of one kind.
 
@@ -287,15 +297,11 @@ class ImageDataset(Dataset):
         size = self.resolution
         training = isinstance(keys[0], tuple)
         indices = [key[1] if training else int(key) for key in keys]
-        crops = torch.empty(len(keys), size, size, 3, dtype=torch.uint8)
+        crops = torch.empty(len(keys), size, size, 3, dtype=torch.uint8) if training else self.centre_crops(indices)
         noise = np.empty((len(keys), *(self.noise_shape or ())), dtype=np.float32)
-        for row, (key, index) in enumerate(zip(keys, indices, strict=True)):
+        for row, (key, index) in enumerate(zip(keys, indices, strict=True) if training else ()):
             pixels = self._small_pixels(index)
             slack_y, slack_x = pixels.shape[0] - size, pixels.shape[1] - size  # one of them is 0
-            if not training:
-                top, left = slack_y // 2, slack_x // 2
-                crops[row] = pixels[top : top + size, left : left + size]
-                continue
             rng = image_rng(self.seed, *key)  # the order of the draws is fixed: crop, flip, noise
             along, flip = rng.random(2)
             top, left = int(along * (slack_y + 1)), int(along * (slack_x + 1))
@@ -322,10 +328,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 def uint8_images(images: ImageDataset | np.ndarray, keys: Sequence[int], mirrored: bool = False) -> np.ndarray:
     """Some images of a data set (centre-cropped) or an array, or what a mirror shows, as `(B, H, W, 3)` uint8."""
-    if isinstance(images, np.ndarray):
-        chosen = images[np.asarray(keys)]
-    else:
-        chosen = to_uint8(images.__getitems__(list(keys))["images"])
+    chosen = images[np.asarray(keys)] if isinstance(images, np.ndarray) else images.centre_crops(keys).numpy()
     return np.ascontiguousarray(chosen[:, :, ::-1]) if mirrored else chosen
 
 
