@@ -19,6 +19,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextmanager
+def refusals_of_input() -> Iterator[None]:
+    """Around a pipeline at work: its `ValueError`s, which name a wrong argument, become `InputError`s."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, and whose flags can't be abbreviated."""
 

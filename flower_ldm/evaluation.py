@@ -38,7 +38,7 @@ import flower_ldm
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.autoencoder_losses import PerceptualLoss
 from flower_ldm.data import ImageDataset, load_datasets, to_uint8
-from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line
+from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, refusals_of_input
 from flower_ldm.features import (
     DEFAULT_FEATURES,
     KID_MAX_SUBSET,
@@ -282,10 +282,8 @@ class Sampler:
     def _draw_batch(self, numbers: list[int], options: dict) -> np.ndarray:
         labels = [number % self.pipe.num_classes for number in numbers]
         generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
-        try:
+        with refusals_of_input():  # what comes of so few steps shows when they are done
             return np.ascontiguousarray(draw(self.pipe, labels, generator=generators, **options))
-        except ValueError as error:  # what comes of so few steps shows when they are done
-            raise InputError(one_line(error)) from error
 
     def _kept(self, folder: Path, key: str, num_samples: int) -> tuple[dict[int, np.ndarray], float]:
         """The images that are there already, by number, and the seconds they took; what is damaged is drawn again."""
@@ -510,9 +508,12 @@ def evaluate(
         for name, (features, of_class) in sets.items()
     }
     neighbours = TrainingNeighbours(real.train, real.train_features)
-    look_in_mirror = partial(look, title="features of mirrored images", mirrored=True)
-    found = neighbours.search(samples, sets["samples"][0], look_in_mirror(samples))
-    held_out_found = neighbours.search(real.held_out, real.held_out_features, look_in_mirror(real.held_out))
+    mirrored = look(samples, title="features of samples in a mirror", mirrored=True)
+    found = neighbours.search(samples, sets["samples"][0], mirrored)
+    mirrored = load_or_extract_features(
+        network, real.held_out, args.cache_dir, batch_size=args.batch_size, mirrored=True
+    )
+    held_out_found = neighbours.search(real.held_out, real.held_out_features, mirrored)
     names = [pipe.class_names[label] for label in labels.tolist()]
     save_nearest_neighbours(samples, names, real.train, found, args.output.parent / "nearest_neighbours.png")
     sweep = measure_sweep(args, sampler, network, real)

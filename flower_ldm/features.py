@@ -245,7 +245,12 @@ def extract_features(
 
 
 def load_or_extract_features(
-    network: FeatureNetwork, dataset: ImageDataset, cache_dir: str | Path, *, batch_size: int = 64
+    network: FeatureNetwork,
+    dataset: ImageDataset,
+    cache_dir: str | Path,
+    *,
+    batch_size: int = 64,
+    mirrored: bool = False,
 ) -> torch.Tensor:
     """Features `(N, D)` of a data set, from its file in `cache_dir`, or extracted and written there.
 
@@ -254,17 +259,19 @@ def load_or_extract_features(
     Raises:
         InputError: a folder that can't be written.
     """
-    splits = "+".join(dataset.splits)
+    splits = "+".join(dataset.splits) + (" in a mirror" if mirrored else "")
     name = f"features-{dataset.name}-{splits}-{dataset.resolution}px-{network.name}"
     path = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name)}.safetensors"
     about = [FORMAT_VERSION, dataset.fingerprint, dataset.resolution, network.name, network.digest, network.input_size]
+    about += ["mirrored"] * mirrored
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     if path.exists():
         try:
             return read_tensors(path, key)[0]["features"]
         except UnusableCacheError as reason:
             print(f"features {path} {reason}: extracting them again", flush=True)
-    features = extract_features(network, dataset, batch_size=batch_size, title=f"features of {splits}")
+    title = f"features of {splits}"
+    features = extract_features(network, dataset, batch_size=batch_size, title=title, mirrored=mirrored)
     write_tensors(path, {"features": features}, key)
     return features
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import file_safe_name, to_rgb
-from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line
+from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 
 DEFAULT_NUM_LABELS = 10
 
@@ -125,10 +125,8 @@ def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> N
     Raises:
         InputError: for the first of them.
     """
-    try:
+    with refusals_of_input():
         pipe.check_inputs(num_labels, **options)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def fresh_folder(folder: Path) -> Path:
@@ -197,10 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         "strength": args.strength,
         "mask_image": None if args.mask is None else open_picture("--mask", args.mask),
     }
-    try:
+    with refusals_of_input():
         labels = pipe.get_label_ids(args.labels or range(min(pipe.num_classes, DEFAULT_NUM_LABELS)))
-    except ValueError as error:
-        raise InputError(str(error)) from error
     check_sampling(pipe, len(labels), options)
 
     labels_of_images = [label for label in labels for _ in range(args.num_images)]
@@ -214,10 +210,8 @@ def main(argv: list[str] | None = None) -> None:
             batch = range(start, min(start + args.batch_size, len(names)))
             # one generator an image: the same picture whatever the batch size
             generators = [torch.Generator("cpu").manual_seed(args.seed + number) for number in batch]
-            try:
+            with refusals_of_input():  # what comes of so few steps shows when they are done
                 images += pipe([labels_of_images[number] for number in batch], generator=generators, **options).images
-            except ValueError as error:  # what comes of so few steps shows when they are done
-                raise InputError(one_line(error)) from error
             for number in batch:
                 images[number].save(folder / files[number])
             progress_bar.update(len(batch))
