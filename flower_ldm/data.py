@@ -294,13 +294,24 @@ class ImageDataset(Dataset):
             `images` `(B, 3, resolution, resolution)` float32 in [-1, 1], channels last in memory; `class_labels` and
             `index` `(B,)` int64; for training keys with a `noise_shape` also `noise` `(B, *noise_shape)` float32.
         """
-        size = self.resolution
         training = isinstance(keys[0], tuple)
         indices = [key[1] if training else int(key) for key in keys]
-        crops = torch.empty(len(keys), size, size, 3, dtype=torch.uint8) if training else self.centre_crops(indices)
+        crops, noise = self._random_crops(keys) if training else (self.centre_crops(indices), None)
+        index = torch.tensor(indices, dtype=torch.int64)
+        batch = {
+            "images": crops.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0),
+            "class_labels": self.labels[index],
+            "index": index,
+        }
+        return batch if noise is None else batch | {"noise": noise}
+
+    def _random_crops(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """For training keys the images, cropped and flipped, as in `centre_crops`; and noise, with a `noise_shape`."""
+        size = self.resolution
+        crops = torch.empty(len(keys), size, size, 3, dtype=torch.uint8)
         noise = np.empty((len(keys), *(self.noise_shape or ())), dtype=np.float32)
-        for row, (key, index) in enumerate(zip(keys, indices, strict=True) if training else ()):
-            pixels = self._small_pixels(index)
+        for row, key in enumerate(keys):
+            pixels = self._small_pixels(key[1])
             slack_y, slack_x = pixels.shape[0] - size, pixels.shape[1] - size  # one of them is 0
             rng = image_rng(self.seed, *key)  # the order of the draws is fixed: crop, flip, noise
             along, flip = rng.random(2)
@@ -309,15 +320,7 @@ class ImageDataset(Dataset):
             crops[row] = crop.flip(1) if flip < 0.5 else crop
             if self.noise_shape is not None:
                 noise[row] = rng.standard_normal(self.noise_shape, dtype=np.float32)
-        index = torch.tensor(indices, dtype=torch.int64)
-        batch = {
-            "images": crops.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0),
-            "class_labels": self.labels[index],
-            "index": index,
-        }
-        if training and self.noise_shape is not None:
-            batch["noise"] = torch.from_numpy(noise)
-        return batch
+        return crops, None if self.noise_shape is None else torch.from_numpy(noise)
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:

@@ -98,19 +98,19 @@ class TrainingNeighbours:
             "pixel_keys" `(Q, 2)`, the training images' indices; "is_copy" `(Q,)`, whether its bytes are those of a
             training image.
         """
+        sides = [partial(pixel_rows, images, mirrored=mirrored) for mirrored in (False, True)]
+        rows_in = {"pixel": (sides, partial(pixel_rows, self.images))}
+        if features is not None:
+            sides = [features.__getitem__, mirrored_features.__getitem__]
+            rows_in["feature"] = (sides, self.features.__getitem__)
         queries = torch.arange(len(images))
         found = {}
-        for space in ("pixel", "feature") if features is not None else ("pixel",):
-            either = []
-            for mirrored, of_these in ((False, features), (True, mirrored_features)):
-                if space == "pixel":
-                    query_rows = partial(pixel_rows, images, mirrored=mirrored)
-                    training_rows = partial(pixel_rows, self.images)
-                else:
-                    query_rows, training_rows = of_these.__getitem__, self.features.__getitem__
-                title = f"neighbours by {space}s{', mirrored' if mirrored else ''}"
-                either.append(nearest_two(query_rows, queries, training_rows, self.distinct, title=title))
-            found[f"{space}_distances"], found[f"{space}_keys"] = nearest_of_either(*either)
+        for space, (sides, training_rows) in rows_in.items():
+            upright, mirrored = (
+                nearest_two(rows, queries, training_rows, self.distinct, title=f"neighbours by {space}s{side}")
+                for rows, side in zip(sides, ("", ", mirrored"), strict=True)
+            )
+            found[f"{space}_distances"], found[f"{space}_keys"] = nearest_of_either(upright, mirrored)
         copies = [[digest in self.first_of for digest in image_digests(images, side)] for side in (False, True)]
         found["is_copy"] = torch.tensor(copies).any(dim=0)
         return found

@@ -139,8 +139,8 @@ def parse_arguments(parser: OneLineParser, section: str, argv: list[str] | None 
 
 def given(argv: list[str], parser: OneLineParser, name: str) -> bool:
     """Whether a flag is among the words of the command line, by any of its spellings."""
-    [action] = [action for action in parser._actions if action.dest == name]
-    return any(word.partition("=")[0] in action.option_strings for word in argv)
+    actions = parser._option_string_actions
+    return any(word in actions and actions[word].dest == name for word in (word.partition("=")[0] for word in argv))
 
 
 def check_numbers(args: argparse.Namespace) -> None:

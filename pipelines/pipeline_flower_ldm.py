@@ -542,7 +542,10 @@ class FlowerLDMPipeline(DiffusionPipeline):
         strength: float = 0.8,
         mask_image: Any = None,
     ) -> None:
-        """Raise a `ValueError` of one line for the first argument of `__call__` that can't be right."""
+        """Raise a `ValueError` of one line for the first argument of `__call__` that can't be right.
+
+        On the way the scheduler's timesteps are set, as only it knows which it can take.
+        """
         _check_guide(self.unet, self.guide)
         self._check_scheduler()
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}

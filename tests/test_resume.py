@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -158,25 +159,32 @@ def test_a_run_in_two_parts_is_the_same_bit_for_bit(run, tmp_path, stage):
 # Signals
 
 
-@pytest.mark.parametrize(("stage", "number"), SIGNALS)
-def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(flags, run, tmp_path, capsys, stage, number):
-    stopped, ended = tmp_path / "stopped", threading.Event()
+@contextmanager
+def signal_when_there_is(path: Path, number: int) -> Iterator[None]:
+    """Sends this process a signal as soon as the path exists, if that is within the context."""
+    ended = threading.Event()
 
-    def send_when_training() -> None:
-        while not (stopped / "log.jsonl").exists() and not ended.wait(0.001):
+    def send() -> None:
+        while not path.exists() and not ended.wait(0.001):
             pass
         if not ended.is_set():
             os.kill(os.getpid(), number)
 
-    flags[stage] += ["--checkpointing_steps", "1000", "--max_train_steps", "200"]
-    sender = threading.Thread(target=send_when_training)
+    sender = threading.Thread(target=send)
     sender.start()
     try:
-        with pytest.raises(SystemExit) as ending:
-            run(stage, stopped)
+        yield
     finally:
         ended.set()
         sender.join()
+
+
+@pytest.mark.parametrize(("stage", "number"), SIGNALS)
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(flags, run, tmp_path, capsys, stage, number):
+    stopped = tmp_path / "stopped"
+    flags[stage] += ["--checkpointing_steps", "1000", "--max_train_steps", "200"]
+    with signal_when_there_is(stopped / "log.jsonl", number), pytest.raises(SystemExit) as ending:
+        run(stage, stopped)
     assert ending.value.code == 128 + number
     (checkpoint,) = stopped.glob("checkpoint-*")
     assert f"go on with --resume_from_checkpoint {checkpoint}" in capsys.readouterr().out
@@ -189,22 +197,9 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(flags, run, tmp_path,
 @pytest.mark.parametrize(("stage", "number"), SIGNALS)
 def test_a_signal_after_the_last_update_ends_the_run_too(run, tmp_path, capsys, stage, number, hub_server):
     """While results are measured and drawn: nothing is pushed, and the last checkpoint gives the rest."""
-    stopped, ended = tmp_path / "stopped", threading.Event()
-
-    def send_at_the_end() -> None:
-        while not (stopped / "checkpoint-6").exists() and not ended.wait(0.001):
-            pass
-        if not ended.is_set():
-            os.kill(os.getpid(), number)
-
-    sender = threading.Thread(target=send_at_the_end)
-    sender.start()
-    try:
-        with pytest.raises(SystemExit) as ending:
-            run(stage, stopped, "--push_to_hub", "--hub_model_id", "flowers")
-    finally:
-        ended.set()
-        sender.join()
+    stopped = tmp_path / "stopped"
+    with signal_when_there_is(stopped / "checkpoint-6", number), pytest.raises(SystemExit) as ending:
+        run(stage, stopped, "--push_to_hub", "--hub_model_id", "flowers")
     assert ending.value.code == 128 + number and not (stopped / "report.html").exists()
     assert f"go on with --resume_from_checkpoint {stopped / 'checkpoint-6'}" in capsys.readouterr().out
     repository = hub_server.repositories["gardener/flowers"]
