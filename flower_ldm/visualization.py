@@ -212,7 +212,7 @@ def save_diffusion_loss(lines: list[dict], path: Path) -> None:
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             over_steps.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1.2, label=label)
-    over_steps.set(title="loss, min-SNR weighted", xlabel="optimizer updates", yscale="log")
+    over_steps.set(title="loss, min-SNR weighted", xlabel="optimizer updates")
     binned = [line for line in lines if "loss_by_timestep" in line]
     for line in [binned[index] for index in sorted({0, len(binned) // 2, len(binned) - 1}) if binned]:
         points = [((low + high) / 2, mean) for low, high, mean in line["loss_by_timestep"] if mean is not None]
