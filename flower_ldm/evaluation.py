@@ -406,6 +406,8 @@ def save_sweep(sweep: list[dict], against_held_out: dict[str, dict], path: Path)
             known = against_held_out[reference]
             if known["n"] == sweep[0]["n"] and known[name] is not None:
                 axis.axhline(known[name], linestyle=style, color="0.4", linewidth=1.2, label=SET_NAMES[reference])
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(0, low), 1.05 * high)  # from 0: else a difference of nothing would look like a slope
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(words[over], fontsize=9)
         axis.tick_params(labelsize=8)
