@@ -3,7 +3,7 @@
     data -> autoencoder_losses -> FlowerAutoencoderKL -> latent_cache -> diffusion -> FlowerUNet2DModel -> EMA
          -> FlowerLDMPipeline -> evaluation + visualization -> report + model_card
 
-    accelerate launch --config_file accelerate_config.yaml train_autoencoder.py --config configs/flowers102_64_cpu.yaml
+    accelerate launch --config_file accelerate_config.yaml train_autoencoder.py --config configs/flowers102_64_gpu.yaml
 
 Reads from top to bottom: flags, one training step, validation, the end of a run, the loop. What this script shares
 with `train_latent_diffusion.py` is in `flower_ldm/training.py`; the losses are in `flower_ldm/autoencoder_losses.py`.
@@ -43,15 +43,13 @@ from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 from flower_ldm.report import write_report
 from flower_ldm.visualization import (
+    AUTOENCODER_CURVES,
     encode_for_map,
     save_latent_maps,
     save_loss_curves,
     save_reconstructions,
     vae_encoder,
 )
-
-LOSS_NAMES = ["pixel_loss", "perceptual_loss", "kl_loss", "adversarial_loss", "discriminator_loss",
-              "classification_loss", "center_loss", "repulsion_loss", "psnr", "ssim"]  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None):
@@ -202,7 +200,7 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
     log.append(step, metrics)
     if accelerator.is_main_process:
         curves = Path(args.output_dir) / "autoencoder_losses.png"
-        save_loss_curves(training.read_log(log.path), LOSS_NAMES, curves)
+        save_loss_curves(training.read_log(log.path), AUTOENCODER_CURVES, curves)
         rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
         log.show(step, {"reconstructions": rows, "autoencoder_losses": curves})
     score = metrics["val_pixel_loss"] + metrics.get("val_perceptual_loss", 0.0)

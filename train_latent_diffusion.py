@@ -4,7 +4,7 @@
          -> FlowerLDMPipeline -> evaluation + visualization -> report + model_card
 
     accelerate launch --config_file accelerate_config.yaml train_latent_diffusion.py \\
-        --config configs/flowers102_64_cpu.yaml
+        --config configs/flowers102_64_gpu.yaml
 
 Reads from top to bottom: flags, one training step, validation and previews, the end of a run, the loop. What this
 script shares with `train_autoencoder.py` is in `flower_ldm/training.py`, the mathematics in `flower_ldm/diffusion.py`.
@@ -49,7 +49,10 @@ from flower_ldm.visualization import (
     save_class_grid,
     save_denoising,
     save_diffusion_loss,
+    save_guidance_sweep,
+    save_interpolations,
     save_latent_maps,
+    save_side_by_side,
     spread_over_classes,
 )
 
@@ -256,6 +259,24 @@ def draw_latents(
     log.show(args.max_train_steps, stills)
 
 
+def draw_comparisons(
+    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, val_images: ImageDataset, generated: LatentSet,
+    log: training.LossLog,
+) -> None:  # fmt: skip
+    """Held-out images beside reconstructions and samples; guidance scales; what lies between classes and seeds."""
+    output_dir = Path(args.output_dir)
+    labels = named_classes(pipeline.num_classes, PATH_CLASSES)
+    with accelerator.autocast():
+        latents = torch.from_numpy(generated.latents[::GRID_IMAGES]).to(accelerator.device)
+        columns = generated.labels[::GRID_IMAGES].tolist()
+        save_side_by_side(pipeline, val_images, columns, decode(pipeline, latents), output_dir)
+        save_guidance_sweep(pipeline, labels, output_dir, args.seed)
+        save_interpolations(pipeline, labels, output_dir, args.seed, guidance_scale=args.guidance_scale)
+    names = ["original_reconstructed_generated", "guidance_sweep", "interpolation_seeds", "interpolation_classes"]
+    drawn = {name: output_dir / f"{name}.png" for name in names}
+    log.show(args.max_train_steps, {name: path for name, path in drawn.items() if path.exists()})
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
@@ -359,6 +380,7 @@ def main(argv: list[str] | None = None) -> None:
             generated = save_results(accelerator, args, pipeline, results, log)
             if args.final_pictures:
                 draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
+                draw_comparisons(accelerator, args, pipeline, val_images, generated, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()

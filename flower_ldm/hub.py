@@ -34,7 +34,8 @@ PIPELINE_FILES = (
     *(f"vae/{name}" for name in ("config.json", *WEIGHTS, "autoencoder_flower.py")),
     *(f"{unet}/{name}" for unet in ("unet", "guide") for name in ("config.json", *WEIGHTS, "unet_flower.py")),
     "samples/*.png", "vae_samples_grid_subset.png", "diffusion_loss.png", "latent_space_*.png",
-    "denoising_path_*.png", "diffusion_animation_*.gif", "diffusion_animation_*.mp4", "evaluation_sweep.png",
+    "denoising_path_*.png", "diffusion_animation_*.gif", "diffusion_animation_*.mp4", "guidance_sweep.png",
+    "interpolation_*.png", "evaluation_sweep.png",
 )  # fmt: skip
 # Of args.yaml go all numbers and switches, and these; the other texts are paths, or names of places.
 TEXT_FLAGS = {

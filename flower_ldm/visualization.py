@@ -27,6 +27,7 @@ from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line
 from flower_ldm.memorisation import TrainingNeighbours, memorised
 from flower_ldm.sample import fresh_folder, load_pipeline
+from flower_ldm.training import read_log
 from flower_ldm.trajectory import LatentPlane
 
 matplotlib.use("Agg")
@@ -48,6 +49,9 @@ COLOURS = (
     "#6699CC",
 )
 OTHERS = "#c9c9c9"
+# Stage 1's losses and scores, as its curves show them.
+AUTOENCODER_CURVES = ["pixel_loss", "perceptual_loss", "kl_loss", "adversarial_loss", "discriminator_loss",
+                      "classification_loss", "center_loss", "repulsion_loss", "psnr", "ssim"]  # fmt: skip
 # A map's sets in the order they are drawn: at most how many points of each, its marker and the marker's area.
 MAP_SETS = {"training": (1200, "o", 12), "held out": (500, "^", 26), "generated": (300, "*", 90)}
 
@@ -431,9 +435,15 @@ def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: d
     labels = pipe.get_label_ids(args.labels) if args.labels else named_classes(pipe.num_classes, 3)
     save_denoising(pipe, labels, plane, folder, args.seed, **options)
     save_interpolations(pipe, labels, folder, args.seed, **options)
-    steps = {"num_inference_steps": args.num_inference_steps}
+    save_guidance_sweep(pipe, labels, folder, args.seed, num_inference_steps=args.num_inference_steps)
+
+
+def save_guidance_sweep(
+    pipe: FlowerLDMPipeline, labels: Sequence[int], folder: Path, seed: int = 0, **options
+) -> None:
+    """`guidance_sweep.png`: a row for each label, from the same noise at every guidance scale."""
     save_picture_table(
-        trajectory.sweep_guidance(pipe, labels, GUIDANCE_SCALES, args.seed, **steps),
+        trajectory.sweep_guidance(pipe, labels, GUIDANCE_SCALES, seed, **options),
         folder / "guidance_sweep.png",
         column_names=[f"{scale:g}" for scale in GUIDANCE_SCALES],
         row_names=[pipe.class_names[label] for label in labels],
@@ -472,7 +482,7 @@ def save_interpolations(
     title = f"one class, from the noise of seed {seed} to that of seed {seed + 1} along the arc"
     save_picture_table(np.stack(rows), folder / "interpolation_seeds.png", row_names=names, title=title)
     if len(labels) < 2:
-        print("left out interpolation_classes.png: it needs two --labels")
+        print("left out interpolation_classes.png: it needs two classes")
         return
     pairs = list(zip(labels, [*labels[1:], labels[0]], strict=True))[: 1 if len(labels) == 2 else None]
     try:
@@ -543,6 +553,8 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--autoencoder {args.autoencoder} has no args.yaml: say by --dataset what to encode")
         folder = fresh_folder(args.output)
         draw_autoencoder(vae, datasets, folder)
+        if (log := Path(args.autoencoder) / "log.jsonl").is_file():
+            save_loss_curves(read_log(log), AUTOENCODER_CURVES, folder / "autoencoder_losses.png")
     else:
         pipe = load_pipeline(args.pipeline, None, args.device, "float32")
         try:
@@ -558,6 +570,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         folder = fresh_folder(args.output)
         draw_pipeline(args, pipe, datasets, folder)
+        if (log := Path(args.pipeline) / "log.jsonl").is_file():
+            save_diffusion_loss(read_log(log), folder / "diffusion_loss.png")
     print(f"{len(list(folder.iterdir()))} pictures are in {folder}")
 
 

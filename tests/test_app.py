@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import socket
@@ -26,7 +27,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 import app
-from flower_ldm import FlowerLDMPipeline
+from flower_ldm import FlowerLDMPipeline, hub
 
 ROOT = Path(__file__).parent.parent
 
@@ -349,6 +350,28 @@ def test_space_needs_no_package(tmp_path):
     assert ended.returncode == 2 and "error: --pipeline someone/flowers is no folder or Hub id" in ended.stderr
 
 
+@pytest.mark.slow
+def test_space_draws_what_the_hub_holds(finished_runs, hub_server, tmp_path):
+    """Its entry as a Space starts it, without the package: by the code of the model's repository, to the bit."""
+    hub.push_run(finished_runs.flower_ldm, "gardener/flower-ldm")
+    app.write_space(tmp_path / "space", "gardener/flower-ldm")
+    code = "import sys; sys.modules['flower_ldm'] = None; sys.path.insert(0, '.'); import demo; "
+    port = free_port()  # a Space has the default one for itself
+    code += f"launch = demo.launch; demo.launch = lambda page, host, _, **more: launch(page, host, {port}, **more); "
+    environment = os.environ | hub_server.environment(tmp_path / "hf") | {"PYTHONPATH": ""}
+    space = subprocess.Popen([sys.executable, "-c", code + "import app"], cwd=tmp_path / "space", env=environment,
+                             stdout=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        assert "gardener/flower-ldm is at http://" in space.stdout.readline()
+        pipe = FlowerLDMPipeline.from_pretrained(finished_runs.flower_ldm)
+        client = Client(f"http://127.0.0.1:{port}", verbose=False, download_files=str(tmp_path / "downloads"))
+        _, gallery = client.predict(pipe.class_names[:1], 1, 0, 3, 2.0, "DPM-Solver++", api_name="/draw")
+        assert np.array_equal(*opened(gallery), alone(pipe, 0, 0, 3, 2.0))
+    finally:
+        space.kill()
+        space.wait()
+
+
 # --- in a browser ----------------------------------------------------------------------------------------------------
 
 
@@ -383,8 +406,20 @@ def test_page_in_a_browser(browser, served, width, dark, request):
     until(browser, "document.querySelectorAll('#pictures button img').length === 8")
     browser.evaluate("document.querySelector('#pictures').scrollIntoView()")  # they load when they are looked at
     until(browser, f"{pictures}.length === 8 && {pictures}.every(i => i.complete && i.naturalWidth === 32)")
-    assert "8 images, seed 0" in browser.evaluate("document.querySelector('#easel').innerText")
+    note = "document.querySelector('#easel').innerText"
+    assert "8 images, seed 0" in browser.evaluate(note)
     assert browser.evaluate("[...seen].filter(src => src?.startsWith('data:image/jpeg')).length") >= 3  # previews
+    captions = browser.evaluate(
+        "[...document.querySelectorAll('#pictures .caption-label')].map(c => c.innerText.trim())"
+    )
+    assert captions == [name for name in (served.names[0], served.names[2]) for _ in range(4)]
+    first = browser.evaluate(f"{pictures}.map(i => i.src)")
+    press(browser, "Another seed")
+    until(browser, "[...document.querySelectorAll('input[type=number]')].some(i => Number(i.value) > 1000)")
+    press(browser, "Draw")
+    until(browser, f"{note}.includes('8 images, seed ') && !{note}.includes('seed 0.')")
+    until(browser, f"{pictures}.length === 8 && {pictures}.every(i => i.complete && i.naturalWidth === 32)")
+    assert set(browser.evaluate(f"{pictures}.map(i => i.src)")).isdisjoint(first)
     press(browser, "Blend two flowers")
     until(browser, "document.querySelector('#easel .loop')?.naturalWidth === 256")
     assert browser.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]

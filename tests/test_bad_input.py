@@ -431,6 +431,13 @@ def test_python_prints_one_line_and_exits_with_2(tmp_path):
 
 
 @pytest.mark.slow
+def test_accelerate_launch_trains_with_the_file_that_is_here(stage_flags, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
+    subprocess.run([*launch, "--mixed_precision", "no", ROOT / "train_autoencoder.py", *stage_flags[0]], check=True)
+    assert (tmp_path / "autoencoder" / "report.html").is_file()
+
+
+@pytest.mark.slow
 def test_accelerate_launch_prints_the_line_too(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     code, lines = printed_by(launch, tmp_path)

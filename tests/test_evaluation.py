@@ -101,7 +101,7 @@ def test_class_accuracy_knows_classes_and_is_chance_where_there_are_none():
     classifier = train_classifier(features, labels)
     assert class_accuracy(classifier, others, other_labels) > 0.99
     shuffled = torch.randperm(500, generator=torch.Generator().manual_seed(0))
-    assert class_accuracy(classifier, others, other_labels[shuffled]) < 0.15
+    assert class_accuracy(classifier, others, other_labels[shuffled]) < 0.08  # 1 in 20, and 3 deviations
     fooled = train_classifier(features, labels[shuffled])
     assert class_accuracy(fooled, others, other_labels) < 0.25  # chance is 1 in 20, of 20 clusters
     assert train_classifier(features, torch.zeros(500)) is None
@@ -482,7 +482,8 @@ def test_real_images_beat_noise_by_far_and_know_their_classes(photographs):
     held_out_accuracy = class_accuracy(classifier, held_out_features, held_out.labels)
     assert held_out_accuracy == pytest.approx(real["class_accuracy"], abs=0.06)
     shuffled = torch.randperm(1020, generator=torch.Generator().manual_seed(0))
-    assert class_accuracy(classifier, held_out_features, held_out.labels[shuffled]) < 0.04  # chance is 1 in 102
+    chance = 1 / 102
+    assert class_accuracy(classifier, held_out_features, held_out.labels[shuffled]) < chance + 0.01  # 3 deviations
 
 
 @pytest.mark.slow

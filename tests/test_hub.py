@@ -76,7 +76,8 @@ def test_a_run_of_each_stage_goes_and_comes_back(finished_runs, hub_server, tmp_
     assert repositories["gardener/autoencoder"].private and not repositories["gardener/flower-ldm"].private
     assert set(repositories["gardener/autoencoder"].files) == AUTOENCODER_FILES
     pictures = {f"samples/{path.name}" for path in finished_runs.flower_ldm.glob("samples/*.png")}
-    for pattern in ("denoising_path_*.png", "diffusion_animation_*.gif"):
+    generated = ("denoising_path_*.png", "diffusion_animation_*.*", "interpolation_*.png", "guidance_sweep.png")
+    for pattern in generated:
         pictures |= {path.name for path in finished_runs.flower_ldm.glob(pattern)}
     assert len(pictures) > 4
     assert set(repositories["gardener/flower-ldm"].files) == PIPELINE_FILES | pictures
@@ -321,6 +322,18 @@ for name, again in (("gardener/flower-ldm", "again"), ("gardener/again", "and-ag
     torch.save(images, name.removeprefix("gardener/") + ".pt")
     pipe.push_to_hub(f"gardener/{again}")
     pipe.save_pretrained("saved")
+pipe.save_pretrained("parts", variant="fp16", max_shard_size="20KB")
+elsewhere = {
+    "variant-and-shards": ("parts", {"variant": "fp16"}),
+    "revision-and-cache": ("gardener/flower-ldm", {"revision": "main", "cache_dir": "cache"}),
+    "offline": ("gardener/flower-ldm", {"local_files_only": True}),
+}
+for name, (repository, options) in elsewhere.items():
+    pipe = DiffusionPipeline.from_pretrained(repository, trust_remote_code=True, **options)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe([0, 1], num_inference_steps=3, generator=generator, output_type="pt").images
+    torch.save(images, name + ".pt")
+assert len(list(Path("parts", "unet").glob("*.fp16-*.safetensors"))) > 1 and any(Path("cache").iterdir())
 for name, again in (("autoencoder", "autoencoder-again"), ("autoencoder-again", "autoencoder-and-again")):
     vae = AutoModel.from_pretrained(f"gardener/{name}", trust_remote_code=True)
     torch.save(vae.state_dict(), f"{name}.pt")
@@ -342,7 +355,7 @@ def check_elsewhere(hub_server: LoopbackHub, finished, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder / "empty", env=environment, check=True, timeout=300)
     expected = draw(FlowerLDMPipeline.from_pretrained(finished.flower_ldm))
     vae = FlowerAutoencoderKL.from_pretrained(finished.autoencoder)
-    for name in ("flower-ldm", "again", "saved"):
+    for name in ("flower-ldm", "again", "saved", "variant-and-shards", "revision-and-cache", "offline"):
         assert torch.equal(torch.load(folder / "empty" / f"{name}.pt"), expected), name
     for name in ("autoencoder", "autoencoder-again"):
         assert same_weights(torch.load(folder / "empty" / f"{name}.pt"), vae), name
@@ -393,8 +406,9 @@ def test_training_pushes_a_model_that_loads_anywhere_and_nothing_leaks(image_fol
         data = ["--dataset", "imagefolder", "--data_dir", str(planted / "planted-data-folder")]
         data += ["--classes", "daisy", "rose", "tulip", "--final_pictures", "--push_to_hub"]
         data += ["--report_to", "tensorboard"]  # whose files are named after the host
-        for script, flags in zip(("train_autoencoder", "train_latent_diffusion"), tiny_stages(planted, random_vgg),
-                                 strict=True):  # fmt: skip
+        stages = tiny_stages(planted, shutil.copy(random_vgg, planted / "vgg16.safetensors"))
+        stages[1].extend(["--autoencoder", "gardener/autoencoder"])  # which the first has pushed
+        for script, flags in zip(("train_autoencoder", "train_latent_diffusion"), stages, strict=True):
             command = [sys.executable, str(ROOT / f"{script}.py"), *flags, *data]
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
@@ -428,11 +442,12 @@ def belongs_to_an_upload(request: Request) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["autoencoder", "flower_ldm"])
 @pytest.mark.parametrize("sent", [-1, 0], ids=["before the answer", "within the answer"])
-def test_upload_broken_off_at_each_request_can_be_finished(finished_runs, hub_server, tmp_path, sent):
+def test_upload_broken_off_at_each_request_can_be_finished(finished_runs, hub_server, tmp_path, sent, stage):
     """The connection is cut at one request and stays so; when it is back the same command finishes the upload."""
     run = tmp_path / "run"
-    shutil.copytree(finished_runs.autoencoder, run)
+    shutil.copytree(getattr(finished_runs, stage), run)
     (run / "README.md").write_text("---\nlicense: apache-2.0\n---\nA card.\n")
     before = snapshot(run)
     hub.push_run(run, "gardener/whole", api=HfApi(hub_server.url, TOKEN))

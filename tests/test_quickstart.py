@@ -1,5 +1,6 @@
 """The quickstart's promise: flowers whose petals and colours follow their class, judged by a classifier of its own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,19 +54,46 @@ def accuracy(classifier: nn.Module, images: torch.Tensor, labels: torch.Tensor) 
     return (classifier(images).argmax(dim=1) == labels).float().mean().item()
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[Path, str]:
+    """What `make quickstart` leaves in a copy of the clone, without a network, beside a first one; what it printed."""
+    clone = tmp_path_factory.mktemp("clone")
+    for name in ("Makefile", "requirements.txt", "pyproject.toml", "configs", "flower_ldm", "pipelines",
+                 "train_autoencoder.py", "train_latent_diffusion.py"):  # fmt: skip
+        (clone / name).symlink_to(ROOT / name)
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    python = clone / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (clone / ".venv" / ".installed").touch()
+    (clone / "results" / "quickstart-1").mkdir(parents=True)
+    nowhere = "http://127.0.0.1:9"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "http_proxy": nowhere, "https_proxy": nowhere}
+    command = ["make", "quickstart"]
+    done = subprocess.run(command, cwd=clone, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert list((clone / "results" / "quickstart-1").iterdir()) == []
+    return clone, done.stdout
+
+
 @pytest.mark.slow
-def test_quickstart_draws_the_class_that_it_is_asked_for(tmp_path: Path) -> None:
-    recipe = str(ROOT / "configs" / "quickstart.yaml")
-    folders = ["--output_dir", str(tmp_path / "autoencoder")]
-    subprocess.run([sys.executable, str(ROOT / "train_autoencoder.py"), "--config", recipe, *folders], check=True)
-    folders = ["--autoencoder", str(tmp_path / "autoencoder"), "--output_dir", str(tmp_path / "flower-ldm")]
-    subprocess.run([sys.executable, str(ROOT / "train_latent_diffusion.py"), "--config", recipe, *folders], check=True)
-    assert read_log(tmp_path / "autoencoder" / "log.jsonl")[-1]["psnr"] > 20
+def test_quickstart_says_where_its_pictures_are(quickstart) -> None:
+    clone, printed = quickstart
+    places = [line.split()[-1] for line in printed.splitlines()[-4:]]
+    assert places == [f"results/quickstart-2/{name}" for name in (
+        "pictures/grid.png", "flower-ldm/samples", "autoencoder/reconstructions", "flower-ldm"
+    )]  # fmt: skip
+    assert all((clone / place).exists() for place in places)
+
+
+@pytest.mark.slow
+def test_quickstart_draws_the_class_that_it_is_asked_for(quickstart) -> None:
+    run = quickstart[0] / "results" / "quickstart-2"
+    assert read_log(run / "autoencoder" / "log.jsonl")[-1]["psnr"] > 20
 
     classifier = train_classifier()
     assert accuracy(classifier, *fresh_flowers(20, 2 * FRESH)) > 0.95, "the judge itself must know its flowers"
 
-    pipeline = FlowerLDMPipeline.from_pretrained(tmp_path / "flower-ldm")
+    pipeline = FlowerLDMPipeline.from_pretrained(run / "flower-ldm")
     labels = torch.arange(NUM_CLASSES).repeat_interleave(12)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
     drawn = pipeline(labels.tolist(), generator=generators, output_type="pt").images

@@ -79,7 +79,8 @@ def test_every_promised_file_is_there(run_dir):
     promised = "model_index.json vae/config.json unet/config.json scheduler/scheduler_config.json args.yaml log.jsonl"
     promised += " metrics.json diffusion_loss.png vae_samples_grid_subset.png checkpoint-4 checkpoint-6"
     promised += " vae/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.safetensors"
-    promised += " latent_space_tsne.png latent_space_pca.png"
+    promised += " latent_space_tsne.png latent_space_pca.png original_reconstructed_generated.png guidance_sweep.png"
+    promised += " interpolation_seeds.png interpolation_classes.png"
     for name in PATHS:
         promised += f" denoising_path_{name}.png diffusion_animation_{name}.gif"
     assert [name for name in promised.split() if not (run_dir / name).exists()] == []
@@ -141,7 +142,9 @@ def test_tensorboard_has_the_same_pictures(run_dir):
     (events,) = run_dir.rglob("events.out.tfevents.*")
     board = EventAccumulator(str(events.parent), size_guidance={"images": 0}).Reload()
     files = {("samples", step): f"samples/step-{step:08d}.png" for step in (4, 6)}
-    stills = ["diffusion_loss", "latent_space_tsne", "latent_space_pca", *(f"denoising_path_{name}" for name in PATHS)]
+    stills = ["diffusion_loss", "latent_space_tsne", "latent_space_pca", "original_reconstructed_generated"]
+    stills += ["guidance_sweep", "interpolation_seeds", "interpolation_classes"]
+    stills += [f"denoising_path_{name}" for name in PATHS]
     files |= {(name, 6): f"{name}.png" for name in stills}
     for (name, step), file in files.items():
         (encoded,) = [event.encoded_image_string for event in board.Images(name) if event.step == step]

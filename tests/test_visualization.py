@@ -282,7 +282,7 @@ def test_every_picture_of_a_pipeline(finished_runs, tmp_path, capsys):
     main(["--pipeline", str(finished_runs.flower_ldm), *flags])
     first, second = (CLASS_NAMES[label].replace(" ", "_") for label in (0, 2))
     expected = "vae_samples_grid_subset latent_space_tsne latent_space_pca original_reconstructed_generated"
-    expected += " nearest_neighbours guidance_sweep interpolation_classes interpolation_seeds"
+    expected += " diffusion_loss nearest_neighbours guidance_sweep interpolation_classes interpolation_seeds"
     expected = [f"{name}.png" for name in expected.split()] + of_paths(first, second)
     assert pictures(tmp_path / "out") == sorted(expected)
     for path in (tmp_path / "out").iterdir():
@@ -310,7 +310,9 @@ def test_a_pipeline_with_a_stock_unet_and_without_images(finished_runs, tmp_path
 
 def test_pictures_of_an_autoencoder(finished_runs, tmp_path):
     main(["--autoencoder", str(finished_runs.autoencoder), "--output", str(tmp_path / "out"), "--device", "cpu"])
-    assert pictures(tmp_path / "out") == ["latent_space_pca.png", "latent_space_tsne.png", "reconstructions.png"]
+    assert pictures(tmp_path / "out") == [
+        "autoencoder_losses.png", "latent_space_pca.png", "latent_space_tsne.png", "reconstructions.png"
+    ]  # fmt: skip
     last = finished_runs.autoencoder / "reconstructions" / "step-00000006.png"
     drawn, expected = (
         np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "out" / "reconstructions.png", last)
