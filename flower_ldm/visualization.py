@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
 from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
-from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line
+from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from flower_ldm.memorisation import TrainingNeighbours, memorised
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.training import read_log
@@ -557,11 +557,9 @@ def main(argv: list[str] | None = None) -> None:
             save_loss_curves(read_log(log), AUTOENCODER_CURVES, folder / "autoencoder_losses.png")
     else:
         pipe = load_pipeline(args.pipeline, None, args.device, "float32")
-        try:
+        with refusals_of_input():
             pipe.get_label_ids(args.labels or 0)
             pipe.check_inputs(1, 1, args.guidance_scale, num_inference_steps=args.num_inference_steps)
-        except ValueError as error:
-            raise InputError(str(error)) from error
         datasets = load_images(args, args.pipeline, pipe.image_size[1])
         if datasets and datasets["training"].class_names != pipe.class_names:
             raise InputError(

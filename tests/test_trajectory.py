@@ -1,5 +1,7 @@
 """flower_ldm/trajectory.py: paths are the pipeline's own, interpolations end where they should, animations move."""
 
+import sys
+
 import diffusers
 import numpy as np
 import pytest
@@ -253,6 +255,12 @@ def test_a_long_path_is_shown_in_as_many_frames_as_are_good_to_watch(pipe):
     for frame, image in ((frames[0], path.noisy_images[0]), (frames[-1], path.noisy_images[-1])):
         enlarged = Image.fromarray(image).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
         assert np.array_equal(frame[corner], np.asarray(enlarged))
+
+
+def test_no_film_where_ffmpeg_is_not_installed(recorded, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # so the import system says that there is none
+    written = save_animation(recorded, tmp_path / "animation.gif")
+    assert written == [tmp_path / "animation.gif"] == list(tmp_path.iterdir())
 
 
 def test_film_where_ffmpeg_is_installed(recorded, tmp_path):
