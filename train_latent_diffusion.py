@@ -269,12 +269,11 @@ def draw_comparisons(
     with accelerator.autocast():
         latents = torch.from_numpy(generated.latents[::GRID_IMAGES]).to(accelerator.device)
         columns = generated.labels[::GRID_IMAGES].tolist()
-        save_side_by_side(pipeline, val_images, columns, decode(pipeline, latents), output_dir)
-        save_guidance_sweep(pipeline, labels, output_dir, args.seed)
-        save_interpolations(pipeline, labels, output_dir, args.seed, guidance_scale=args.guidance_scale)
-    names = ["original_reconstructed_generated", "guidance_sweep", "interpolation_seeds", "interpolation_classes"]
-    drawn = {name: output_dir / f"{name}.png" for name in names}
-    log.show(args.max_train_steps, {name: path for name, path in drawn.items() if path.exists()})
+        drawn = save_side_by_side(pipeline, val_images, columns, decode(pipeline, latents), output_dir)
+        if args.label_dropout > 0:  # else the null label, from which guidance leads away, is untrained
+            drawn.append(save_guidance_sweep(pipeline, labels, output_dir, args.seed))
+        drawn += save_interpolations(pipeline, labels, output_dir, args.seed, guidance_scale=args.guidance_scale)
+    log.show(args.max_train_steps, {path.stem: path for path in drawn})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -129,9 +129,10 @@ def save_class_grid(images: np.ndarray, names: list[str], path: Path, title: str
     save_figure(class_grid(images, names, title), path)
 
 
-def save_picture_table(images: np.ndarray, path: Path, **names) -> None:
-    """`picture_table` as a file."""
+def save_picture_table(images: np.ndarray, path: Path, **names) -> Path:
+    """`picture_table` as a file; the file."""
     save_figure(picture_table(images, **names), path)
+    return path
 
 
 def save_nearest_neighbours(
@@ -440,9 +441,9 @@ def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: d
 
 def save_guidance_sweep(
     pipe: FlowerLDMPipeline, labels: Sequence[int], folder: Path, seed: int = 0, **options
-) -> None:
-    """`guidance_sweep.png`: a row for each label, from the same noise at every guidance scale."""
-    save_picture_table(
+) -> Path:
+    """`guidance_sweep.png`: a row for each label, from the same noise at every guidance scale; the file."""
+    return save_picture_table(
         trajectory.sweep_guidance(pipe, labels, GUIDANCE_SCALES, seed, **options),
         folder / "guidance_sweep.png",
         column_names=[f"{scale:g}" for scale in GUIDANCE_SCALES],
@@ -472,49 +473,56 @@ def save_denoising(
 
 def save_interpolations(
     pipe: FlowerLDMPipeline, labels: Sequence[int], folder: Path, seed: int = 0, num_images: int = 8, **options
-) -> None:
+) -> list[Path]:
     """`interpolation_seeds.png`, a row for each label, and `interpolation_classes.png`, a row from each to the next.
 
     The second needs two labels and a unet that takes mixtures of classes; without, it says so and leaves it out.
+    Returns the files written.
     """
     rows = [trajectory.interpolate_seeds(pipe, label, (seed, seed + 1), num_images, **options) for label in labels]
     names = [pipe.class_names[label] for label in labels]
     title = f"one class, from the noise of seed {seed} to that of seed {seed + 1} along the arc"
-    save_picture_table(np.stack(rows), folder / "interpolation_seeds.png", row_names=names, title=title)
+    written = [save_picture_table(np.stack(rows), folder / "interpolation_seeds.png", row_names=names, title=title)]
     if len(labels) < 2:
         print("left out interpolation_classes.png: it needs two classes")
-        return
+        return written
     pairs = list(zip(labels, [*labels[1:], labels[0]], strict=True))[: 1 if len(labels) == 2 else None]
     try:
         rows = [trajectory.interpolate_classes(pipe, *pair, num_images, seed, **options) for pair in pairs]
     except ValueError as error:
         print(f"left out interpolation_classes.png: {error}")
-        return
-    save_picture_table(
+        return written
+    between = save_picture_table(
         np.stack(rows),
         folder / "interpolation_classes.png",
         row_names=[f"{pipe.class_names[start]} to {pipe.class_names[end]}" for start, end in pairs],
         title="from class to class, each row from the same noise",
     )
+    return [*written, between]
 
 
 def save_side_by_side(
     pipe: FlowerLDMPipeline, images: ImageDataset, labels: Sequence[int], generated: np.ndarray, folder: Path
-) -> None:
+) -> list[Path]:
     """`original_reconstructed_generated.png`: of each class a held-out image, its reconstruction and a sample.
 
-    Classes without a held-out image are left out. `generated`: `(len(labels), H, W, 3)` uint8.
+    Classes without a held-out image are left out, and where none has any, the picture. `generated`:
+    `(len(labels), H, W, 3)` uint8. Returns the files written.
     """
     first = {label: torch.nonzero(images.labels == label)[:1].flatten().tolist() for label in labels}
     columns = [number for number, label in enumerate(labels) if first[label]]
+    if not columns:
+        print("left out original_reconstructed_generated.png: none of these classes has a held-out image")
+        return []
     originals = images.__getitems__([first[labels[number]][0] for number in columns])["images"]
     rebuilt = trajectory.decode(pipe, pipe.encode_images(originals))
-    save_picture_table(
+    path = save_picture_table(
         np.stack([to_uint8(originals), rebuilt, generated[columns]]),
         folder / "original_reconstructed_generated.png",
         column_names=[pipe.class_names[labels[number]] for number in columns],
         row_names=["held out", "reconstructed", "generated"],
     )
+    return [path]
 
 
 def draw_autoencoder(vae: FlowerAutoencoderKL, datasets: dict[str, ImageDataset], folder: Path) -> None:

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from flower_ldm import FlowerLDMPipeline
-from flower_ldm.data import to_uint8
+from flower_ldm.data import load_datasets, to_uint8
 from flower_ldm.errors import InputError
 from flower_ldm.synthetic import CLASS_NAMES
 from flower_ldm.visualization import (
@@ -31,6 +31,7 @@ from flower_ldm.visualization import (
     save_latent_maps,
     save_loss_curves,
     save_reconstructions,
+    save_side_by_side,
     spread_over_classes,
     tsne,
 )
@@ -331,6 +332,18 @@ def test_classes_whose_file_safe_names_are_the_same_have_files_of_their_own(fini
     written = save_denoising(pipe, [0, 1], plane, tmp_path, num_inference_steps=2)
     assert pictures(tmp_path) == sorted(["latent_space_pca.png", "latent_space_tsne.png", *of_paths("a_b", "A_b_1")])
     assert written[:2] == [tmp_path / "denoising_path_a_b.png", tmp_path / "denoising_path_A_b_1.png"]
+
+
+def test_classes_without_a_held_out_image_are_not_compared(finished_runs, tmp_path, capsys):
+    pipe = FlowerLDMPipeline.from_pretrained(finished_runs.flower_ldm)
+    _, held_out = load_datasets("synthetic", resolution=32, classes=[0, 1, 2, 3], images_per_class=12)
+    drawn = np.zeros((2, 32, 32, 3), np.uint8)
+    held_out.labels[held_out.labels == 1] = 0
+    (written,) = save_side_by_side(pipe, held_out, [0, 1], drawn, tmp_path)
+    assert written == tmp_path / "original_reconstructed_generated.png" and written.is_file()
+    assert save_side_by_side(pipe, held_out, [1], drawn[:1], tmp_path / "none") == []
+    assert not (tmp_path / "none").exists()
+    assert "none of these classes has a held-out image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
