@@ -529,7 +529,8 @@ def _list_hub(
 def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | None) -> list[int]:
     """Return the labels that `--classes` picks, in the order given; all of them for None.
 
-    `classes` holds 0-based indices (also as text, "3") or names, in any case.
+    `classes` holds names, in any case, or 0-based indices. Text is looked up as a name first, as the pipeline does,
+    then read as an index: where folders are called "1", "2", ..., "2" is the folder.
 
     Raises:
         InputError: for an unknown name (the nearest names are offered), an index out of range, or a class given twice.
@@ -542,12 +543,12 @@ def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | No
     chosen = []
     for item in classes:
         text = str(item).strip()
-        if text.lstrip("-").isdecimal():
+        if isinstance(item, str) and text in class_names:
+            label = list(class_names).index(text)
+        elif text.lstrip("-").isdecimal():
             label = int(text)
             if not 0 <= label < len(class_names):
                 raise InputError(f"--classes {text}: an index is 0 to {len(class_names) - 1}")
-        elif text in class_names:
-            label = list(class_names).index(text)
         elif text.casefold() in by_name:
             label = by_name[text.casefold()]
         else:

@@ -478,6 +478,13 @@ def test_select_classes_by_index_and_name() -> None:
     assert data.select_classes(["a", "b"], None) == [0, 1]
 
 
+def test_select_classes_that_are_called_by_numbers() -> None:
+    folders = ["1", "10", "2"]  # in the order of a folder's listing
+    assert data.select_classes(folders, ["2", "1"]) == [2, 0]
+    assert data.select_classes(folders, ["0"]) == [0]
+    assert data.select_classes(folders, [2, 1]) == [2, 1]
+
+
 # --- Hub data sets ---------------------------------------------------------------------------------------------------
 
 
