@@ -21,17 +21,18 @@ from accelerate import Accelerator
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
 from flower_ldm import hub, training
 from flower_ldm.autoencoder_losses import (
+    HIGHEST_PSNR,
     AdaptiveAdversarialWeight,
     CenterLoss,
     PerceptualLoss,
     adversarial_loss,
     classification_loss,
     discriminator_loss,
+    fidelity,
     kl_loss,
     loss_ramp,
     pixel_loss,
@@ -39,6 +40,7 @@ from flower_ldm.autoencoder_losses import (
 from flower_ldm.data import ImageDataset
 from flower_ldm.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error
+from flower_ldm.latent_cache import tensors_digest
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 from flower_ldm.report import write_report
@@ -161,12 +163,9 @@ def validate(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptua
         with accelerator.autocast():
             output = vae(images)
         reconstruction = output.sample.float().clamp(-1, 1)
-        unit_range = (reconstruction + 1) / 2, (images + 1) / 2
-        rows = {
-            "psnr": peak_signal_noise_ratio(*unit_range, data_range=1.0, reduction="none", dim=(1, 2, 3)),
-            "ssim": structural_similarity_index_measure(*unit_range, data_range=1.0, reduction="none"),
+        rows = fidelity(reconstruction, images) | {
             "val_pixel_loss": (reconstruction - images).abs().mean(dim=(1, 2, 3)),
-            "mean_squared_error": (unit_range[0] - unit_range[1]).square().mean(dim=(1, 2, 3)),
+            "mean_squared_error": ((reconstruction - images) / 2).square().mean(dim=(1, 2, 3)),
         }
         if args.classification_weight > 0:
             rows["val_accuracy"] = (output.class_logits.argmax(dim=1) == class_labels).float()
@@ -176,7 +175,8 @@ def validate(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptua
         measured.append(accelerator.gather_for_metrics(rows))
     means = {name: torch.cat([rows[name] for rows in measured]).mean().item() for name in measured[0]}
     # Beside the mean of each image's PSNR, that of the mean squared error, which is never higher.
-    return means | {"psnr_of_mean_squared_error": -10 * math.log10(means["mean_squared_error"])}
+    error = max(means["mean_squared_error"], 10 ** (-HIGHEST_PSNR / 10))
+    return means | {"psnr_of_mean_squared_error": -10 * math.log10(error)}
 
 
 @torch.inference_mode()
@@ -226,9 +226,10 @@ def measure_latents(
         with accelerator.autocast():
             images = dataset.__getitems__(keys.tolist())["images"].to(accelerator.device)
             posterior = vae.encode(images).latent_dist
-        mean, variance = posterior.mean.double(), posterior.var.double()
+        # On the CPU, since Apple's GPUs have no double precision.
+        mean, variance = posterior.mean.cpu().double(), posterior.var.cpu().double()
         moments = torch.stack([values.mean(dim=(0, 2, 3)) for values in (mean, mean.square(), variance)])
-        sums += len(keys) / len(dataset) * moments.cpu()
+        sums += len(keys) / len(dataset) * moments
     variance = sums[1] - sums[0].square() + sums[2]
     vae.set_latents_statistics(sums[0].tolist(), variance.sqrt().tolist())
 
@@ -323,7 +324,10 @@ def main(argv: list[str] | None = None) -> None:
         vae.compile(dynamic=False)
     ema = training.build_ema(vae, args.ema_decay)
     parts, optimizer, disc_optimizer, lr_scheduler = build_parts(accelerator, args, vae, perceptual)
-    progress = training.Progress(training.run_identity(accelerator, args, train_images, vae))
+    identity = training.run_identity(accelerator, args, train_images, vae)
+    if perceptual is not None:
+        identity["VGG16 (--vgg_weights)"] = tensors_digest(perceptual.features.state_dict())
+    progress = training.Progress(identity)
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
     training.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
     hub.claim_repository(accelerator, args)

@@ -1,7 +1,8 @@
-"""The losses of stage 1, each unweighted, each a pure function or a small module.
+"""The losses of stage 1, each unweighted, each a pure function or a small module, and how close a reconstruction is.
 
 Its neighbours: `train_autoencoder.py` weighs and adds them; `FlowerAutoencoderKL` and `PatchDiscriminator` give what
 they judge. Each is a mean over pixels, latent elements, patches or images, so that weights mean the same at any size.
+`evaluation` measures reconstructions by the same `fidelity`.
 
 Shapes: B images, (H, W) pixels, (h, w) latent positions, Z latent channels, F class features, K classes.
 """
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 from torch import nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from .errors import InputError
+from .errors import InputError, one_line
 
+HIGHEST_PSNR = 100.0  # in dB
 VGG16_CONV_LAYERS = (0, 2, 5, 7, 10, 12, 14)  # torchvision's indices up to relu3_3
 VGG16_TAPS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)
 
@@ -26,6 +29,17 @@ VGG16_TAPS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)
 def pixel_loss(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Mean absolute error of `(B, 3, H, W)` images in [-1, 1]. Sharper than squared error at the same PSNR."""
     return F.l1_loss(reconstruction.float(), images.float())
+
+
+def fidelity(reconstruction: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """ "psnr" in dB and "ssim" of each image, `(B,)` each, from two batches `(B, 3, H, W)` in [-1, 1].
+
+    Equal images have an infinite PSNR, and so would any mean over one of them: here it is 100 dB.
+    """
+    unit_range = (reconstruction + 1) / 2, (images + 1) / 2
+    psnr = peak_signal_noise_ratio(*unit_range, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    ssim = structural_similarity_index_measure(*unit_range, data_range=1.0, reduction="none")
+    return {"psnr": psnr.clamp(max=HIGHEST_PSNR).reshape(-1), "ssim": ssim.reshape(-1)}
 
 
 def kl_loss(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
@@ -173,10 +187,12 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             "perceptual loss by --perceptual_weight 0"
         )
     try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(
-            f"--vgg_weights {path} can't be read ({type(error).__name__}): give torchvision's VGG16 as .safetensors "
+            f"--vgg_weights {path} can't be read ({one_line(error)[:200]}): give torchvision's VGG16 as .safetensors "
             "or .pth, or train without the perceptual loss by --perceptual_weight 0"
         ) from error
 
@@ -212,6 +228,7 @@ class AdaptiveAdversarialWeight(nn.Module):
         """Take one measurement into the average."""
         wanted, adverse = squared_gradient_norms.sqrt()
         ratio = (wanted / (adverse + 1e-8)).clamp(max=self.maximum)
-        ratio = torch.where(ratio.isfinite(), ratio, self.value)  # fp16 may overflow once: the scaler skips that step
-        self.value.lerp_(ratio, 1 - self.decay)
-        self.num_measurements += 1
+        # fp16 may overflow: the scaler skips that step, and the average must not keep what was measured in it.
+        usable = squared_gradient_norms.isfinite().all()
+        self.value.copy_(torch.where(usable, self.value.lerp(ratio, 1 - self.decay), self.value))
+        self.num_measurements += usable

@@ -147,13 +147,13 @@ class LossByTimestep:
 
     def __init__(self, num_train_timesteps: int, num_bins: int = 10, device: torch.device | str = "cpu") -> None:
         self.num_train_timesteps = num_train_timesteps
-        self.sums = torch.zeros(num_bins, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(num_bins, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(num_bins, device=device)  # in single precision: Apple's GPUs have no double
+        self.counts = torch.zeros(num_bins, device=device)
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """Add the `losses` `(B,)` of `timesteps` `(B,)`, without a host synchronisation."""
         bins = timesteps * len(self.sums) // self.num_train_timesteps
-        losses = losses.detach().to(self.sums.dtype)
+        losses = losses.detach().float()
         self.sums.index_add_(0, bins, losses)
         self.counts.index_add_(0, bins, torch.ones_like(losses))
 

@@ -31,12 +31,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
 import flower_ldm
 from flower_ldm import FlowerLDMPipeline
-from flower_ldm.autoencoder_losses import PerceptualLoss
+from flower_ldm.autoencoder_losses import PerceptualLoss, fidelity
 from flower_ldm.data import ImageDataset, load_datasets, to_uint8
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, refusals_of_input
 from flower_ldm.features import (
@@ -210,17 +209,13 @@ def reconstruct(
             raw_latents = vae.encode(originals.to(parameter.dtype)).latent_dist.mode()
             reconstruction = vae.decode(raw_latents).sample.float().clamp(-1, 1)
             pictures.append(to_uint8(reconstruction))
-            unit_range = (reconstruction + 1) / 2, (originals + 1) / 2
-            row = {
-                "psnr": peak_signal_noise_ratio(*unit_range, data_range=1.0, reduction="none", dim=(1, 2, 3)),
-                "ssim": structural_similarity_index_measure(*unit_range, data_range=1.0, reduction="none"),
-            }
+            row = fidelity(reconstruction, originals)
             if perceptual is not None:
                 row["perceptual_distance"] = perceptual.per_image(reconstruction, originals)
             if getattr(vae, "head", None) is not None and vae.config.num_classes == images.num_classes:
                 logits = vae.head(raw_latents)[1]
                 row["head_accuracy"] = (logits.argmax(dim=1).cpu() == batch["class_labels"]).float()
-            rows.append({name: value.cpu().reshape(-1) for name, value in row.items()})
+            rows.append({name: value.cpu() for name, value in row.items()})
             progress.update(len(batch_keys))
     return np.concatenate(pictures), {name: torch.cat([row[name] for row in rows]).mean().item() for name in rows[0]}
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -42,12 +43,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
-from .errors import InputError, OneLineParser
+from .errors import InputError, OneLineParser, one_line
 from .files import whole_path
 
 CHECKPOINT_PREFIX = "checkpoint-"
-# What a resumed run may have otherwise. The paths among these are compared by what they lead to (see `Progress`), the
-# batch by the images of one update.
+SCALER_FILE = "scaler.pt"  # accelerate's; in fp16 only
+# What a resumed run may have otherwise. The paths among these are compared by what they lead to (`Progress.identity`),
+# the batch by the images of one update.
 MAY_CHANGE = {
     "config", "data_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps",
     "num_train_epochs", "val_splits", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
@@ -225,8 +227,9 @@ def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module
     Raises:
         InputError: for an argument that the model doesn't have, that the run sets otherwise, or that can't be built.
     """
-    # A saved config has entries of diffusers too.
-    config = {k: v for k, v in read_model_config(path).items() if not k.startswith("_") and k != "auto_map"}
+    # A saved config has entries of diffusers too, and what was measured at the end of the run that saved it.
+    not_arguments = ("auto_map", "latents_mean", "latents_std")
+    config = {k: v for k, v in read_model_config(path).items() if not k.startswith("_") and k not in not_arguments}
     known = inspect.signature(model_class.__init__).parameters
     for key, value in config.items():
         if key not in known:
@@ -301,11 +304,15 @@ def check_output_dir(args: argparse.Namespace) -> None:
     """Refuse an output folder that holds another run, or something else, and change nothing.
 
     Raises:
-        InputError: unless this run goes on with the one there, or `--overwrite_output_dir` allows to replace it.
+        InputError: unless this run goes on with the one there, or `--overwrite_output_dir` allows to replace it; where
+            nothing can be written.
     """
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file: name a folder")
+    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise InputError(f"--output_dir {output_dir}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {output_dir}: nothing may be written to {nearest}; name another folder")
     if not resumes_in_place(args):
         for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights"):
             path = getattr(args, name, None)
@@ -603,10 +610,15 @@ def resume(
         InputError: where it is damaged, belongs to another run, or is beyond this run's end.
     """
     if checkpoint is not None:
+        if accelerator.scaler is not None and not (checkpoint / SCALER_FILE).is_file():
+            raise InputError(
+                f"--mixed_precision fp16: {checkpoint} was made without, and has no scale of the gradients to go on "
+                "with; use bf16 or no"
+            )
         try:
             accelerator.load_state(str(checkpoint))
         except Exception as error:  # torch, pickle and safetensors each have errors of their own for a damaged file
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = textwrap.shorten(one_line(error), 300, placeholder=" ...")
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"
             ) from error

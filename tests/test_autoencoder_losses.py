@@ -23,6 +23,7 @@ from flower_ldm.autoencoder_losses import (
     adversarial_loss,
     classification_loss,
     discriminator_loss,
+    fidelity,
     kl_loss,
     loss_ramp,
     pixel_loss,
@@ -333,6 +334,16 @@ def test_vgg_that_cannot_be_downloaded(tmp_path, monkeypatch):
 # Adaptive weight
 
 
+def test_fidelity_of_each_image():
+    images = torch.zeros(3, 3, 16, 16)
+    reconstruction = images + torch.tensor([0.2, 0.02, 0.0]).view(3, 1, 1, 1)  # in [0, 1], errors of 0.1 and 0.01
+    found = fidelity(reconstruction, images)
+    # Equal images would make the mean infinite.
+    torch.testing.assert_close(found["psnr"], torch.tensor([20.0, 40.0, 100.0]), rtol=1e-4, atol=0)
+    assert found["ssim"][2] == 1 and found["ssim"][0] < found["ssim"][1] < 1
+    assert fidelity(reconstruction[:1], images[:1])["ssim"].shape == (1,)
+
+
 def measured(wanted: float, adverse: float, weight: AdaptiveAdversarialWeight | None = None) -> float:
     """The averaged ratio after one more measurement, of two losses whose gradients have these norms."""
     weight = AdaptiveAdversarialWeight() if weight is None else weight
@@ -375,6 +386,16 @@ def test_adaptive_weight_goes_on_from_a_checkpoint():
 
 def test_adaptive_weight_is_bounded_where_the_discriminator_says_nothing():
     assert measured(1.0, 0.0) == pytest.approx(1e4)
+
+
+@pytest.mark.parametrize("norms", [(math.inf, 1.0), (1.0, math.inf), (math.inf, math.inf), (math.nan, 1.0)])
+def test_adaptive_weight_forgets_what_overflowed(norms):
+    weight, undisturbed = AdaptiveAdversarialWeight(), AdaptiveAdversarialWeight()
+    for other in (weight, undisturbed):
+        measured(3.0, 1.0, other)
+    weight.update(torch.tensor(norms))
+    assert torch.equal(weight(), undisturbed())
+    assert measured(1.0, 1.0, weight) == measured(1.0, 1.0, undisturbed)
 
 
 def test_adaptive_weight_survives_fp16():

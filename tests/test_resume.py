@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_autoencoder
 import train_latent_diffusion
@@ -399,6 +399,28 @@ def test_what_would_not_be_the_same_run_is_refused(run, tmp_path, stage):
             run(stage, tmp_path / "refused", *words)
         assert "\n" not in str(refusal.value)
     assert not (tmp_path / "refused").exists()
+
+
+def test_other_vgg_weights_are_refused(run, random_vgg, tmp_path):
+    run("autoencoder", tmp_path / "run", "--max_train_steps", "2")
+    save_file({name: 2 * value for name, value in load_file(random_vgg).items()}, tmp_path / "other.safetensors")
+    resumed = ["--resume_from_checkpoint", "latest", "--vgg_weights"]
+    with pytest.raises(InputError, match=r"its VGG16 \(--vgg_weights\) was .* they must be the same"):
+        run("autoencoder", tmp_path / "run", *resumed, str(tmp_path / "other.safetensors"))
+    shutil.copy(random_vgg, tmp_path / "moved.safetensors")
+    run("autoencoder", tmp_path / "run", *resumed, str(tmp_path / "moved.safetensors"))
+
+
+def test_another_model_is_refused_and_named(run, flags, tmp_path):
+    run("latent_diffusion", tmp_path / "run", "--max_train_steps", "2")
+    words = flags["latent_diffusion"]
+    path = Path(words[words.index("--model_config") + 1])
+    config = json.loads(path.read_text())
+    (tmp_path / "wider.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    with pytest.raises(InputError, match="doesn't fit this run, or is damaged: .* size mismatch for") as refusal:
+        resumed = ["--resume_from_checkpoint", "latest", "--model_config", str(tmp_path / "wider.json")]
+        run("latent_diffusion", tmp_path / "run", *resumed)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])

@@ -4,6 +4,7 @@ checkpoints by name, the clock, and the loss log.
 
 import argparse
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -167,9 +168,12 @@ def test_model_from_a_file_and_the_run(build):
 
 
 def test_a_saved_models_own_config_will_do(build, tmp_path):
-    build(TINY, num_classes=3).save_pretrained(tmp_path / "saved")
+    saved = build(TINY, num_classes=3)
+    saved.set_latents_statistics([0.5] * 4, [2.0] * 4)
+    saved.save_pretrained(tmp_path / "saved")
     model = build((tmp_path / "saved" / "config.json").read_text(), num_classes=3)
     assert model.config.latent_channels == 4
+    assert model.config.latents_mean is None  # of other latents
 
 
 @pytest.mark.parametrize(
@@ -283,7 +287,16 @@ def test_a_file_is_no_folder(output_dir, words):
     output_dir.write_text("dear flower")
     with pytest.raises(InputError, match="is a file"):
         claim(output_dir, *words)
+    with pytest.raises(InputError, match=f"{output_dir}/run: {output_dir} is a file"):
+        claim(output_dir / "run", *words)
     assert output_dir.read_text() == "dear flower"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_folder_in_which_nothing_may_be_written(output_dir):
+    output_dir.parent.mkdir(mode=0o500)
+    with pytest.raises(InputError, match=f"nothing may be written to {output_dir.parent}; name another"):
+        training.check_output_dir(parse(f"--output_dir={output_dir}"))
 
 
 @pytest.mark.parametrize("words", [[], ["--overwrite_output_dir"]])
@@ -353,6 +366,14 @@ def test_an_older_checkpoint_is_no_place_to_go_on_in_the_same_folder(output_dir,
     with pytest.raises(InputError, match="holds checkpoint-7, which is newer.*--output_dir"):
         find(output_dir, output_dir / "checkpoint-5", "--seed=1")
     assert find(tmp_path / "branch", output_dir / "checkpoint-5", "--seed=1") == output_dir / "checkpoint-5"
+
+
+def test_a_checkpoint_without_fp16s_scale_is_not_resumed_in_fp16(output_dir, earlier_run):
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    checkpoint = output_dir / "checkpoint-5"
+    with pytest.raises(InputError, match="--mixed_precision fp16: .*checkpoint-5 was made without"):
+        training.resume(accelerator, parse(), checkpoint, training.Progress({}), None, None)
 
 
 # Time
