@@ -201,10 +201,12 @@ class AdaptiveAdversarialWeight(nn.Module):
     """How loud the adversarial loss must speak to balance the reconstruction losses (VQGAN, Esser et al. 2021, eq. 7).
 
     The ratio of their gradient norms, measured at the reconstruction instead of at the decoder's last layer: the same
-    balance without a second pass back through the decoder. Averaged, since one batch's ratio is noisy.
+    balance without a second pass back through the decoder. Averaged, since one batch's ratio is noisy; over few
+    measurements, since a discriminator that begins to tell reconstructions from images speaks ten times louder within
+    a hundred updates, and a weight that still holds for the time before lets it drown the other losses.
     """
 
-    def __init__(self, decay: float = 0.9, maximum: float = 1e4):
+    def __init__(self, decay: float = 0.5, maximum: float = 1e4):
         super().__init__()
         self.decay = decay
         self.maximum = maximum
