@@ -137,7 +137,8 @@ def weighted_adversarial_loss(accelerator, args, parts, reconstruction, reconstr
     weight = args.adversarial_weight * loss_ramp(global_step, args.disc_start, args.loss_ramp_steps)
     if parts.adaptive is None:
         return weight * losses["adversarial_loss"]
-    if (global_step - args.disc_start) % args.adaptive_weight_steps == 0:
+    # Once an update: its micro-batches are no measurements apart.
+    if (global_step - args.disc_start) % args.adaptive_weight_steps == 0 and accelerator.sync_gradients:
         norms = parts.adaptive.squared_gradient_norms(reconstruction_loss, losses["adversarial_loss"], reconstruction)
         parts.adaptive.update(accelerator.reduce(norms, reduction="sum"))
     losses["adaptive_weight"] = parts.adaptive()

@@ -270,8 +270,10 @@ def draw_comparisons(
         latents = torch.from_numpy(generated.latents[::GRID_IMAGES]).to(accelerator.device)
         columns = generated.labels[::GRID_IMAGES].tolist()
         drawn = save_side_by_side(pipeline, val_images, columns, decode(pipeline, latents), output_dir)
-        if args.label_dropout > 0:  # else the null label, from which guidance leads away, is untrained
-            drawn.append(save_guidance_sweep(pipeline, labels, output_dir, args.seed))
+        if args.label_dropout > 0:
+            drawn += save_guidance_sweep(pipeline, labels, output_dir, args.seed)
+        else:
+            print("left out guidance_sweep.png: without label dropout there is no null label to guide away from")
         drawn += save_interpolations(pipeline, labels, output_dir, args.seed, guidance_scale=args.guidance_scale)
     log.show(args.max_train_steps, {path.stem: path for path in drawn})
 

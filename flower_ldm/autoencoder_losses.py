@@ -8,6 +8,7 @@ Shapes: B images, (H, W) pixels, (h, w) latent positions, Z latent channels, F c
 """
 
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def pixel_loss(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tens
 
 
 def fidelity(reconstruction: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """ "psnr" in dB and "ssim" of each image, `(B,)` each, from two batches `(B, 3, H, W)` in [-1, 1].
+    """PSNR in dB and SSIM of each image, `(B,)` each, of two batches `(B, 3, H, W)` in [-1, 1].
 
     Equal images have an infinite PSNR, and so would any mean over one of them: here it is 100 dB.
     """
@@ -159,8 +160,8 @@ def load_vgg16_features(vgg_weights: str | Path | None) -> nn.Sequential:
             state_dict = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:  # no connection, or what came isn't the file
             raise InputError(
-                f"VGG16's weights can't be downloaded ({error}): give a local file by --vgg_weights PATH, or train "
-                "without the perceptual loss by --perceptual_weight 0"
+                f"VGG16's weights can't be downloaded ({one_line(error)}): give a local file by --vgg_weights PATH, "
+                "or train without the perceptual loss by --perceptual_weight 0"
             ) from error
     else:
         state_dict = _read_state_dict(Path(vgg_weights))
@@ -191,8 +192,9 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        reason = textwrap.shorten(one_line(error), 200, placeholder=" ...")
         raise InputError(
-            f"--vgg_weights {path} can't be read ({one_line(error)[:200]}): give torchvision's VGG16 as .safetensors "
+            f"--vgg_weights {path} can't be read ({reason}): give torchvision's VGG16 as .safetensors "
             "or .pth, or train without the perceptual loss by --perceptual_weight 0"
         ) from error
 
@@ -230,7 +232,7 @@ class AdaptiveAdversarialWeight(nn.Module):
         """Take one measurement into the average."""
         wanted, adverse = squared_gradient_norms.sqrt()
         ratio = (wanted / (adverse + 1e-8)).clamp(max=self.maximum)
-        # fp16 may overflow: the scaler skips that step, and the average must not keep what was measured in it.
+        # What overflows in fp16 is no measurement.
         usable = squared_gradient_norms.isfinite().all()
         self.value.copy_(torch.where(usable, self.value.lerp(ratio, 1 - self.decay), self.value))
         self.num_measurements += usable

@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--skip_bad_images", action=argparse.BooleanOptionalAction, help="go on without unreadable images")
     flag("--train_splits", nargs="+", help="splits that the model was trained on")
     flag("--val_splits", nargs="+", help="splits held out")
-    flag("--classes", nargs="+", help="0-based indices or names, as in training")
+    flag("--classes", nargs="+", help="names, else 0-based indices, as in training")
     flag("--images_per_class", type=int, help="training images of each synthetic class")
     flag("--resolution", type=int, help="pixels a side; must be the pipeline's")
     # what is measured

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: `write_whole`, for caches, metrics, pages and cards; and `whole_path`.
+"""Files that are whole or not there: `write_whole`, for caches, metrics, pages and cards; and what paths are good for.
 
 Its neighbours: `latent_cache`, `features`, `evaluation`, `report` and `model_card` write through it.
 """
@@ -7,6 +7,21 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from .errors import InputError
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Look whether a folder can be made, or written to where it is there, and change nothing.
+
+    Raises:
+        InputError: where it can't.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise InputError(f"{flag} {folder}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder}: nothing may be written to {nearest}; name another folder")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import file_safe_name, to_rgb
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
+from flower_ldm.files import check_writable
 
 DEFAULT_NUM_LABELS = 10
 
@@ -136,6 +137,7 @@ def fresh_folder(folder: Path) -> Path:
     while candidate.exists() and not (candidate.is_dir() and not any(candidate.iterdir())):
         number += 1
         candidate = folder.parent / f"{folder.name}-{number}"
+    check_writable(candidate, "--output")
     try:
         candidate.mkdir(parents=True, exist_ok=True)
     except OSError as error:

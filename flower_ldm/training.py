@@ -26,6 +26,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
+    SCALER_NAME,
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -44,10 +45,9 @@ from tqdm import tqdm
 
 from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
 from .errors import InputError, OneLineParser, one_line
-from .files import whole_path
+from .files import check_writable, whole_path
 
 CHECKPOINT_PREFIX = "checkpoint-"
-SCALER_FILE = "scaler.pt"  # accelerate's; in fp16 only
 # What a resumed run may have otherwise. The paths among these are compared by what they lead to (`Progress.identity`),
 # the batch by the images of one update.
 MAY_CHANGE = {
@@ -80,7 +80,7 @@ def common_parser(description: str) -> OneLineParser:
     flag("--skip_bad_images", action=switch, default=False, help="count unreadable images and go on without them")
     flag("--train_splits", nargs="+", help="splits to train on")
     flag("--val_splits", nargs="+", help="splits held out")
-    flag("--classes", nargs="+", help="0-based indices or names; relabelled 0..k-1 in this order")
+    flag("--classes", nargs="+", help="names, else 0-based indices; relabelled 0..k-1 in this order")
     flag("--images_per_class", type=int, default=100, help="training images of each synthetic class")
     flag("--resolution", type=int, default=64, help="pixels a side")
     flag("--dataloader_num_workers", type=int, default=2)
@@ -183,7 +183,7 @@ def read_recipe(parser: OneLineParser, path: Path, section: str) -> list[str]:
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"--config {path} is not YAML: {one_line(error)}") from error
     sections = ("common", "autoencoder", "latent_diffusion")
     if not isinstance(recipe, dict) or any(not isinstance(part or {}, dict) for part in recipe.values()):
         raise InputError(f"--config {path} must hold sections {', '.join(sections)}, each with flags and values")
@@ -240,7 +240,7 @@ def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module
         return model_class(**(config | of_this_run))
     except (TypeError, ValueError, RuntimeError) as error:
         which = f"--model_config {path}: " if path else ""
-        raise InputError(f"{which}{model_class.__name__} can't be built: {error}") from error
+        raise InputError(f"{which}{model_class.__name__} can't be built: {one_line(error)}") from error
 
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
@@ -308,11 +308,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
             nothing can be written.
     """
     output_dir = Path(args.output_dir)
-    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if os.path.exists(path))
-    if not nearest.is_dir():
-        raise InputError(f"--output_dir {output_dir}: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {output_dir}: nothing may be written to {nearest}; name another folder")
+    check_writable(output_dir, "--output_dir")
     if not resumes_in_place(args):
         for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights"):
             path = getattr(args, name, None)
@@ -484,10 +480,9 @@ class Progress:
 
     def load_state_dict(self, state_dict: dict) -> None:
         for name, value in self.identity.items():
-            if state_dict["identity"].get(name) != value:
-                raise InputError(
-                    f"its {name} was {state_dict['identity'].get(name)}, this run's is {value}: they must be the same"
-                )
+            saved = state_dict["identity"].get(name, "not recorded")
+            if saved != value:
+                raise InputError(f"its {name} was {saved}, this run's is {value}: they must be the same")
         vars(self).update(state_dict)
 
 
@@ -610,7 +605,7 @@ def resume(
         InputError: where it is damaged, belongs to another run, or is beyond this run's end.
     """
     if checkpoint is not None:
-        if accelerator.scaler is not None and not (checkpoint / SCALER_FILE).is_file():
+        if accelerator.scaler is not None and not (checkpoint / SCALER_NAME).is_file():
             raise InputError(
                 f"--mixed_precision fp16: {checkpoint} was made without, and has no scale of the gradients to go on "
                 "with; use bf16 or no"
@@ -618,7 +613,9 @@ def resume(
         try:
             accelerator.load_state(str(checkpoint))
         except Exception as error:  # torch, pickle and safetensors each have errors of their own for a damaged file
-            reason = textwrap.shorten(one_line(error), 300, placeholder=" ...")
+            reason = one_line(error)
+            if not isinstance(error, InputError):  # torch names every parameter that has another shape
+                reason = textwrap.shorten(reason, 300, placeholder=" ...")
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"
             ) from error

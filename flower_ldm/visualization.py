@@ -130,7 +130,7 @@ def save_class_grid(images: np.ndarray, names: list[str], path: Path, title: str
 
 
 def save_picture_table(images: np.ndarray, path: Path, **names) -> Path:
-    """`picture_table` as a file; the file."""
+    """`picture_table` as a file. Returns its path."""
     save_figure(picture_table(images, **names), path)
     return path
 
@@ -441,15 +441,16 @@ def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: d
 
 def save_guidance_sweep(
     pipe: FlowerLDMPipeline, labels: Sequence[int], folder: Path, seed: int = 0, **options
-) -> Path:
-    """`guidance_sweep.png`: a row for each label, from the same noise at every guidance scale; the file."""
-    return save_picture_table(
+) -> list[Path]:
+    """`guidance_sweep.png`: a row for each label, from the same noise at every guidance scale. Returns the file."""
+    path = save_picture_table(
         trajectory.sweep_guidance(pipe, labels, GUIDANCE_SCALES, seed, **options),
         folder / "guidance_sweep.png",
         column_names=[f"{scale:g}" for scale in GUIDANCE_SCALES],
         row_names=[pipe.class_names[label] for label in labels],
         title="guidance scale (1 is off), each row from the same noise",
     )
+    return [path]
 
 
 def save_denoising(

@@ -302,7 +302,7 @@ def test_any_checkpoint_is_exported_as_an_autoencoder(run, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_batch_or_two_halves_are_one_update(flags, run, tmp_path, stage):
     """Up to rounding: every loss, Adam's averages of the gradients, and the weights."""
-    if stage == "autoencoder":  # the adaptive weight is measured once a micro-batch
+    if stage == "autoencoder":  # the adaptive weight is measured on one micro-batch
         flags[stage] += ["--no-adaptive_weight"]
     ways = {"whole": ("16", "1"), "halves": ("8", "2")}
     for name, (batch_size, micro_batches) in ways.items():
@@ -417,10 +417,13 @@ def test_another_model_is_refused_and_named(run, flags, tmp_path):
     path = Path(words[words.index("--model_config") + 1])
     config = json.loads(path.read_text())
     (tmp_path / "wider.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    resumed = ["--resume_from_checkpoint", "latest", "--model_config"]
     with pytest.raises(InputError, match="doesn't fit this run, or is damaged: .* size mismatch for") as refusal:
-        resumed = ["--resume_from_checkpoint", "latest", "--model_config", str(tmp_path / "wider.json")]
-        run("latent_diffusion", tmp_path / "run", *resumed)
+        run("latent_diffusion", tmp_path / "run", *resumed, str(tmp_path / "wider.json"))
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+    (tmp_path / "dropping.json").write_text(json.dumps(config | {"dropout": 0.1}))
+    with pytest.raises(InputError, match='its model was .*"dropout": 0.1, .*: they must be the same'):
+        run("latent_diffusion", tmp_path / "run", *resumed, str(tmp_path / "dropping.json"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])

@@ -174,7 +174,7 @@ def test_truncated_download_is_one_line_and_leaves_nothing_half(pipeline_folder,
 
 def test_output_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="--output .*file/out can't be made"):
+    with pytest.raises(InputError, match="--output .*file/out: .*file is a file; name a folder"):
         fresh_folder(tmp_path / "file" / "out")
 
 

@@ -235,9 +235,10 @@ def test_without_min_snr_weights_all_timesteps_weigh_alike(train):
         assert line["loss"] != pytest.approx(line["unweighted_loss"], rel=0.01)
 
 
-def test_without_a_null_label_no_guidance_is_drawn(train):
+def test_without_a_null_label_no_guidance_is_drawn(train, capsys):
     run_dir = train("--label_dropout 0 --guidance_scale 1 --final_pictures")
     assert (run_dir / "interpolation_seeds.png").is_file() and not (run_dir / "guidance_sweep.png").exists()
+    assert "left out guidance_sweep.png: without label dropout" in capsys.readouterr().out
 
 
 def test_gradient_checkpointing_changes_no_loss(train):
