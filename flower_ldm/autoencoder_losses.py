@@ -8,7 +8,6 @@ Shapes: B images, (H, W) pixels, (h, w) latent positions, Z latent channels, F c
 """
 
 import math
-import textwrap
 from pathlib import Path
 
 import torch
@@ -192,9 +191,8 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = textwrap.shorten(one_line(error), 200, placeholder=" ...")
         raise InputError(
-            f"--vgg_weights {path} can't be read ({reason}): give torchvision's VGG16 as .safetensors "
+            f"--vgg_weights {path} can't be read ({one_line(error, 200)}): give torchvision's VGG16 as .safetensors "
             "or .pth, or train without the perceptual loss by --perceptual_weight 0"
         ) from error
 

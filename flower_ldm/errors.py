@@ -6,6 +6,7 @@ Its neighbours: raised by `data`, `latent_cache` and `training`; turned into exi
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,9 +15,10 @@ class InputError(ValueError):
     """Bad input from outside. Its message is one line: the flag, file or label, and what would be right."""
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line; its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException, width: int | None = None) -> str:
+    """What an error says, on one line of at most `width` characters; its kind where it says nothing."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(line, width, placeholder=" ...") if width else line
 
 
 @contextmanager

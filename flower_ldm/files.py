@@ -1,6 +1,7 @@
 """Files that are whole or not there: `write_whole`, for caches, metrics, pages and cards; and what paths are good for.
 
-Its neighbours: `latent_cache`, `features`, `evaluation`, `report` and `model_card` write through it.
+Its neighbours: `latent_cache`, `features`, `evaluation`, `report` and `model_card` write through it; `training` and
+`sample` ask it whether a folder can be written to.
 """
 
 import os

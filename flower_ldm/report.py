@@ -22,7 +22,7 @@ import yaml
 from PIL import Image, ImageSequence
 from safetensors import SafetensorError, safe_open
 
-from .errors import InputError, OneLineParser, exit_on_input_error
+from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .files import write_whole
 from .report_curves import is_finite, number, sweep_charts, timestep_chart, training_curves
 from .training import common_parser, read_log
@@ -157,7 +157,7 @@ def _read_mapping(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} can't be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold names and values")
     return content

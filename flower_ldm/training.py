@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -613,9 +612,8 @@ def resume(
         try:
             accelerator.load_state(str(checkpoint))
         except Exception as error:  # torch, pickle and safetensors each have errors of their own for a damaged file
-            reason = one_line(error)
-            if not isinstance(error, InputError):  # torch names every parameter that has another shape
-                reason = textwrap.shorten(reason, 300, placeholder=" ...")
+            # torch names every parameter that has another shape; our own line is whole.
+            reason = one_line(error, None if isinstance(error, InputError) else 300)
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"
             ) from error

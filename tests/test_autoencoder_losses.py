@@ -331,7 +331,7 @@ def test_vgg_that_cannot_be_downloaded(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-# Adaptive weight
+# Fidelity
 
 
 def test_fidelity_of_each_image():
@@ -342,6 +342,9 @@ def test_fidelity_of_each_image():
     torch.testing.assert_close(found["psnr"], torch.tensor([20.0, 40.0, 100.0]), rtol=1e-4, atol=0)
     assert found["ssim"][2] == pytest.approx(1, abs=1e-3) and found["ssim"][0] < found["ssim"][1]
     assert fidelity(reconstruction[:1], images[:1])["ssim"].shape == (1,)
+
+
+# Adaptive weight
 
 
 def measured(wanted: float, adverse: float, weight: AdaptiveAdversarialWeight | None = None) -> float:
