@@ -6,7 +6,8 @@
     accelerate launch --config_file accelerate_config.yaml train_autoencoder.py --config configs/flowers102_64_gpu.yaml
 
 Reads from top to bottom: flags, one training step, validation, the end of a run, the loop. What this script shares
-with `train_latent_diffusion.py` is in `flower_ldm/training.py`; the losses are in `flower_ldm/autoencoder_losses.py`.
+with `train_latent_diffusion.py` is in `recipes.py`, `checkpoints.py` and `training.py` of `flower_ldm/`; the losses
+are in `flower_ldm/autoencoder_losses.py`.
 """
 
 import json
@@ -23,7 +24,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flower_ldm import hub, training
+from flower_ldm import checkpoints, hub, recipes, training
 from flower_ldm.autoencoder_losses import (
     HIGHEST_PSNR,
     AdaptiveAdversarialWeight,
@@ -55,7 +56,7 @@ from flower_ldm.visualization import (
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = training.common_parser(__doc__.splitlines()[0])
+    parser = recipes.common_parser(__doc__.splitlines()[0])
     flag = parser.add_argument
     parser.set_defaults(output_dir="results/autoencoder")
     # loss weights; at 0 of what needs them, VGG16, the discriminator and the head are never built
@@ -75,7 +76,7 @@ def parse_args(argv: list[str] | None = None):
     flag("--disc_learning_rate", type=float, default=3e-4)
     flag("--perceptual_every", type=int, default=1, help="every how many-th image of a batch VGG16 sees")
     flag("--vgg_weights", help="a local file with torchvision's VGG16")
-    args = training.parse_arguments(parser, "autoencoder", argv)
+    args = recipes.parse_arguments(parser, "autoencoder", argv)
     hub.check_flags(args)
     for name, value in vars(args).items():
         if name.endswith("_weight") and value < 0:
@@ -294,8 +295,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--resolution must be at least {SMALLEST_IMAGE} for the discriminator, got {args.resolution}: raise it, "
             "or train without by --adversarial_weight 0"
         )
-    training.check_output_dir(args)
-    checkpoint = training.find_checkpoint(args)
+    checkpoints.check_output_dir(args)
+    checkpoint = checkpoints.find_checkpoint(args)
     needs_head = args.classification_weight > 0 or args.center_weight > 0 or args.repulsion_weight > 0
     accelerator = training.set_up(args, find_unused_parameters=needs_head and args.classification_weight == 0)
     perceptual = None
@@ -328,11 +329,11 @@ def main(argv: list[str] | None = None) -> None:
     identity = training.run_identity(accelerator, args, train_images, vae)
     if perceptual is not None:
         identity["VGG16 (--vgg_weights)"] = tensors_digest(perceptual.features.state_dict())
-    progress = training.Progress(identity)
+    progress = checkpoints.Progress(identity)
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    training.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
+    checkpoints.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
     hub.claim_repository(accelerator, args)
-    training.claim_output_dir(accelerator, args)
+    checkpoints.claim_output_dir(accelerator, args)
 
     train_batches = training.training_batches(accelerator, args, train_images, progress.global_step, last_step)
     val_batches = training.validation_batches(accelerator, args, val_images)
@@ -381,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
             with clock.paused():
-                checkpoint = training.save_checkpoint(accelerator, args, step)
+                checkpoint = checkpoints.save_checkpoint(accelerator, args, step)
             if stopping:
                 stop.exit(checkpoint)
     bar.close()

@@ -7,7 +7,8 @@
         --config configs/flowers102_64_gpu.yaml
 
 Reads from top to bottom: flags, one training step, validation and previews, the end of a run, the loop. What this
-script shares with `train_autoencoder.py` is in `flower_ldm/training.py`, the mathematics in `flower_ldm/diffusion.py`.
+script shares with `train_autoencoder.py` is in `recipes.py`, `checkpoints.py` and `training.py` of `flower_ldm/`; the
+mathematics is in `flower_ldm/diffusion.py`.
 """
 
 import json
@@ -22,7 +23,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel, hub, training
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel, checkpoints, hub, recipes, training
 from flower_ldm.data import ImageDataset, keep_batch
 from flower_ldm.diffusion import (
     BETA_SCHEDULES,
@@ -60,7 +61,7 @@ PATH_CLASSES = 3  # whose denoising is drawn at the end of a run
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = training.common_parser(__doc__.splitlines()[0])
+    parser = recipes.common_parser(__doc__.splitlines()[0])
     flag = parser.add_argument
     parser.set_defaults(output_dir="results/flower-ldm", train_batch_size=128)
     flag("--autoencoder", default="results/autoencoder", help="stage 1's output folder, or a Hub id")
@@ -73,7 +74,7 @@ def parse_args(argv: list[str] | None = None):
     flag("--label_dropout", type=float, default=0.1, help="share of labels dropped, for classifier-free guidance")
     # previews
     flag("--guidance_scale", type=float, default=2.0, help="of the previews; 1 means off")
-    args = training.parse_arguments(parser, "latent_diffusion", argv)
+    args = recipes.parse_arguments(parser, "latent_diffusion", argv)
     hub.check_flags(args)
     if not 0 <= args.label_dropout < 1:
         raise InputError(f"--label_dropout must be at least 0 and below 1, got {args.label_dropout}")
@@ -282,8 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
     vae = load_autoencoder(args.autoencoder)
-    training.check_output_dir(args)
-    checkpoint = training.find_checkpoint(args)
+    checkpoints.check_output_dir(args)
+    checkpoint = checkpoints.find_checkpoint(args)
     accelerator = training.set_up(args)
     train_images, val_images = training.load_images(accelerator, args)
     class_names = train_images.class_names
@@ -312,11 +313,11 @@ def main(argv: list[str] | None = None) -> None:
     lr_scheduler = training.build_lr_scheduler(args, optimizer)
     model, optimizer = accelerator.prepare(unet, optimizer)
     identity = training.run_identity(accelerator, args, train_images, unet)
-    progress = training.Progress(identity | {"autoencoder": cache_key(vae, train_images)})
+    progress = checkpoints.Progress(identity | {"autoencoder": cache_key(vae, train_images)})
     accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    training.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
+    checkpoints.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
     hub.claim_repository(accelerator, args)
-    training.claim_output_dir(accelerator, args)
+    checkpoints.claim_output_dir(accelerator, args)
     train_latents = load_latents(accelerator, args, vae, train_images)
     val_latents = load_latents(accelerator, args, vae, val_images)
 
@@ -366,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
             with clock.paused():
-                checkpoint = training.save_checkpoint(accelerator, args, step)
+                checkpoint = checkpoints.save_checkpoint(accelerator, args, step)
             if stopping:
                 stop.exit(checkpoint)
     bar.close()

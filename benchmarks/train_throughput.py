@@ -42,7 +42,7 @@ from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel, training
 from flower_ldm.autoencoder_losses import PerceptualLoss
 from flower_ldm.data import load_datasets
 from flower_ldm.diffusion import make_noise_scheduler
-from flower_ldm.errors import exit_on_input_error
+from flower_ldm.errors import OneLineParser, exit_on_input_error
 from flower_ldm.latent_cache import LatentDataset, load_or_build_latent_cache
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderOutput
 
@@ -67,7 +67,7 @@ ON_THE_FLY = "full step, latents encoded on the fly"
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = training.OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("--stage", choices=["1", "2", "memory", "all"], default="all")
     flag("--config", default=str(DEFAULT_RECIPE), help="recipe of models and losses")

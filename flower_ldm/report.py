@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .files import write_whole
+from .recipes import common_parser
 from .report_curves import is_finite, number, sweep_charts, timestep_chart, training_curves
-from .training import common_parser, read_log
+from .training import read_log
 
 FILE_NAME = "report.html"
 PICTURES_BYTES = 9_000_000  # all data URIs together; with the page's text it stays below 10 MB

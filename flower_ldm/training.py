@@ -1,15 +1,10 @@
-"""What both training scripts share and nobody reads twice: flags and recipes, set-up, checkpoints, EMA, the loss log.
-
-Its neighbours: `train_autoencoder.py` and `train_latent_diffusion.py`, which hold the training steps themselves.
-"""
+"""What both training scripts share: set-up, loaders, the moving average, the loss log, signals."""
 
 import argparse
-import difflib
 import inspect
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -21,11 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
-    SCALER_NAME,
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -38,173 +30,14 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .checkpoints import Progress
 from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
-from .errors import InputError, OneLineParser, one_line
-from .files import check_writable, whole_path
+from .errors import InputError, one_line
 
-CHECKPOINT_PREFIX = "checkpoint-"
-# What a resumed run may have otherwise. The paths among these are compared by what they lead to (`Progress.identity`),
-# the batch by the images of one update.
-MAY_CHANGE = {
-    "config", "data_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps",
-    "num_train_epochs", "val_splits", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "logging_steps", "report_to", "dataloader_num_workers", "torch_compile", "gradient_checkpointing",
-    "mixed_precision", "skip_bad_images", "train_batch_size", "gradient_accumulation_steps", "model_config",
-    "vgg_weights", "autoencoder", "latent_cache_dir", "guidance_scale", "final_pictures", "learning_rate",
-    "push_to_hub", "hub_model_id", "hub_private_repo", "dataset",
-}  # fmt: skip
-# diffusers' schedules that these flags can describe.
-LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-
-
-# --- flags and recipes -----------------------------------------------------------------------------------------------
-
-
-def common_parser(description: str) -> OneLineParser:
-    """The flags that both scripts have; each script adds its own."""
-    parser = OneLineParser(description=description)
-    flag = parser.add_argument
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument_group("recipe")
-    flag("--config", help="YAML recipe with sections common, autoencoder, latent_diffusion; flags given here win")
-    # data
-    flag("--dataset", default="flowers102", help="flowers102, synthetic, imagefolder, or a Hub data set id")
-    flag("--data_dir", help="the folder that holds flowers-102/, or the class folders")
-    flag("--image_column", default="image", help="of a Hub data set")
-    flag("--label_column", default="label", help="of a Hub data set")
-    flag("--skip_bad_images", action=switch, default=False, help="count unreadable images and go on without them")
-    flag("--train_splits", nargs="+", help="splits to train on")
-    flag("--val_splits", nargs="+", help="splits held out")
-    flag("--classes", nargs="+", help="names, else 0-based indices; relabelled 0..k-1 in this order")
-    flag("--images_per_class", type=int, default=100, help="training images of each synthetic class")
-    flag("--resolution", type=int, default=64, help="pixels a side")
-    flag("--dataloader_num_workers", type=int, default=2)
-    # run
-    flag("--output_dir", help="results/autoencoder or results/flower-ldm unless set")
-    flag("--overwrite_output_dir", action=switch, default=False, help="replace the run that is there")
-    flag("--seed", type=int, default=0)
-    flag("--mixed_precision", choices=["no", "fp16", "bf16", "auto"],
-         help="auto: bf16 where the device has instructions for it, else no; unset: accelerate's")  # fmt: skip
-    flag("--torch_compile", action=switch, default=False)
-    flag("--gradient_checkpointing", action=switch, default=False, help="less memory, slower")
-    # optimisation
-    flag("--train_batch_size", type=int, default=64, help="per process and micro-batch")
-    flag("--gradient_accumulation_steps", type=int, default=1)
-    flag("--max_train_steps", type=int, help="optimizer updates; wins over --num_train_epochs")
-    flag("--num_train_epochs", "--total_epochs", type=int, default=100)
-    flag("--learning_rate", type=float, default=3e-4)
-    flag("--lr_scheduler", choices=LR_SCHEDULES, default="cosine")
-    flag("--lr_warmup_steps", type=int, default=100, help="optimizer updates")
-    flag("--max_grad_norm", type=float, default=1.0)
-    flag("--ema_decay", type=float, default=0.999)
-    flag("--model_config", help="JSON file with arguments of the model's class")
-    # checkpoints, validation, logs
-    flag("--checkpointing_steps", type=int, default=1000)
-    flag("--checkpoints_total_limit", type=int, help="keep only the newest; unset: all")
-    flag("--resume_from_checkpoint", "--checkpoint_path", help="latest, or a checkpoint folder")
-    flag("--validation_steps", "--visualize_every", type=int, default=1000)
-    flag("--logging_steps", type=int, default=50)
-    flag("--final_pictures", action=switch, default=True,
-         help="at the end: maps of the latents, denoising paths, animations")  # fmt: skip
-    flag("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, all or none")
-    # the Hub
-    flag("--push_to_hub", action=switch, default=False, help="upload the model, its code and pictures at the end")
-    flag("--hub_model_id", help="user/name, or a name in your own namespace; unset: the name of --output_dir")
-    flag("--hub_private_repo", action=switch, default=False, help="make the repository private, where it is new")
-    return parser
-
-
-def parse_arguments(parser: OneLineParser, section: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags over recipe over defaults.
-
-    Raises:
-        InputError: for an unknown flag or recipe key, or a value that can't be right.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    recipe_parser = OneLineParser(add_help=False)
-    recipe_parser.add_argument("--config")
-    recipe = recipe_parser.parse_known_args(argv)[0].config
-    args = parser.parse_args((read_recipe(parser, Path(recipe), section) if recipe else []) + argv)
-    if given(argv, parser, "num_train_epochs") and not given(argv, parser, "max_train_steps"):
-        args.max_train_steps = None  # the recipe's, which would win over the flag
-    check_numbers(args)
-    check_trackers(args.report_to)
-    for name in {"dataset", "autoencoder"} & vars(args).keys():
-        setattr(args, name, whole_path(getattr(args, name)))
-    return args
-
-
-def given(argv: list[str], parser: OneLineParser, name: str) -> bool:
-    """Whether a flag is among the words of the command line, by any of its spellings."""
-    actions = parser._option_string_actions
-    return any(word in actions and actions[word].dest == name for word in (word.partition("=")[0] for word in argv))
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that can't be right, of the flags that the script at hand has."""
-    positive = ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps",
-                "validation_steps", "checkpointing_steps", "checkpoints_total_limit", "images_per_class",
-                "learning_rate", "max_grad_norm", "disc_learning_rate", "adaptive_weight_steps")  # fmt: skip
-    not_negative = ("max_train_steps", "lr_warmup_steps", "dataloader_num_workers", "disc_start", "loss_ramp_steps")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"--{name} must be a finite number, got {value}")
-        if name in positive and value is not None and value <= 0:
-            raise InputError(f"--{name} must be positive, got {value}")
-        if name in not_negative and value is not None and value < 0:
-            raise InputError(f"--{name} must not be negative, got {value}")
-    if not 0 <= args.seed < 2**32:  # numpy's bounds
-        raise InputError(f"--seed must be at least 0 and below 2**32, got {args.seed}")
-    if not 0 <= args.ema_decay < 1:
-        raise InputError(f"--ema_decay must be at least 0 and below 1, got {args.ema_decay}")
-
-
-def check_trackers(report_to: str) -> None:
-    """Refuse a tracker that accelerate doesn't know, or would leave out in silence because it isn't installed."""
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if report_to not in ("all", "none", *installed):
-        raise InputError(
-            f"--report_to {report_to} is unknown or not installed; there are {', '.join(installed)}, all and none"
-        )
-
-
-def read_recipe(parser: OneLineParser, path: Path, section: str) -> list[str]:
-    """A recipe's sections `common` and `section` as the command-line words they stand for.
-
-    Its `model_config` is a path relative to the recipe.
-    """
-    if not path.is_file():
-        raise InputError(f"--config {path} is no file")
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not YAML: {one_line(error)}") from error
-    sections = ("common", "autoencoder", "latent_diffusion")
-    if not isinstance(recipe, dict) or any(not isinstance(part or {}, dict) for part in recipe.values()):
-        raise InputError(f"--config {path} must hold sections {', '.join(sections)}, each with flags and values")
-    for key in recipe:
-        if key not in sections:
-            raise InputError(f"{path}: unknown section '{key}'; there are {', '.join(sections)}")
-    flags = {option.removeprefix("--"): action for option, action in parser._option_string_actions.items()}
-    words = []
-    for key, value in {**(recipe.get("common") or {}), **(recipe.get(section) or {})}.items():
-        if key not in flags or key in ("config", "help"):
-            nearest = difflib.get_close_matches(key, flags, n=1)
-            raise InputError(f"{path}: unknown key '{key}'" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
-        if isinstance(flags[key], argparse.BooleanOptionalAction) and isinstance(value, bool):
-            words.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, bool):  # YAML's reading of a bare yes or no, as in `mixed_precision: no`
-            words.append(f"--{key}={'yes' if value else 'no'}")
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            # A recipe and its model travel together: the path is seen from the recipe, not from where one stands.
-            words.append(f"--{key}={path.parent / value if key == 'model_config' else value}")
-    return words
+# --- set-up ----------------------------------------------------------------------------------------------------------
 
 
 def read_model_config(path: str | None) -> dict:
@@ -240,9 +73,6 @@ def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module
     except (TypeError, ValueError, RuntimeError) as error:
         which = f"--model_config {path}: " if path else ""
         raise InputError(f"{which}{model_class.__name__} can't be built: {one_line(error)}") from error
-
-
-# --- set-up ----------------------------------------------------------------------------------------------------------
 
 
 def choose_precision(mixed_precision: str | None) -> str | None:
@@ -297,59 +127,6 @@ def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Ac
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """What `accelerator.autocast()` computes in; `None` where it changes nothing."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-
-
-def check_output_dir(args: argparse.Namespace) -> None:
-    """Refuse an output folder that holds another run, or something else, and change nothing.
-
-    Raises:
-        InputError: unless this run goes on with the one there, or `--overwrite_output_dir` allows to replace it; where
-            nothing can be written.
-    """
-    output_dir = Path(args.output_dir)
-    check_writable(output_dir, "--output_dir")
-    if not resumes_in_place(args):
-        for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights"):
-            path = getattr(args, name, None)
-            there = path and (name == "data_dir" or os.path.exists(path))  # else an id on the Hub
-            if there and Path(path).resolve().is_relative_to(output_dir.resolve()):
-                raise InputError(f"--output_dir {output_dir} holds --{name} {path}: name another folder")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()) or resumes_in_place(args):
-        return
-    if not args.overwrite_output_dir:
-        raise InputError(
-            f"--output_dir {output_dir} is not empty: name another, go on with the run there by "
-            "--resume_from_checkpoint latest, or replace it by --overwrite_output_dir"
-        )
-    if not (output_dir / "args.yaml").is_file():
-        raise InputError(f"--overwrite_output_dir: {output_dir} has no args.yaml, so it is no run of ours to replace")
-
-
-def resumes_in_place(args: argparse.Namespace) -> bool:
-    """Whether the run goes on in the folder of the checkpoint that it starts from."""
-    checkpoint, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
-    return checkpoint is not None and (
-        checkpoint == "latest" or output_dir.resolve() == Path(checkpoint).resolve().parent
-    )
-
-
-def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Make the output folder this run's, with its `args.yaml`, and start the trackers in it.
-
-    Called when nothing else can be wrong any more, so that a mistake neither costs the run that is replaced nor leaves
-    a folder behind that the next try would stumble over. Another run may have come there meanwhile, so it looks again.
-    """
-    output_dir = Path(args.output_dir)
-    if accelerator.is_main_process:
-        check_output_dir(args)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for path in list(output_dir.iterdir()):
-            if not resumes_in_place(args) or path.name.startswith("unfinished-"):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (output_dir / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
-    accelerator.wait_for_everyone()
-    if args.report_to != "none":
-        accelerator.init_trackers("flower_ldm")
 
 
 def load_images(accelerator: Accelerator, args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
@@ -458,31 +235,7 @@ def ema_weights(ema: EMAModel, model: nn.Module) -> Iterator[nn.Module]:
         model.train()
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Where a run stands: optimizer updates done, seconds spent, the best held-out score so far.
-
-    Args:
-        identity: what makes it this run, by name; a checkpoint of a run that differs in it is refused.
-    """
-
-    def __init__(self, identity: dict[str, str | int]):
-        self.identity = identity
-        self.global_step = 0
-        self.seconds = 0.0
-        self.best_score = float("inf")
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        for name, value in self.identity.items():
-            saved = state_dict["identity"].get(name, "not recorded")
-            if saved != value:
-                raise InputError(f"its {name} was {saved}, this run's is {value}: they must be the same")
-        vars(self).update(state_dict)
+# --- progress --------------------------------------------------------------------------------------------------------
 
 
 def run_identity(accelerator: Accelerator, args: argparse.Namespace, images: ImageDataset, model: nn.Module) -> dict:
@@ -525,108 +278,6 @@ def progress_bar(accelerator: Accelerator, first_step: int, last_step: int, name
         initial=first_step, total=last_step, desc=name, unit="step", disable=not accelerator.is_main_process,
         dynamic_ncols=True,
     )  # fmt: skip
-
-
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, global_step: int) -> Path:
-    """Write `checkpoint-<step>/`, complete or not at all, then drop the oldest beyond the limit."""
-    output_dir = Path(args.output_dir)
-    target, unfinished = output_dir / f"{CHECKPOINT_PREFIX}{global_step}", output_dir / f"unfinished-{global_step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (unfinished / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
-        if args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()  # a process that ends now must not take the main one along
-    return target
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """A run's complete checkpoints, oldest first."""
-    found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if path.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The folder that `--resume_from_checkpoint` names, checked against this run's flags; `None` without the flag."""
-    if args.resume_from_checkpoint is None:
-        return None
-    checkpoints = list_checkpoints(Path(args.output_dir))
-    if args.resume_from_checkpoint != "latest":
-        checkpoint = Path(args.resume_from_checkpoint)
-        if not (checkpoint / "args.yaml").is_file():
-            raise InputError(f"--resume_from_checkpoint {checkpoint} is no checkpoint folder")
-    elif checkpoints:
-        checkpoint = checkpoints[-1]
-    else:
-        raise InputError(f"--resume_from_checkpoint latest: {args.output_dir} holds no checkpoint; leave the flag out")
-    try:
-        saved = dict(yaml.safe_load((checkpoint / "args.yaml").read_text()))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read") from error
-    if resumes_in_place(args) and checkpoint.resolve() not in [path.resolve() for path in checkpoints]:
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint} must be called {CHECKPOINT_PREFIX}<step>, or --output_dir another"
-        )
-    if resumes_in_place(args) and checkpoint.resolve() != checkpoints[-1].resolve():
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: {args.output_dir} holds {checkpoints[-1].name}, which is newer; "
-            "go on from that one, or name another --output_dir"
-        )
-    for name in sorted(set(vars(args)) - MAY_CHANGE):
-        if saved.get(name) != getattr(args, name):
-            raise InputError(
-                f"--{name} is {getattr(args, name)}, but {checkpoint} was made with {saved.get(name)}: "
-                "a resumed run must have the same"
-            )
-    return checkpoint
-
-
-def resume(
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    checkpoint: Path | None,
-    progress: Progress,
-    ema: EMAModel,
-    lr_scheduler: LambdaLR,
-) -> None:
-    """Load a checkpoint, if there is one, into all that has been prepared or registered.
-
-    The schedule goes on from the checkpoint's update, with this run's `--learning_rate`.
-
-    Raises:
-        InputError: where it is damaged, belongs to another run, or is beyond this run's end.
-    """
-    if checkpoint is not None:
-        if accelerator.scaler is not None and not (checkpoint / SCALER_NAME).is_file():
-            raise InputError(
-                f"--mixed_precision fp16: {checkpoint} was made without, and has no scale of the gradients to go on "
-                "with; use bf16 or no"
-            )
-        try:
-            accelerator.load_state(str(checkpoint))
-        except Exception as error:  # torch, pickle and safetensors each have errors of their own for a damaged file
-            # torch names every parameter that has another shape; our own line is whole.
-            reason = one_line(error, None if isinstance(error, InputError) else 300)
-            raise InputError(
-                f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"
-            ) from error
-        accelerator.step = 0  # it counts micro-batches: a checkpoint lies between two updates, however many those had
-        ema.to(accelerator.device)  # accelerate loads what is registered to the CPU
-        lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
-        for group, lr_lambda in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
-            group["lr"] = args.learning_rate * lr_lambda(lr_scheduler.last_epoch)
-    if progress.global_step > args.max_train_steps:
-        raise InputError(
-            f"{checkpoint} is at step {progress.global_step}, beyond the {args.max_train_steps} of this run: "
-            "raise --max_train_steps"
-        )
 
 
 # --- logs and ends ---------------------------------------------------------------------------------------------------

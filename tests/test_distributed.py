@@ -29,10 +29,10 @@ import torch
 from accelerate.state import PartialState
 
 import train_autoencoder, train_latent_diffusion
-from flower_ldm import training
+from flower_ldm import checkpoints, training
 
 PartialState.destroy_process_group = lambda *args: None  # the stages share it
-batches_of, save_checkpoint = training.training_batches, training.save_checkpoint
+batches_of, save_checkpoint = training.training_batches, checkpoints.save_checkpoint
 
 
 def recorded_batches(*args):
@@ -51,7 +51,7 @@ def recorded_checkpoint(accelerator, args, global_step):
     return save_checkpoint(accelerator, args, global_step)
 
 
-training.training_batches, training.save_checkpoint = recorded_batches, recorded_checkpoint
+training.training_batches, checkpoints.save_checkpoint = recorded_batches, recorded_checkpoint
 for stage, flags in json.load(open(sys.argv[1])):
     seen = []
     {"autoencoder": train_autoencoder, "latent_diffusion": train_latent_diffusion}[stage].main(flags)

@@ -18,9 +18,9 @@ from PIL import Image
 import train_autoencoder
 import train_latent_diffusion
 from flower_ldm.errors import InputError
+from flower_ldm.recipes import common_parser
 from flower_ldm.report import Album, fold_command, read_run, training_command, write_report
 from flower_ldm.report_curves import thin
-from flower_ldm.training import common_parser
 
 HOSTILE = "<script>alert('x')</script> & \"rose\" '>"
 EVALUATION = {

@@ -1,0 +1,165 @@
+"""Flags and recipes of both training scripts: flags over recipe over defaults, and what numbers can't be right."""
+
+import argparse
+import difflib
+import math
+import sys
+from pathlib import Path
+
+import yaml
+from accelerate.tracking import get_available_trackers
+
+from .errors import InputError, OneLineParser, one_line
+from .files import whole_path
+
+# diffusers' schedules that these flags can describe.
+LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def common_parser(description: str) -> OneLineParser:
+    """The flags that both scripts have; each script adds its own."""
+    parser = OneLineParser(description=description)
+    flag = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument_group("recipe")
+    flag("--config", help="YAML recipe with sections common, autoencoder, latent_diffusion; flags given here win")
+    # data
+    flag("--dataset", default="flowers102", help="flowers102, synthetic, imagefolder, or a Hub data set id")
+    flag("--data_dir", help="the folder that holds flowers-102/, or the class folders")
+    flag("--image_column", default="image", help="of a Hub data set")
+    flag("--label_column", default="label", help="of a Hub data set")
+    flag("--skip_bad_images", action=switch, default=False, help="count unreadable images and go on without them")
+    flag("--train_splits", nargs="+", help="splits to train on")
+    flag("--val_splits", nargs="+", help="splits held out")
+    flag("--classes", nargs="+", help="names, else 0-based indices; relabelled 0..k-1 in this order")
+    flag("--images_per_class", type=int, default=100, help="training images of each synthetic class")
+    flag("--resolution", type=int, default=64, help="pixels a side")
+    flag("--dataloader_num_workers", type=int, default=2)
+    # run
+    flag("--output_dir", help="results/autoencoder or results/flower-ldm unless set")
+    flag("--overwrite_output_dir", action=switch, default=False, help="replace the run that is there")
+    flag("--seed", type=int, default=0)
+    flag("--mixed_precision", choices=["no", "fp16", "bf16", "auto"],
+         help="auto: bf16 where the device has instructions for it, else no; unset: accelerate's")  # fmt: skip
+    flag("--torch_compile", action=switch, default=False)
+    flag("--gradient_checkpointing", action=switch, default=False, help="less memory, slower")
+    # optimisation
+    flag("--train_batch_size", type=int, default=64, help="per process and micro-batch")
+    flag("--gradient_accumulation_steps", type=int, default=1)
+    flag("--max_train_steps", type=int, help="optimizer updates; wins over --num_train_epochs")
+    flag("--num_train_epochs", "--total_epochs", type=int, default=100)
+    flag("--learning_rate", type=float, default=3e-4)
+    flag("--lr_scheduler", choices=LR_SCHEDULES, default="cosine")
+    flag("--lr_warmup_steps", type=int, default=100, help="optimizer updates")
+    flag("--max_grad_norm", type=float, default=1.0)
+    flag("--ema_decay", type=float, default=0.999)
+    flag("--model_config", help="JSON file with arguments of the model's class")
+    # checkpoints, validation, logs
+    flag("--checkpointing_steps", type=int, default=1000)
+    flag("--checkpoints_total_limit", type=int, help="keep only the newest; unset: all")
+    flag("--resume_from_checkpoint", "--checkpoint_path", help="latest, or a checkpoint folder")
+    flag("--validation_steps", "--visualize_every", type=int, default=1000)
+    flag("--logging_steps", type=int, default=50)
+    flag("--final_pictures", action=switch, default=True,
+         help="at the end: maps of the latents, denoising paths, animations")  # fmt: skip
+    flag("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, all or none")
+    # the Hub
+    flag("--push_to_hub", action=switch, default=False, help="upload the model, its code and pictures at the end")
+    flag("--hub_model_id", help="user/name, or a name in your own namespace; unset: the name of --output_dir")
+    flag("--hub_private_repo", action=switch, default=False, help="make the repository private, where it is new")
+    return parser
+
+
+def parse_arguments(parser: OneLineParser, section: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags over recipe over defaults.
+
+    Raises:
+        InputError: for an unknown flag or recipe key, or a value that can't be right.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    recipe_parser = OneLineParser(add_help=False)
+    recipe_parser.add_argument("--config")
+    recipe = recipe_parser.parse_known_args(argv)[0].config
+    args = parser.parse_args((read_recipe(parser, Path(recipe), section) if recipe else []) + argv)
+    if given(argv, parser, "num_train_epochs") and not given(argv, parser, "max_train_steps"):
+        args.max_train_steps = None  # the recipe's, which would win over the flag
+    check_numbers(args)
+    check_trackers(args.report_to)
+    for name in {"dataset", "autoencoder"} & vars(args).keys():
+        setattr(args, name, whole_path(getattr(args, name)))
+    return args
+
+
+def given(argv: list[str], parser: OneLineParser, name: str) -> bool:
+    """Whether a flag is among the words of the command line, by any of its spellings."""
+    actions = parser._option_string_actions
+    return any(word in actions and actions[word].dest == name for word in (word.partition("=")[0] for word in argv))
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that can't be right, of the flags that the script at hand has."""
+    positive = ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps",
+                "validation_steps", "checkpointing_steps", "checkpoints_total_limit", "images_per_class",
+                "learning_rate", "max_grad_norm", "disc_learning_rate", "adaptive_weight_steps")  # fmt: skip
+    not_negative = ("max_train_steps", "lr_warmup_steps", "dataloader_num_workers", "disc_start", "loss_ramp_steps")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} must be a finite number, got {value}")
+        if name in positive and value is not None and value <= 0:
+            raise InputError(f"--{name} must be positive, got {value}")
+        if name in not_negative and value is not None and value < 0:
+            raise InputError(f"--{name} must not be negative, got {value}")
+    if not 0 <= args.seed < 2**32:  # numpy's bounds
+        raise InputError(f"--seed must be at least 0 and below 2**32, got {args.seed}")
+    if not 0 <= args.ema_decay < 1:
+        raise InputError(f"--ema_decay must be at least 0 and below 1, got {args.ema_decay}")
+
+
+def check_trackers(report_to: str) -> None:
+    """Refuse a tracker that accelerate doesn't know, or would leave out in silence because it isn't installed."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if report_to not in ("all", "none", *installed):
+        raise InputError(
+            f"--report_to {report_to} is unknown or not installed; there are {', '.join(installed)}, all and none"
+        )
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def read_recipe(parser: OneLineParser, path: Path, section: str) -> list[str]:
+    """A recipe's sections `common` and `section` as the command-line words they stand for.
+
+    Its `model_config` is a path relative to the recipe.
+    """
+    if not path.is_file():
+        raise InputError(f"--config {path} is no file")
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not YAML: {one_line(error)}") from error
+    sections = ("common", "autoencoder", "latent_diffusion")
+    if not isinstance(recipe, dict) or any(not isinstance(part or {}, dict) for part in recipe.values()):
+        raise InputError(f"--config {path} must hold sections {', '.join(sections)}, each with flags and values")
+    for key in recipe:
+        if key not in sections:
+            raise InputError(f"{path}: unknown section '{key}'; there are {', '.join(sections)}")
+    flags = {option.removeprefix("--"): action for option, action in parser._option_string_actions.items()}
+    words = []
+    for key, value in {**(recipe.get("common") or {}), **(recipe.get(section) or {})}.items():
+        if key not in flags or key in ("config", "help"):
+            nearest = difflib.get_close_matches(key, flags, n=1)
+            raise InputError(f"{path}: unknown key '{key}'" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
+        if isinstance(flags[key], argparse.BooleanOptionalAction) and isinstance(value, bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, bool):  # YAML's reading of a bare yes or no, as in `mixed_precision: no`
+            words.append(f"--{key}={'yes' if value else 'no'}")
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            # A recipe and its model travel together: the path is seen from the recipe, not from where one stands.
+            words.append(f"--{key}={path.parent / value if key == 'model_config' else value}")
+    return words
