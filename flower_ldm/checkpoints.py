@@ -11,8 +11,10 @@ from accelerate.utils import SCALER_NAME
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 
+from . import runs
+from .data import DEFAULT_DATA_DIR
 from .errors import InputError, one_line
-from .files import check_writable
+from .files import check_writable, refusals_of_disk, write_whole
 
 CHECKPOINT_PREFIX = "checkpoint-"
 
@@ -40,21 +42,44 @@ def check_output_dir(args: argparse.Namespace) -> None:
     """
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
-    if not resumes_in_place(args):
-        for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights"):
-            path = getattr(args, name, None)
-            there = path and (name == "data_dir" or os.path.exists(path))  # else an id on the Hub
-            if there and Path(path).resolve().is_relative_to(output_dir.resolve()):
-                raise InputError(f"--output_dir {output_dir} holds --{name} {path}: name another folder")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()) or resumes_in_place(args):
+    if resumes_in_place(args):
+        return
+    for flag, path in paths_read(args).items():
+        if Path(path).resolve().is_relative_to(output_dir.resolve()):
+            raise InputError(f"--output_dir {output_dir} holds {flag} {path}: name another folder")
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
         return
     if not args.overwrite_output_dir:
         raise InputError(
             f"--output_dir {output_dir} is not empty: name another, go on with the run there by "
             "--resume_from_checkpoint latest, or replace it by --overwrite_output_dir"
         )
-    if not (output_dir / "args.yaml").is_file():
-        raise InputError(f"--overwrite_output_dir: {output_dir} has no args.yaml, so it is no run of ours to replace")
+    if reason := runs.whose_else(output_dir):
+        raise InputError(f"--overwrite_output_dir: {output_dir} {reason}; name another --output_dir")
+    if not runs.is_run(output_dir):
+        raise InputError(
+            f"--overwrite_output_dir: {output_dir} is no run of ours to replace, it has no args.yaml with the flags "
+            "of one; name another --output_dir"
+        )
+    if foreign := runs.contents(output_dir)[1]:
+        names = ", ".join(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise InputError(
+            f"--overwrite_output_dir: {output_dir} holds what no run of ours has written: {names}; move that "
+            "elsewhere, or name another --output_dir"
+        )
+
+
+def paths_read(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that name something on this disk that the run reads, and what they name."""
+    paths = {}
+    for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights", "latent_cache_dir",
+                 "resume_from_checkpoint"):  # fmt: skip
+        path = getattr(args, name, None)
+        if name == "data_dir" and path is None and args.dataset == "flowers102":
+            path = DEFAULT_DATA_DIR
+        if path and (name == "data_dir" or os.path.exists(path)):  # else an id on the Hub, or made by this run
+            paths[f"--{name}"] = path
+    return paths
 
 
 def resumes_in_place(args: argparse.Namespace) -> bool:
@@ -70,18 +95,19 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
 
     Called when nothing else can be wrong any more, so that a mistake neither costs the run that is replaced nor leaves
     a folder behind that the next try would stumble over. Another run may have come there meanwhile, so it looks again.
+    The old `args.yaml` goes last: a folder that is half emptied is still known as a run.
     """
     output_dir = Path(args.output_dir)
-    if accelerator.is_main_process:
-        check_output_dir(args)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for path in list(output_dir.iterdir()):
-            if not resumes_in_place(args) or path.name.startswith("unfinished-"):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (output_dir / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
-    accelerator.wait_for_everyone()
-    if args.report_to != "none":
-        accelerator.init_trackers("flower_ldm")
+    with refusals_of_disk(output_dir, "run the command again"):
+        if accelerator.is_main_process:
+            check_output_dir(args)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            runs.remove(output_dir, unfinished_only=resumes_in_place(args))
+            text = yaml.safe_dump(vars(args), sort_keys=True)
+            write_whole(output_dir / "args.yaml", lambda unfinished: unfinished.write_text(text))
+        accelerator.wait_for_everyone()
+        if args.report_to != "none":
+            accelerator.init_trackers("flower_ldm")
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -32,9 +32,9 @@ from .report import (
     words,
 )
 from .report_curves import is_finite, number
+from .runs import CARD_MARK as MARK
 
 FILE_NAME = "README.md"
-MARK = "<!-- Written by flower_ldm. Take this line out, and your changes will not be overwritten. -->"
 ANYWHERE = {"autoencoder": "user/flower-autoencoder", "latent_diffusion": "user/flower-ldm"}  # until it is pushed
 DOWNLOADED = "model"  # where the card's commands expect this repository
 
