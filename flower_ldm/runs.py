@@ -22,7 +22,7 @@ MODEL = (
     "*_flower.py",
 )  # fmt: skip
 CHECKPOINT = ("*.safetensors", "*.bin", "*.pkl", "*.pt", "*.json", "*.yaml")
-# Whatever a run and its evaluation may leave, finished or killed. A star stands for part of one name, <step> for digits.
+# Whatever a run and its evaluation may leave, finished or killed. Stars stand for part of one name, <step> for digits.
 RUN_FILES = (
     "args.yaml", "log.jsonl", "metrics.json", "README.md", "report.html", LOCK, *MODEL,
     *(f"{part}/{name}" for part in ("best", "vae", "unet", "guide") for name in MODEL),
