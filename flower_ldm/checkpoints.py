@@ -3,6 +3,8 @@
 import argparse
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -14,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from . import runs
 from .data import DEFAULT_DATA_DIR
 from .errors import InputError, one_line
-from .files import check_writable, refusals_of_disk, write_whole
+from .files import DiskError, check_writable, refusals_of_disk, write_whole
 
 CHECKPOINT_PREFIX = "checkpoint-"
 
@@ -108,6 +110,21 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
         accelerator.wait_for_everyone()
         if args.report_to != "none":
             accelerator.init_trackers("flower_ldm")
+
+
+@contextmanager
+def refusals_say_how_to_go_on(args: argparse.Namespace) -> Iterator[None]:
+    """Around a whole run: where the disk refuses something, the line says which checkpoint is there to go on from."""
+    try:
+        yield
+    except DiskError as error:
+        safe = list_checkpoints(Path(args.output_dir))
+        way_out = (
+            f"go on with --resume_from_checkpoint latest: {safe[-1].name} is safe"
+            if safe
+            else "begin again with --overwrite_output_dir: there is no checkpoint yet"
+        )
+        raise DiskError(error.what, error.why, way_out) from error
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from .errors import InputError, one_line
 # What a disk may refuse, and what helps.
 FULL = {errno.ENOSPC: "no space is left on the device", errno.EDQUOT: "the quota of this user is used up"}
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 CANT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.EISDIR, errno.ENOSYS, errno.EPERM)
 
 
@@ -60,6 +61,8 @@ def why_refused(error: BaseException) -> str:
         return f"{FULL.get(number, 'torch ended early, for want of space or of the folder')}; make room"
     if number in FORBIDDEN:
         return f"{os.strerror(number)}; allow writing there"
+    if number in IN_THE_WAY:
+        return f"{os.strerror(number)}; take away what is in its place"
     return f"{os.strerror(number) if number else one_line(error, 200)}; see that the disk is well"
 
 
@@ -130,7 +133,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_files(folder: Path, unfinished: Path, write: Callable[[Path], object], index: str | None = None) -> None:
-    """Have several files written elsewhere, then move them into a folder: all that is there stays until all is written.
+    """Have several files written elsewhere, then move them into a folder; until then all that is there stays.
 
     Args:
         unfinished: a folder on the same disk, made for this; what a killed process left there is removed.
