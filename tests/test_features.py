@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import Payload
 from torch import nn
 
 from flower_ldm import features as features_module
@@ -150,16 +151,6 @@ def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
     network = inception(str(tmp_path / "weights.pth"))
     assert (network.name, network.input_size, len(state) > 100) == ("inception", 299, True)
     assert extract_features(network, random_images(2, 32)).shape == (2, 2048)
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_inceptions_weights_run_nothing(tmp_path):

@@ -6,6 +6,7 @@ really end one. Neighbour: `test_distributed.py`, the same for several processes
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -13,18 +14,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import Payload
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_autoencoder
 import train_latent_diffusion
-from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
-from flower_ldm.checkpoint_files import load_state
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, checkpoints
+from flower_ldm.checkpoint_files import load_state, write_manifest
 from flower_ldm.errors import InputError
 from flower_ldm.synthetic import synthetic_flower
 from flower_ldm.training import read_log
@@ -416,3 +419,91 @@ def test_another_model_is_refused_and_named(run, flags, tmp_path):
     (tmp_path / "dropping.json").write_text(json.dumps(config | {"dropout": 0.1}))
     with pytest.raises(InputError, match='its model was .*"dropout": 0.1, .*: they must be the same'):
         run("latent_diffusion", tmp_path / "run", *resumed, str(tmp_path / "dropping.json"))
+
+
+# What may not run
+
+
+@pytest.fixture
+def resumable(flags, run, tmp_path, monkeypatch) -> tuple[Path, Callable[[Path], None]]:
+    """A checkpoint of stage 1, which has all kinds of parts, and what loads one into a run as the script does."""
+    words = ["--max_train_steps", "2"]
+    checkpoint = run("autoencoder", tmp_path / "run", *words) / "checkpoint-2"
+    reached, resume = [], checkpoints.resume
+
+    def stop_there(*parts) -> None:
+        reached.extend(parts)
+        raise InterruptedError
+
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr(checkpoints, "resume", stop_there)
+        run("autoencoder", tmp_path / "other", *words, "--resume_from_checkpoint", str(checkpoint))
+    _, args, _, kept = reached
+    accelerator = Accelerator(cpu=True)
+
+    def load(folder: Path) -> None:
+        args.resume_from_checkpoint = str(folder)
+        resume(accelerator, args, checkpoints.find_checkpoint(args), kept)
+
+    load(checkpoint)
+    return checkpoint, load
+
+
+def run_on_loading(path: Path, ran: Path, how: str = "torch") -> None:
+    """Write what makes the file `ran` where it is unpickled, as torch writes it or as a bare pickle."""
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Payload(ran)))
+    else:
+        torch.save({"state": Payload(ran)}, path, _use_new_zipfile_serialization=how == "torch")
+
+
+def test_nothing_in_a_checkpoint_runs(resumable, tmp_path):
+    """Whichever file it is, by whatever name, with a manifest that says that all is well."""
+    checkpoint, load = resumable
+    ran, forged = tmp_path / "ran", tmp_path / "forged"
+    states = [path.name for path in checkpoint.glob("*.safetensors")]
+    assert len(states) == 10
+    # In place of a state, and by the names that accelerate, torch and diffusers would read in place of it.
+    names = [(state, state) for state in states] * 3
+    names += [(state, state.replace(".safetensors", end)) for state in states for end in (".bin", ".pkl")]
+    names += [("model.safetensors", "pytorch_model.bin"), ("random_states.safetensors", "random_states_0.pkl")]
+    hows = ["torch", "legacy", "pickle"]
+    for i, (removed, name) in enumerate(names):
+        shutil.copytree(checkpoint, forged, copy_function=os.link)
+        (forged / removed).unlink()
+        run_on_loading(forged / name, ran, hows[(i + i // len(states)) % 3])
+        (forged / "manifest.json").unlink()
+        write_manifest(forged, 2)
+        with pytest.raises(InputError, match="forged doesn't fit this run, or is damaged: ") as refusal:
+            load(forged)
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+        assert not ran.exists(), (removed, name)
+        shutil.rmtree(forged)
+
+
+def test_beside_the_states_nothing_is_read(resumable, tmp_path):
+    checkpoint, load = resumable
+    ran, args = tmp_path / "ran", (checkpoint / "args.yaml").read_text()
+    for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "sampler.bin"):
+        run_on_loading(checkpoint / name, ran)
+    for text, fits in ((f"!!python/object/apply:os.mkdir [{ran}]", False), (args, True)):
+        (checkpoint / "args.yaml").write_text(text)
+        (checkpoint / "manifest.json").unlink()
+        write_manifest(checkpoint, 2)
+        with nullcontext() if fits else pytest.raises(InputError, match="its args.yaml can't be read"):
+            load(checkpoint)
+        assert not ran.exists()
+    torch.load(checkpoint / "optimizer.bin", weights_only=False)
+    assert ran.exists()  # it could have failed
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_unread(run, tmp_path):
+    """What accelerate's `save_state` writes."""
+    checkpoint = run("latent_diffusion", tmp_path / "run", "--max_train_steps", "2") / "checkpoint-2"
+    (checkpoint / "manifest.json").unlink()
+    for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl"):
+        run_on_loading(checkpoint / name, tmp_path / "ran")
+    for words in (checkpoint, "latest"):
+        with pytest.raises(InputError, match="an earlier version made it, of files that can run code") as refusal:
+            run("latent_diffusion", tmp_path / "run", "--resume_from_checkpoint", str(words))
+        assert "\n" not in str(refusal.value) and not (tmp_path / "ran").exists()
