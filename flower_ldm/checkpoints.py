@@ -6,6 +6,8 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from . import runs
 from .checkpoint_files import is_regular, load_state, save_state, why_invalid, write_manifest
+from .data import DEFAULT_DATA_DIR
 from .errors import InputError, one_line
-from .files import check_writable, refusals_of_disk, sync
+from .files import DiskError, check_writable, refusals_of_disk, sync, write_whole
 from .run_lock import LOCK, lock_folder
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -48,21 +52,44 @@ def check_output_dir(args: argparse.Namespace) -> None:
     """
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
-    if not resumes_in_place(args):
-        for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights"):
-            path = getattr(args, name, None)
-            there = path and (name == "data_dir" or os.path.exists(path))  # else an id on the Hub
-            if there and Path(path).resolve().is_relative_to(output_dir.resolve()):
-                raise InputError(f"--output_dir {output_dir} holds --{name} {path}: name another folder")
-    if not output_dir.is_dir() or resumes_in_place(args) or all(path.name == LOCK for path in output_dir.iterdir()):
+    if resumes_in_place(args):
+        return
+    for flag, path in paths_read(args).items():
+        if Path(path).resolve().is_relative_to(output_dir.resolve()):
+            raise InputError(f"--output_dir {output_dir} holds {flag} {path}: name another folder")
+    if not output_dir.is_dir() or all(path.name == LOCK for path in output_dir.iterdir()):
         return
     if not args.overwrite_output_dir:
         raise InputError(
             f"--output_dir {output_dir} is not empty: name another, go on with the run there by "
             "--resume_from_checkpoint latest, or replace it by --overwrite_output_dir"
         )
-    if not (output_dir / "args.yaml").is_file():
-        raise InputError(f"--overwrite_output_dir: {output_dir} has no args.yaml, so it is no run of ours to replace")
+    if reason := runs.whose_else(output_dir):
+        raise InputError(f"--overwrite_output_dir: {output_dir} {reason}; name another --output_dir")
+    if not runs.is_run(output_dir):
+        raise InputError(
+            f"--overwrite_output_dir: {output_dir} is no run of ours to replace, it has no args.yaml with the flags "
+            "of one; name another --output_dir"
+        )
+    if foreign := runs.contents(output_dir)[1]:
+        names = ", ".join(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise InputError(
+            f"--overwrite_output_dir: {output_dir} holds what no run of ours has written: {names}; move that "
+            "elsewhere, or name another --output_dir"
+        )
+
+
+def paths_read(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that name something on this disk that the run reads, and what they name."""
+    paths = {}
+    for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights", "latent_cache_dir",
+                 "resume_from_checkpoint"):  # fmt: skip
+        path = getattr(args, name, None)
+        if name == "data_dir" and path is None and args.dataset == "flowers102":
+            path = DEFAULT_DATA_DIR
+        if path and (name == "data_dir" or os.path.exists(path)):  # else an id on the Hub, or made by this run
+            paths[f"--{name}"] = path
+    return paths
 
 
 def resumes_in_place(args: argparse.Namespace) -> bool:
@@ -78,21 +105,36 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
 
     Called when nothing else can be wrong any more, so that a mistake neither costs the run that is replaced nor leaves
     a folder behind that the next try would stumble over. Another run may have come there meanwhile, so it looks again.
+    The old `args.yaml` goes last: a folder that is half emptied is still known as a run.
     """
     output_dir = Path(args.output_dir)
-    if accelerator.is_main_process:
-        check_output_dir(args)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock_folder(output_dir)
-        check_output_dir(args)  # again: a run that has just ended there held the lock until now
-        remove_unfinished(output_dir)
-        for path in list(output_dir.iterdir()):
-            if not resumes_in_place(args) and path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (output_dir / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
-    accelerator.wait_for_everyone()
-    if args.report_to != "none":
-        accelerator.init_trackers("flower_ldm")
+    with refusals_of_disk(output_dir, "run the command again"):
+        if accelerator.is_main_process:
+            check_output_dir(args)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock_folder(output_dir)
+            check_output_dir(args)  # again: a run that has just ended there held the lock until now
+            runs.remove(output_dir, unfinished_only=resumes_in_place(args))
+            text = yaml.safe_dump(vars(args), sort_keys=True)
+            write_whole(output_dir / "args.yaml", lambda unfinished: unfinished.write_text(text))
+        accelerator.wait_for_everyone()
+        if args.report_to != "none":
+            accelerator.init_trackers("flower_ldm")
+
+
+@contextmanager
+def refusals_say_how_to_go_on(args: argparse.Namespace) -> Iterator[None]:
+    """Around a whole run: where the disk refuses something, the line says which checkpoint is there to go on from."""
+    try:
+        yield
+    except DiskError as error:
+        safe = [path for path in list_checkpoints(Path(args.output_dir)) if not why_invalid(path, hashes=False)]
+        way_out = (
+            f"go on with --resume_from_checkpoint latest: {safe[-1].name} is safe"
+            if safe
+            else "begin again with --overwrite_output_dir: there is no checkpoint yet"
+        )
+        raise DiskError(error.what, error.why, way_out) from error
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
@@ -141,7 +183,7 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, kept: di
     target, unfinished = output_dir / f"{CHECKPOINT_PREFIX}{global_step}", output_dir / f"unfinished-{global_step}"
     random_states = gather_object([random_state(accelerator.device)])
     if accelerator.is_main_process:
-        with refusals_of_disk(target, way_out(output_dir)):
+        with refusals_of_disk(target):
             make_room(unfinished)
             try:
                 unfinished.mkdir()
@@ -168,12 +210,6 @@ def parts_of(accelerator: Accelerator, kept: dict) -> dict:
     return {n: accelerator.unwrap_model(part) if isinstance(part, nn.Module) else part for n, part in parts.items()}
 
 
-def way_out(output_dir: Path) -> str:
-    """What to do when a checkpoint could not be written."""
-    safe = [path.name for path in list_checkpoints(output_dir) if not why_invalid(path, hashes=False)]
-    return f"go on with --resume_from_checkpoint latest ({safe[-1]} is safe)" if safe else "start the run again"
-
-
 def make_room(path: Path) -> None:
     """See that nothing is called so: a killed run's unfinished folder goes, all else that is there is renamed."""
     if UNFINISHED_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -198,13 +234,6 @@ def drop_checkpoints(output_dir: Path, newest: int, limit: int) -> None:
             shutil.rmtree(path.rename(doomed))
         except OSError as error:
             print(f"{path} is beyond --checkpoints_total_limit but can't be removed: {one_line(error)}")
-
-
-def remove_unfinished(output_dir: Path) -> None:
-    """Clear away what a killed run was writing or removing."""
-    for path in list(output_dir.iterdir()):
-        if UNFINISHED_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def step_of(path: Path) -> int:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from flower_ldm.data import ImageDataset, uint8_images
 from flower_ldm.errors import InputError, one_line
-from flower_ldm.files import write_whole
+from flower_ldm.files import refusals_of_disk, write_whole
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 
 FORMAT_VERSION = "1"
@@ -392,7 +392,5 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, **meta
         InputError: where that can't be done.
     """
     about = {"key": key, "digest": tensors_digest(tensors), **metadata}
-    try:
+    with refusals_of_disk(path, "run the command again, or name another --cache_dir; what is kept there is used"):
         write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata=about))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--cache_dir: can't write {path} ({error}); is there space, and permission?") from error

@@ -44,7 +44,8 @@ class Payload:
 @contextmanager
 def process_state() -> Iterator[None]:
     """Leaves accelerate and the signal handlers as a new process would find them."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:

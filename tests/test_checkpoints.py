@@ -18,7 +18,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from flower_ldm import checkpoints, recipes, run_lock
+from flower_ldm import checkpoints, recipes, run_lock, runs
 from flower_ldm.checkpoint_files import load_state, save_state, why_invalid, write_manifest
 from flower_ldm.checkpoints import Progress
 from flower_ldm.errors import InputError
@@ -60,15 +60,26 @@ def test_a_folder_that_another_run_has_filled_meanwhile_is_left_alone(output_dir
     assert [path.name for path in output_dir.iterdir()] == ["checkpoint-5"]
 
 
-@pytest.mark.parametrize("name", ["data_dir", "vgg_weights", "config", "model_config"])
+@pytest.mark.parametrize(
+    "name", ["data_dir", "vgg_weights", "config", "model_config", "latent_cache_dir", "resume_from_checkpoint"]
+)
 def test_what_a_run_reads_may_not_lie_where_it_writes(output_dir, name):
     output_dir.mkdir(parents=True)
     (output_dir / "args.yaml").write_text("{}")
-    (output_dir / "needed").write_text("{}")
+    needed = output_dir / "some" / "needed"
+    needed.parent.mkdir()
+    needed.write_text("{}")
     args = parse(f"--output_dir={output_dir}", "--overwrite_output_dir")
-    setattr(args, name, str(output_dir / "needed"))
-    with pytest.raises(InputError, match=f"holds --{name} {output_dir}/needed: name another folder"):
+    setattr(args, name, str(needed))
+    with pytest.raises(InputError, match=f"holds --{name} {needed}: name another folder"):
         checkpoints.check_output_dir(args)
+
+
+def test_the_default_folder_of_the_flowers_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--output_dir data holds --data_dir data: name another folder"):
+        checkpoints.check_output_dir(parse("--output_dir=data", "--dataset=flowers102"))
+    checkpoints.check_output_dir(parse("--output_dir=data", "--dataset=synthetic"))
 
 
 @pytest.fixture
@@ -114,13 +125,108 @@ def test_another_run_is_replaced_when_asked_to(output_dir, earlier_run):
     assert yaml.safe_load((output_dir / "args.yaml").read_text())["seed"] == 2
 
 
-@pytest.mark.parametrize("name", ["letters.txt", "sub/letters.txt"])
-def test_what_is_no_run_is_never_replaced(output_dir, name):
+FOREIGN_ARGS = {
+    "empty": "",
+    "Ultralytics": "task: detect\nmode: train\nepochs: 100\nbatch: 16\nimgsz: 640\nsave_dir: runs/detect/train\n",
+    "no mapping": "- 1\n",
+    "no YAML": "a: [",
+    "no text": "\x00\x01",
+}
+
+
+@pytest.mark.parametrize("args", [None, *FOREIGN_ARGS])
+@pytest.mark.parametrize("name", ["letters.txt", "weights/best.pt"])
+def test_what_is_no_run_is_never_replaced(output_dir, name, args):
+    """Such as a home folder, another program's run, or a folder that holds several runs."""
     (output_dir / name).parent.mkdir(parents=True)
     (output_dir / name).write_text("dear flower")
+    if args is not None:
+        (output_dir / "args.yaml").write_text(FOREIGN_ARGS[args])
+    before = on_disk(output_dir)
     with pytest.raises(InputError, match="no run of ours"):
         claim(output_dir, "--overwrite_output_dir")
-    assert on_disk(output_dir) == {name: b"dear flower"}
+    assert on_disk(output_dir) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "letters.txt", "flower-ldm/args.yaml", "flowers-102/jpg/image_00001.jpg", ".git/config", "train.log",
+        "checkpoint-5/notes.txt", "checkpoint-5-before-lr-change/model.safetensors", "samples/mine.png",
+        "logs/slurm.out", "checkpoint-²/model.safetensors", "diffusion_loss.png/notes.png",
+    ],
+)  # fmt: skip
+def test_what_somebody_else_put_into_a_run_stops_its_replacement(output_dir, earlier_run, name):
+    (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+    (output_dir / name).write_text("dear flower")
+    with pytest.raises(InputError, match="holds what no run of ours has written: '.*; move that") as caught:
+        claim(output_dir, "--overwrite_output_dir")
+    assert re.search("written: '([^']*)'", str(caught.value))[1] in (name, str(Path(name).parent), name.split("/")[0])
+    assert on_disk(output_dir) == earlier_run | {name: b"dear flower"}
+
+
+def test_what_is_not_ours_is_named_in_one_line(output_dir, earlier_run):
+    for number in range(5):
+        (output_dir / f"note\n{number}").touch()
+    with pytest.raises(InputError, match="'note\\\\n0', 'note\\\\n1', 'note\\\\n2' and 2 more; move") as caught:
+        claim(output_dir, "--overwrite_output_dir")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_card_of_somebodys_own_is_not_ours(output_dir, earlier_run):
+    (output_dir / "README.md").write_text("My flowers")
+    with pytest.raises(InputError, match="no run of ours has written: 'README.md'"):
+        claim(output_dir, "--overwrite_output_dir")
+    (output_dir / "README.md").write_text(f"---\n{runs.CARD_MARK}\n")
+    claim(output_dir, "--overwrite_output_dir")
+
+
+@pytest.mark.parametrize("where", ["here", "above", "home", "above home", "mounted"])
+def test_some_folders_are_never_emptied(output_dir, earlier_run, monkeypatch, where):
+    inside = output_dir / "checkpoint-5"
+    monkeypatch.chdir({"here": output_dir, "above": inside}.get(where, output_dir.parent))
+    monkeypatch.setenv("HOME", str({"home": output_dir, "above home": inside}.get(where, "/")))
+    monkeypatch.setattr(os.path, "ismount", lambda path: where == "mounted" and path == output_dir)
+    said = "(is|holds) (the current folder|your home folder)|is where a disk is mounted"
+    for path in (Path("."), output_dir) if where == "here" else (output_dir,):
+        with pytest.raises(
+            InputError, match=f"^--overwrite_output_dir: {re.escape(str(path))} ({said}); name another"
+        ):
+            claim(path, "--overwrite_output_dir", "--dataset=synthetic")
+    assert on_disk(output_dir) == earlier_run
+
+
+def test_links_are_removed_and_never_followed(output_dir, earlier_run, tmp_path):
+    kept = tmp_path / "kept" / "step-1.png"
+    kept.parent.mkdir()
+    kept.write_bytes(b"picture")
+    (output_dir / "latent_cache").symlink_to(kept.parent)
+    (output_dir / "samples").mkdir()
+    (output_dir / "samples" / "step-1.png").symlink_to(kept)
+    link = tmp_path / "link"
+    link.symlink_to(output_dir)
+    claim(link, "--seed=2", "--overwrite_output_dir")
+    assert on_disk(output_dir).keys() == {"args.yaml", ".lock"} and not (output_dir / "latent_cache").exists()
+    assert kept.read_bytes() == b"picture" and link.is_symlink()
+
+
+def test_a_replacement_that_was_killed_can_be_begun_again(output_dir, earlier_run, monkeypatch):
+    """What says that it is a run goes last."""
+    gone = []
+    unlink = Path.unlink
+
+    def killed(path, *args, **kwargs):
+        if len(gone) == 1:
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+        gone.append(path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", killed)
+        claim(output_dir, "--overwrite_output_dir")
+    assert gone and (output_dir / "args.yaml").is_file()
+    claim(output_dir, "--seed=2", "--overwrite_output_dir")
+    assert on_disk(output_dir).keys() == {"args.yaml", ".lock"}
 
 
 @pytest.mark.parametrize("words", [[], ["--overwrite_output_dir"]])
@@ -472,12 +578,16 @@ def test_a_full_disk_keeps_what_is_there_and_says_how_to_go_on(save, output_dir,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for module, name in ((checkpoints, "save_state"), (checkpoints, "write_manifest"), (os, "fsync")):
-        with monkeypatch.context() as patched, pytest.raises(InputError) as caught:
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(InputError) as caught,
+            checkpoints.refusals_say_how_to_go_on(parse(f"--output_dir={output_dir}")),
+        ):
             patched.setattr(module, name, full)
             save(2, limit=1)
-        then = (
-            "go on with --resume_from_checkpoint latest (checkpoint-1 is safe)" if earlier else "start the run again"
-        )
+        then = "begin again with --overwrite_output_dir: there is no checkpoint yet"
+        if earlier:
+            then = "go on with --resume_from_checkpoint latest: checkpoint-1 is safe"
         assert str(caught.value) == (
             f"{output_dir / 'checkpoint-2'} can't be written: no space is left on the device; make room, then {then}"
         )

@@ -236,7 +236,7 @@ def test_cache_that_cannot_be_written_is_one_line(tmp_path):
     images, _ = load_datasets("synthetic", resolution=16, images_per_class=2, classes=[0], show_progress=False)
     network = load_feature_network(save_script(ChannelMeans(), tmp_path / "net.pt"))
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(InputError, match="--cache_dir: can't write .*features-synthetic"):
+    with pytest.raises(InputError, match="features-synthetic.*can't be written: .*name another --cache_dir"):
         load_or_extract_features(network, images, tmp_path / "cache")
 
 

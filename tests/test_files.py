@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from flower_ldm.errors import InputError
-from flower_ldm.files import refusals_of_disk, sync, write_whole
+from flower_ldm.files import DiskError, refusals_of_disk, sync, write_whole
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ from flower_ldm.files import refusals_of_disk, sync, write_whole
         (errno.EDQUOT, "the quota of this user is used up; make room"),
         (errno.EACCES, "Permission denied; allow writing there"),
         (errno.EROFS, "Read-only file system; allow writing there"),
+        (errno.EEXIST, "File exists; take away what is in its place"),
         (errno.EIO, "Input/output error; see that the disk is well"),
     ],
 )
@@ -61,7 +62,9 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch, call):
 
     with monkeypatch.context() as patched:
         patched.setattr(os, call, refuse)
-        with pytest.raises(OSError, match="full"):
+        with pytest.raises(
+            DiskError, match="^.*metrics.json can't be written: no space is left on the device; make room"
+        ):
             write_whole(path, lambda unfinished: unfinished.write_text("new"))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path], "nothing unfinished is left"

@@ -4,13 +4,17 @@ With random crops and flips, two micro-batches an update, and all the losses; su
 really end one. Neighbour: `test_distributed.py`, the same for several processes.
 """
 
+import fcntl
 import json
 import os
 import pickle
+import pty
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -259,6 +263,44 @@ def test_a_signal_to_the_whole_group_stops_in_order(flags, run, tmp_path, stage,
     (checkpoint,) = stopped.glob("checkpoint-*")
     assert f"go on with --resume_from_checkpoint {checkpoint}" in printed and "Traceback" not in printed
     run(stage, stopped, "--resume_from_checkpoint", str(checkpoint))
+    assert_same_end(whole, stopped, stage, step=14)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_gone_stops_in_order(flags, run, tmp_path):
+    """The system sends SIGHUP to the whole group, and nothing can be printed any more."""
+    stage, stopped = "latent_diffusion", tmp_path / "stopped"
+    flags[stage] += ["--dataloader_num_workers", "2", "--max_train_steps", "14", "--checkpointing_steps", "1000"]
+    whole = run(stage, tmp_path / "whole")
+    master, slave = pty.openpty()
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    words = [sys.executable, f"train_{stage}.py", *flags[stage], "--output_dir", str(stopped)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=environment, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(slave)
+    gone = threading.Event()
+
+    def read() -> None:  # so that printing never waits for room
+        while not gone.is_set():
+            if select.select([master], [], [], 0.02)[0]:
+                os.read(master, 65536)
+        os.close(master)
+
+    threading.Thread(target=read).start()
+    try:
+        end_beyond(process, stopped, 2, lambda pid: gone.set())
+    finally:
+        gone.set()
+    assert process.returncode == 128 + signal.SIGHUP
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    run(stage, stopped, "--resume_from_checkpoint", "latest")
     assert_same_end(whole, stopped, stage, step=14)
 
 
