@@ -299,7 +299,6 @@ def build_parts(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, percep
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
         if args.adaptive_weight:
             adaptive = AdaptiveAdversarialWeight().to(accelerator.device)
-            accelerator.register_for_checkpointing(adaptive)
     return Parts(vae, perceptual, discriminator, adaptive, centers), optimizer, disc_optimizer, lr_scheduler
 
 
@@ -351,8 +350,10 @@ def train(args) -> None:
     if perceptual is not None:
         identity["VGG16 (--vgg_weights)"] = tensors_digest(perceptual.features.state_dict())
     progress = checkpoints.Progress(identity)
-    accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    checkpoints.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
+    kept = {"model": parts.vae, "centers": parts.centers, "discriminator": parts.discriminator, "optimizer": optimizer,
+            "disc_optimizer": disc_optimizer, "adaptive_weight": parts.adaptive, "ema": ema,
+            "lr_scheduler": lr_scheduler, "progress": progress}  # fmt: skip
+    checkpoints.resume(accelerator, args, checkpoint, kept)
     hub.claim_repository(accelerator, args)
     checkpoints.claim_output_dir(accelerator, args)
     if checkpoint is not None:
@@ -405,7 +406,7 @@ def train(args) -> None:
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
             with clock.paused():
-                checkpoint = checkpoints.save_checkpoint(accelerator, args, step)
+                checkpoint = checkpoints.save_checkpoint(accelerator, args, kept, step)
             if stopping:
                 stop.exit(checkpoint)
     bar.close()

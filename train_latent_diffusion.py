@@ -322,8 +322,8 @@ def train(args) -> None:
     model, optimizer = accelerator.prepare(unet, optimizer)
     identity = training.run_identity(accelerator, args, train_images, unet)
     progress = checkpoints.Progress(identity | {"autoencoder": cache_key(vae, train_images)})
-    accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    checkpoints.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
+    kept = {"model": model, "optimizer": optimizer, "ema": ema, "lr_scheduler": lr_scheduler, "progress": progress}
+    checkpoints.resume(accelerator, args, checkpoint, kept)
     hub.claim_repository(accelerator, args)
     checkpoints.claim_output_dir(accelerator, args)
     train_latents = load_latents(accelerator, args, vae, train_images)
@@ -376,7 +376,7 @@ def train(args) -> None:
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
             with clock.paused():
-                checkpoint = checkpoints.save_checkpoint(accelerator, args, step)
+                checkpoint = checkpoints.save_checkpoint(accelerator, args, kept, step)
             if stopping:
                 stop.exit(checkpoint)
     bar.close()

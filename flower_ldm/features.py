@@ -8,10 +8,12 @@ Shapes: N images, M reference images, B in a batch; (H, W) pixels; D features.
 
 import hashlib
 import json
+import os
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +125,23 @@ def inception(weights: str | None = None) -> FeatureNetwork:
     """
     from torchmetrics.image.fid import NoTrainInceptionV3  # raises ModuleNotFoundError without torch-fidelity
 
-    network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
+    with only_tensors_are_read():
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
     return FeatureNetwork("inception", network, 299)
+
+
+@contextmanager
+def only_tensors_are_read() -> Iterator[None]:
+    """Around a library that calls `torch.load` in the way that runs what a file says: torch doesn't, for this long."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def dinov2(repository: str = DINOV2_REPOSITORY) -> FeatureNetwork:

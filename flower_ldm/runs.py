@@ -8,12 +8,13 @@ from pathlib import Path
 
 import yaml
 
+from .run_lock import LOCK
+
 # Flags that both scripts keep in args.yaml; no other program has all of them.
 RUN_FLAGS = frozenset({
     "checkpoints_total_limit", "ema_decay", "final_pictures", "images_per_class", "label_column",
     "overwrite_output_dir", "skip_bad_images",
 })  # fmt: skip
-LOCK = ".lock"  # kept by a run at work
 # A card with this line was written by a run; one without is somebody's own.
 CARD_MARK = "<!-- Written by flower_ldm. Take this line out, and your changes will not be overwritten. -->"
 
@@ -99,6 +100,8 @@ def remove(folder: Path, unfinished_only: bool) -> None:
     for path in contents(folder)[0]:
         name = path.relative_to(folder).as_posix()
         if name in ("args.yaml", LOCK) or (unfinished_only and not re.match(r"unfinished-|.*\.tmp$", name)):
+            continue
+        if unfinished_only and path.is_symlink():  # somebody's
             continue
         if path.is_dir() and not path.is_symlink():
             with suppress(OSError) if unfinished_only else nullcontext():  # where something of somebody else is in it

@@ -31,6 +31,16 @@ def image_folder(tmp_path: Path) -> Path:
     return tmp_path / "flowers"
 
 
+class Payload:
+    """What runs something where it is unpickled: it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 @contextmanager
 def process_state() -> Iterator[None]:
     """Leaves accelerate and the signal handlers as a new process would find them."""

@@ -1,11 +1,14 @@
 """Feature networks by name, features in a cache, and distances between two sets of features against closed forms."""
 
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import Payload
 from torch import nn
 
 from flower_ldm import features as features_module
@@ -148,6 +151,15 @@ def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
     network = inception(str(tmp_path / "weights.pth"))
     assert (network.name, network.input_size, len(state) > 100) == ("inception", 299, True)
     assert extract_features(network, random_images(2, 32)).shape == (2, 2048)
+
+
+def test_inceptions_weights_run_nothing(tmp_path):
+    """torch-fidelity unpickles whatever it is given."""
+    pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.save({"a": Payload(tmp_path / "ran")}, tmp_path / "weights.pth")
+    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
+        inception(str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "ran").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 @pytest.mark.parametrize("name", ["inception", "dinov2", "clip"])
