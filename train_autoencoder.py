@@ -13,6 +13,7 @@ are in `flower_ldm/autoencoder_losses.py`.
 import json
 import math
 from argparse import BooleanOptionalAction
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,8 @@ from flower_ldm.autoencoder_losses import (
 )
 from flower_ldm.data import ImageDataset
 from flower_ldm.discriminator import SMALLEST_IMAGE, PatchDiscriminator
-from flower_ldm.errors import InputError, exit_on_input_error
+from flower_ldm.errors import InputError, exit_on_input_error, one_line
+from flower_ldm.files import replace_files, write_whole
 from flower_ldm.latent_cache import tensors_digest
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
@@ -201,18 +203,31 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
     metrics = validate(accelerator, args, vae, perceptual, batches)
     log.append(step, metrics)
     if accelerator.is_main_process:
-        curves = Path(args.output_dir) / "autoencoder_losses.png"
-        save_loss_curves(training.read_log(log.path), AUTOENCODER_CURVES, curves)
-        rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
-        log.show(step, {"reconstructions": rows, "autoencoder_losses": curves})
+        with training.optional("pictures of this validation") if step < args.max_train_steps else nullcontext():
+            curves = Path(args.output_dir) / "autoencoder_losses.png"
+            save_loss_curves(training.read_log(log.path), AUTOENCODER_CURVES, curves)
+            rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
+            log.show(step, {"reconstructions": rows, "autoencoder_losses": curves})
     score = metrics["val_pixel_loss"] + metrics.get("val_perceptual_loss", 0.0)
     best_dir = Path(args.output_dir) / "best"
     if score < progress.best_score or not best_dir.is_dir():
         progress.best_score = score
         if accelerator.is_main_process:
-            vae.save_pretrained(best_dir)
+            replace_files(best_dir, best_dir.with_name("unfinished-best"), vae.save_pretrained)
     accelerator.wait_for_everyone()
     return metrics
+
+
+def forget_torn_best(progress: checkpoints.Progress, best_dir: Path) -> None:
+    """Have `best/` written at the next validation, whatever its score, where none can be loaded."""
+    try:
+        FlowerAutoencoderKL.from_pretrained(best_dir)
+    except Exception as error:  # diffusers looks at little before it reads: a damaged file ends it anyhow
+        if best_dir.is_dir():
+            print(
+                f"{best_dir} can't be loaded ({one_line(error, 200)}): the next validation writes it anew", flush=True
+            )
+        progress.best_score = float("inf")
 
 
 @torch.inference_mode()
@@ -245,9 +260,10 @@ def save_results(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, train
     measure_latents(accelerator, vae, train_images, args.train_batch_size)
     best = FlowerAutoencoderKL.from_pretrained(output_dir / "best").to(accelerator.device).eval()
     measure_latents(accelerator, best, train_images, args.train_batch_size)
-    vae.save_pretrained(output_dir)
-    best.save_pretrained(output_dir / "best")
-    (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    replace_files(output_dir, output_dir / "unfinished-export", vae.save_pretrained, index="config.json")
+    replace_files(output_dir / "best", output_dir / "unfinished-best", best.save_pretrained)
+    metrics = json.dumps(results, indent=2) + "\n"
+    write_whole(output_dir / "metrics.json", lambda unfinished: unfinished.write_text(metrics))
     print(f"autoencoder in {output_dir}, its reconstructions of held-out images in {output_dir / 'reconstructions'}")
 
 
@@ -283,12 +299,16 @@ def build_parts(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, percep
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
         if args.adaptive_weight:
             adaptive = AdaptiveAdversarialWeight().to(accelerator.device)
-            accelerator.register_for_checkpointing(adaptive)
     return Parts(vae, perceptual, discriminator, adaptive, centers), optimizer, disc_optimizer, lr_scheduler
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    with checkpoints.refusals_say_how_to_go_on(args):
+        train(args)
+
+
+def train(args) -> None:
     output_dir = Path(args.output_dir)
     if args.adversarial_weight > 0 and args.resolution < SMALLEST_IMAGE:
         raise InputError(
@@ -330,10 +350,14 @@ def main(argv: list[str] | None = None) -> None:
     if perceptual is not None:
         identity["VGG16 (--vgg_weights)"] = tensors_digest(perceptual.features.state_dict())
     progress = checkpoints.Progress(identity)
-    accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    checkpoints.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
+    kept = {"model": parts.vae, "centers": parts.centers, "discriminator": parts.discriminator, "optimizer": optimizer,
+            "disc_optimizer": disc_optimizer, "adaptive_weight": parts.adaptive, "ema": ema,
+            "lr_scheduler": lr_scheduler, "progress": progress}  # fmt: skip
+    checkpoints.resume(accelerator, args, checkpoint, kept)
     hub.claim_repository(accelerator, args)
     checkpoints.claim_output_dir(accelerator, args)
+    if checkpoint is not None:
+        forget_torn_best(progress, output_dir / "best")
 
     train_batches = training.training_batches(accelerator, args, train_images, progress.global_step, last_step)
     val_batches = training.validation_batches(accelerator, args, val_images)
@@ -382,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
             with clock.paused():
-                checkpoint = checkpoints.save_checkpoint(accelerator, args, step)
+                checkpoint = checkpoints.save_checkpoint(accelerator, args, kept, step)
             if stopping:
                 stop.exit(checkpoint)
     bar.close()
@@ -393,13 +417,14 @@ def main(argv: list[str] | None = None) -> None:
         results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
         results |= {"dataset": train_images.name, "splits": val_images.splits}
         results |= {"vgg_weights": args.vgg_weights and Path(args.vgg_weights).name}
+        log.close()
         if accelerator.is_main_process:
             save_results(accelerator, args, vae, train_images, results)
             if args.final_pictures:
                 draw_latent_maps(accelerator, args, vae, train_images, val_images, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
-    accelerator.end_training()
+    training.end_trackers(accelerator)
     hub.push_results(accelerator, args)
 
 

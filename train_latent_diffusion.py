@@ -38,6 +38,7 @@ from flower_ldm.diffusion import (
     sample_timesteps,
 )
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
+from flower_ldm.files import replace_files, write_whole
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
 from flower_ldm.model_card import write_model_card
 from flower_ldm.report import write_report
@@ -236,10 +237,12 @@ def save_results(
     Returns the grid's latents.
     """
     output_dir = Path(args.output_dir)
-    pipeline.save_pretrained(output_dir)
-    (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    replace_files(output_dir, output_dir / "unfinished-export", pipeline.save_pretrained, index="model_index.json")
+    metrics = json.dumps(results, indent=2) + "\n"
+    write_whole(output_dir / "metrics.json", lambda unfinished: unfinished.write_text(metrics))
     generated = draw_preview(accelerator, args, pipeline, results["step"], log)
-    grid = shutil.copy(samples_path(args, results["step"]), output_dir / "vae_samples_grid_subset.png")
+    drawn, grid = samples_path(args, results["step"]), output_dir / "vae_samples_grid_subset.png"
+    write_whole(grid, lambda unfinished: shutil.copy(drawn, unfinished))
     print(f"pipeline in {output_dir}, samples in {grid}")
     return generated
 
@@ -281,6 +284,11 @@ def draw_comparisons(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    with checkpoints.refusals_say_how_to_go_on(args):
+        train(args)
+
+
+def train(args) -> None:
     output_dir = Path(args.output_dir)
     vae = load_autoencoder(args.autoencoder)
     checkpoints.check_output_dir(args)
@@ -314,8 +322,8 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer = accelerator.prepare(unet, optimizer)
     identity = training.run_identity(accelerator, args, train_images, unet)
     progress = checkpoints.Progress(identity | {"autoencoder": cache_key(vae, train_images)})
-    accelerator.register_for_checkpointing(ema, lr_scheduler, progress)
-    checkpoints.resume(accelerator, args, checkpoint, progress, ema, lr_scheduler)
+    kept = {"model": model, "optimizer": optimizer, "ema": ema, "lr_scheduler": lr_scheduler, "progress": progress}
+    checkpoints.resume(accelerator, args, checkpoint, kept)
     hub.claim_repository(accelerator, args)
     checkpoints.claim_output_dir(accelerator, args)
     train_latents = load_latents(accelerator, args, vae, train_images)
@@ -361,13 +369,14 @@ def main(argv: list[str] | None = None) -> None:
             with training.ema_weights(ema, unet), clock.paused():
                 log.append(step, validate(accelerator, args, unet, noise_scheduler, val_batches))
                 if accelerator.is_main_process:
-                    draw_preview(accelerator, args, pipeline, step, log)
+                    with training.optional("pictures of this validation"):
+                        draw_preview(accelerator, args, pipeline, step, log)
                 accelerator.wait_for_everyone()
         stopping = stop.agreed(step, 1 if at_end else args.logging_steps)
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
             with clock.paused():
-                checkpoint = checkpoints.save_checkpoint(accelerator, args, step)
+                checkpoint = checkpoints.save_checkpoint(accelerator, args, kept, step)
             if stopping:
                 stop.exit(checkpoint)
     bar.close()
@@ -378,6 +387,7 @@ def main(argv: list[str] | None = None) -> None:
         log.append(last_step, results)
         results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
         results |= {"dataset": train_images.name, "splits": val_images.splits}
+        log.close()
         if accelerator.is_main_process:
             generated = save_results(accelerator, args, pipeline, results, log)
             if args.final_pictures:
@@ -385,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
                 draw_comparisons(accelerator, args, pipeline, val_images, generated, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
-    accelerator.end_training()
+    training.end_trackers(accelerator)
     hub.push_results(accelerator, args)
 
 

@@ -1,20 +1,32 @@
 """A run's checkpoints: progress, save, find, resume; and which folder is a run's own."""
 
 import argparse
+import itertools
 import os
+import random
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import SCALER_NAME
-from diffusers.training_utils import EMAModel
-from torch.optim.lr_scheduler import LambdaLR
+from accelerate.utils import gather_object
+from torch import nn
 
+from . import runs
+from .checkpoint_files import is_regular, load_state, save_state, why_invalid, write_manifest
+from .data import DEFAULT_DATA_DIR
 from .errors import InputError, one_line
-from .files import check_writable
+from .files import DiskError, check_writable, refusals_of_disk, sync, write_whole
+from .run_lock import LOCK, lock_folder
 
 CHECKPOINT_PREFIX = "checkpoint-"
+CHECKPOINT_NAME = re.compile(f"{CHECKPOINT_PREFIX}(0|[1-9][0-9]*)")
+UNFINISHED_NAME = re.compile("unfinished-(0|[1-9][0-9]*)")  # one being written, or one being removed
 
 # What a resumed run may have otherwise. The paths among these are compared by what they lead to (`Progress.identity`),
 # the batch by the images of one update.
@@ -40,21 +52,44 @@ def check_output_dir(args: argparse.Namespace) -> None:
     """
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
-    if not resumes_in_place(args):
-        for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights"):
-            path = getattr(args, name, None)
-            there = path and (name == "data_dir" or os.path.exists(path))  # else an id on the Hub
-            if there and Path(path).resolve().is_relative_to(output_dir.resolve()):
-                raise InputError(f"--output_dir {output_dir} holds --{name} {path}: name another folder")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()) or resumes_in_place(args):
+    if resumes_in_place(args):
+        return
+    for flag, path in paths_read(args).items():
+        if Path(path).resolve().is_relative_to(output_dir.resolve()):
+            raise InputError(f"--output_dir {output_dir} holds {flag} {path}: name another folder")
+    if not output_dir.is_dir() or all(path.name == LOCK for path in output_dir.iterdir()):
         return
     if not args.overwrite_output_dir:
         raise InputError(
             f"--output_dir {output_dir} is not empty: name another, go on with the run there by "
             "--resume_from_checkpoint latest, or replace it by --overwrite_output_dir"
         )
-    if not (output_dir / "args.yaml").is_file():
-        raise InputError(f"--overwrite_output_dir: {output_dir} has no args.yaml, so it is no run of ours to replace")
+    if reason := runs.whose_else(output_dir):
+        raise InputError(f"--overwrite_output_dir: {output_dir} {reason}; name another --output_dir")
+    if not runs.is_run(output_dir):
+        raise InputError(
+            f"--overwrite_output_dir: {output_dir} is no run of ours to replace, it has no args.yaml with the flags "
+            "of one; name another --output_dir"
+        )
+    if foreign := runs.contents(output_dir)[1]:
+        names = ", ".join(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise InputError(
+            f"--overwrite_output_dir: {output_dir} holds what no run of ours has written: {names}; move that "
+            "elsewhere, or name another --output_dir"
+        )
+
+
+def paths_read(args: argparse.Namespace) -> dict[str, str]:
+    """The flags that name something on this disk that the run reads, and what they name."""
+    paths = {}
+    for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights", "latent_cache_dir",
+                 "resume_from_checkpoint"):  # fmt: skip
+        path = getattr(args, name, None)
+        if name == "data_dir" and path is None and args.dataset == "flowers102":
+            path = DEFAULT_DATA_DIR
+        if path and (name == "data_dir" or os.path.exists(path)):  # else an id on the Hub, or made by this run
+            paths[f"--{name}"] = path
+    return paths
 
 
 def resumes_in_place(args: argparse.Namespace) -> bool:
@@ -70,18 +105,36 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
 
     Called when nothing else can be wrong any more, so that a mistake neither costs the run that is replaced nor leaves
     a folder behind that the next try would stumble over. Another run may have come there meanwhile, so it looks again.
+    The old `args.yaml` goes last: a folder that is half emptied is still known as a run.
     """
     output_dir = Path(args.output_dir)
-    if accelerator.is_main_process:
-        check_output_dir(args)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for path in list(output_dir.iterdir()):
-            if not resumes_in_place(args) or path.name.startswith("unfinished-"):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (output_dir / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
-    accelerator.wait_for_everyone()
-    if args.report_to != "none":
-        accelerator.init_trackers("flower_ldm")
+    with refusals_of_disk(output_dir, "run the command again"):
+        if accelerator.is_main_process:
+            check_output_dir(args)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock_folder(output_dir)
+            check_output_dir(args)  # again: a run that has just ended there held the lock until now
+            runs.remove(output_dir, unfinished_only=resumes_in_place(args))
+            text = yaml.safe_dump(vars(args), sort_keys=True)
+            write_whole(output_dir / "args.yaml", lambda unfinished: unfinished.write_text(text))
+        accelerator.wait_for_everyone()
+        if args.report_to != "none":
+            accelerator.init_trackers("flower_ldm")
+
+
+@contextmanager
+def refusals_say_how_to_go_on(args: argparse.Namespace) -> Iterator[None]:
+    """Around a whole run: where the disk refuses something, the line says which checkpoint is there to go on from."""
+    try:
+        yield
+    except DiskError as error:
+        safe = [path for path in list_checkpoints(Path(args.output_dir)) if not why_invalid(path, hashes=False)]
+        way_out = (
+            f"go on with --resume_from_checkpoint latest: {safe[-1].name} is safe"
+            if safe
+            else "begin again with --overwrite_output_dir: there is no checkpoint yet"
+        )
+        raise DiskError(error.what, error.why, way_out) from error
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
@@ -108,64 +161,112 @@ class Progress:
             saved = state_dict["identity"].get(name, "not recorded")
             if saved != value:
                 raise InputError(f"its {name} was {saved}, this run's is {value}: they must be the same")
-        vars(self).update(state_dict)
+        for name, value in vars(self).items():
+            if type(state_dict[name]) is not type(value):
+                raise ValueError(f"its {name} is {state_dict[name]!r:.50}")
+            setattr(self, name, state_dict[name])
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, global_step: int) -> Path:
-    """Write `checkpoint-<step>/`, complete or not at all, then drop the oldest beyond the limit."""
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, kept: dict, global_step: int) -> Path:
+    """Write `checkpoint-<step>/`, complete or not at all, then drop the oldest beyond the limit.
+
+    Args:
+        kept: what goes on in a resumed run, by name, each with `state_dict` and `load_state_dict`; `None` is left out.
+
+    Raises:
+        InputError: where the disk refuses; what was there stays.
+    """
     output_dir = Path(args.output_dir)
     target, unfinished = output_dir / f"{CHECKPOINT_PREFIX}{global_step}", output_dir / f"unfinished-{global_step}"
+    random_states = gather_object([random_state(accelerator.device)])
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (unfinished / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
+        with refusals_of_disk(target):
+            make_room(unfinished)
+            try:
+                unfinished.mkdir()
+                for name, part in parts_of(accelerator, kept).items():
+                    save_state(part.state_dict(), unfinished / f"{name}.safetensors")
+                save_state(random_states, unfinished / "random_states.safetensors")
+                (unfinished / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
+                write_manifest(unfinished, global_step)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+            make_room(target)
+            unfinished.rename(target)
+            sync(output_dir)
         if args.checkpoints_total_limit is not None:
-            for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+            drop_checkpoints(output_dir, global_step, args.checkpoints_total_limit)
     accelerator.wait_for_everyone()  # a process that ends now must not take the main one along
     return target
 
 
+def parts_of(accelerator: Accelerator, kept: dict) -> dict:
+    """What a checkpoint keeps, without what accelerate wraps around modules; with fp16's scale of the gradients."""
+    parts = {name: part for name, part in {**kept, "scaler": accelerator.scaler}.items() if part is not None}
+    return {n: accelerator.unwrap_model(part) if isinstance(part, nn.Module) else part for n, part in parts.items()}
+
+
+def make_room(path: Path) -> None:
+    """See that nothing is called so: a killed run's unfinished folder goes, all else that is there is renamed."""
+    if UNFINISHED_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        names = (path.with_name(f"{path.name}-aside-{number}") for number in itertools.count(1))
+        aside = path.rename(next(name for name in names if not os.path.lexists(name)))
+        print(f"{path} was there already: it is called {aside.name} now")
+
+
+def drop_checkpoints(output_dir: Path, newest: int, limit: int) -> None:
+    """Remove valid checkpoints older than the newest, so many that with it `limit` stay.
+
+    Each is renamed first, so that half of one is never taken for a checkpoint. What can't be removed stays.
+    """
+    older = [path for path in list_checkpoints(output_dir) if step_of(path) < newest]
+    older = [path for path in older if not why_invalid(path, step_of(path), hashes=False)]
+    for path in older[: max(0, len(older) + 1 - limit)]:
+        try:
+            doomed = path.with_name(f"unfinished-{step_of(path)}")
+            make_room(doomed)
+            shutil.rmtree(path.rename(doomed))
+        except OSError as error:
+            print(f"{path} is beyond --checkpoints_total_limit but can't be removed: {one_line(error)}")
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix(CHECKPOINT_PREFIX))
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """A run's complete checkpoints, oldest first."""
-    found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if path.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+    """The folders that are called as checkpoints are, valid or not, oldest first. No links: those are somebody's."""
+    found = output_dir.iterdir() if output_dir.is_dir() else []
+    folders = [path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in folders if not path.is_symlink()), key=step_of)
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The folder that `--resume_from_checkpoint` names, checked against this run's flags; `None` without the flag."""
+    """The folder that `--resume_from_checkpoint` names, valid, and checked against this run's flags; `None` without.
+
+    Raises:
+        InputError: where there is none, or another run is at work on it.
+    """
     if args.resume_from_checkpoint is None:
         return None
-    checkpoints = list_checkpoints(Path(args.output_dir))
-    if args.resume_from_checkpoint != "latest":
-        checkpoint = Path(args.resume_from_checkpoint)
-        if not (checkpoint / "args.yaml").is_file():
-            raise InputError(f"--resume_from_checkpoint {checkpoint} is no checkpoint folder")
-    elif checkpoints:
-        checkpoint = checkpoints[-1]
+    if resumes_in_place(args) and is_first_process() and Path(args.output_dir).is_dir():
+        lock_folder(Path(args.output_dir))  # before the look: the other run may remove what is found
+    if args.resume_from_checkpoint == "latest":
+        checkpoint = newest_valid(Path(args.output_dir))
     else:
-        raise InputError(f"--resume_from_checkpoint latest: {args.output_dir} holds no checkpoint; leave the flag out")
+        checkpoint = named_checkpoint(args)
     try:
+        if not is_regular(checkpoint / "args.yaml"):
+            raise ValueError("no file")
         saved = dict(yaml.safe_load((checkpoint / "args.yaml").read_text()))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read") from error
-    if resumes_in_place(args) and checkpoint.resolve() not in [path.resolve() for path in checkpoints]:
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint} must be called {CHECKPOINT_PREFIX}<step>, or --output_dir another"
-        )
-    if resumes_in_place(args) and checkpoint.resolve() != checkpoints[-1].resolve():
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: {args.output_dir} holds {checkpoints[-1].name}, which is newer; "
-            "go on from that one, or name another --output_dir"
-        )
     for name in sorted(set(vars(args)) - MAY_CHANGE):
         if saved.get(name) != getattr(args, name):
             raise InputError(
@@ -175,42 +276,109 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     return checkpoint
 
 
+def is_first_process() -> bool:
+    """Whether this is the main process, as its launcher says; accelerate is not up yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def newest_valid(output_dir: Path) -> Path:
+    """A run's newest valid checkpoint. What is passed over is named.
+
+    Raises:
+        InputError: where there is none.
+    """
+    passed_over = []
+    for path in reversed(list_checkpoints(output_dir)):
+        reason = why_invalid(path, step_of(path))
+        if reason is None:
+            if passed_over and is_first_process():
+                print(f"going on from {path}; passed over: {'; '.join(passed_over)}")
+            return path
+        passed_over.append(f"{path.name}, {reason}")
+    if passed_over:
+        reasons = "; ".join(passed_over[:3])
+        raise InputError(f"--resume_from_checkpoint latest: {output_dir} holds no valid checkpoint ({reasons})")
+    raise InputError(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint; leave the flag out")
+
+
+def named_checkpoint(args: argparse.Namespace) -> Path:
+    """The checkpoint that the flag names by its path; in its own run's folder only the newest will do.
+
+    Raises:
+        InputError: where it isn't valid, or not the newest.
+    """
+    checkpoint, step = Path(args.resume_from_checkpoint), None
+    if not checkpoint.is_dir():
+        raise InputError(f"--resume_from_checkpoint {checkpoint} is no checkpoint folder")
+    if resumes_in_place(args):
+        if not CHECKPOINT_NAME.fullmatch(checkpoint.resolve().name):
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint} must be called {CHECKPOINT_PREFIX}<step>, "
+                "or --output_dir another"
+            )
+        step = step_of(checkpoint.resolve())
+    if reason := why_invalid(checkpoint, step):
+        raise InputError(f"--resume_from_checkpoint {checkpoint} is no valid checkpoint: {reason}")
+    for path in list_checkpoints(Path(args.output_dir)) if resumes_in_place(args) else []:
+        if step_of(path) > step and not why_invalid(path, step_of(path)):
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint}: {args.output_dir} holds {path.name}, which is newer; "
+                "go on from that one, or name another --output_dir"
+            )
+    return checkpoint
+
+
 def resume(
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    checkpoint: Path | None,
-    progress: Progress,
-    ema: EMAModel,
-    lr_scheduler: LambdaLR,
+    accelerator: Accelerator, args: argparse.Namespace, checkpoint: Path | None, kept: dict[str, object]
 ) -> None:
-    """Load a checkpoint, if there is one, into all that has been prepared or registered.
+    """Load a checkpoint, if there is one, into all that it keeps (`save_checkpoint`).
 
     The schedule goes on from the checkpoint's update, with this run's `--learning_rate`.
 
     Raises:
-        InputError: where it is damaged, belongs to another run, or is beyond this run's end.
+        InputError: where it belongs to another run, or is beyond this run's end.
     """
     if checkpoint is not None:
-        if accelerator.scaler is not None and not (checkpoint / SCALER_NAME).is_file():
+        if accelerator.scaler is not None and not (checkpoint / "scaler.safetensors").is_file():
             raise InputError(
                 f"--mixed_precision fp16: {checkpoint} was made without, and has no scale of the gradients to go on "
                 "with; use bf16 or no"
             )
         try:
-            accelerator.load_state(str(checkpoint))
-        except Exception as error:  # torch, pickle and safetensors each have errors of their own for a damaged file
+            for name, part in parts_of(accelerator, kept).items():
+                part.load_state_dict(load_state(checkpoint / f"{name}.safetensors"))
+            random_states = load_state(checkpoint / "random_states.safetensors")
+            if accelerator.process_index < len(random_states):  # fewer processes may have made it
+                set_random_state(random_states[accelerator.process_index], accelerator.device)
+        except Exception as error:  # torch, JSON and safetensors each have errors of their own for what doesn't fit
             # torch names every parameter that has another shape; our own line is whole.
             reason = one_line(error, None if isinstance(error, InputError) else 300)
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"
             ) from error
-        accelerator.step = 0  # it counts micro-batches: a checkpoint lies between two updates, however many those had
-        ema.to(accelerator.device)  # accelerate loads what is registered to the CPU
+        ema, lr_scheduler = kept["ema"], kept["lr_scheduler"]
+        ema.to(accelerator.device)
         lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
         for group, lr_lambda in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
             group["lr"] = args.learning_rate * lr_lambda(lr_scheduler.last_epoch)
-    if progress.global_step > args.max_train_steps:
+    if kept["progress"].global_step > args.max_train_steps:
         raise InputError(
-            f"{checkpoint} is at step {progress.global_step}, beyond the {args.max_train_steps} of this run: "
+            f"{checkpoint} is at step {kept['progress'].global_step}, beyond the {args.max_train_steps} of this run: "
             "raise --max_train_steps"
         )
+
+
+def random_state(device: torch.device) -> dict:
+    """Where this process's generators stand: Python's, NumPy's, torch's on the CPU and on the device."""
+    kind, key, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": (kind, key.tolist(), *rest), "cpu": torch.get_rng_state()}
+    return state if device.type == "cpu" else state | {device.type: torch.get_device_module(device).get_rng_state()}
+
+
+def set_random_state(state: dict, device: torch.device) -> None:
+    """Have this process's generators stand there; those of a device that the checkpoint doesn't know stay."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])

@@ -31,6 +31,7 @@ from flower_ldm.synthetic import CLASS_NAMES, synthetic_flower
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 VAL_SPLIT_NAMES = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
 HELD_OUT = "held-out 10 %"  # the name of the split we make where there is none
+DEFAULT_DATA_DIR = "data"  # of Oxford 102 Flowers
 SYNTHETIC_VAL_START = 1_000_000  # held-out synthetic flowers are the same ones, however many are trained on
 
 # The names of the data set's authors, by label. torchvision carries them too, since 2024.
@@ -630,7 +631,7 @@ def load_datasets(
     if seed < 0:
         raise InputError(f"--seed must not be negative, but is {seed}")
     if dataset == "flowers102":
-        listing = _list_flowers102(Path(data_dir or "data").expanduser(), train_splits, val_splits, download)
+        listing = _list_flowers102(Path(data_dir or DEFAULT_DATA_DIR).expanduser(), train_splits, val_splits, download)
     elif dataset == "synthetic":
         listing = _list_synthetic(train_splits, val_splits, images_per_class, resolution)
     elif dataset == "imagefolder":

@@ -1,14 +1,13 @@
-"""What a user can get wrong: `InputError`, raised by every module with one clear line, and the exit code it becomes.
-
-Its neighbours: raised by `data`, `latent_cache` and `training`; turned into exit code 2 by the scripts and the
-`python -m flower_ldm.*` commands.
-"""
+"""What a user can get wrong: `InputError`, raised everywhere with one clear line, and the exit code it becomes."""
 
 import argparse
+import errno
+import os
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 
 class InputError(ValueError):
@@ -40,14 +39,46 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+class Mouthpiece:
+    """Standard output or error for a process that has more to do than to print: nobody need be there to read it.
+
+    Where a terminal is gone, a pipe has no reader or the disk that a log goes to is full, what is said gets lost.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  (none where it was closed before the start)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, call: Callable, *words: str) -> None:
+        try:
+            call(*words)
+        except (OSError, ValueError) as error:  # as of a closed file
+            if getattr(error, "errno", None) in (errno.EPIPE, errno.EIO):  # nobody will ever read on
+                with suppress(OSError), open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
     """Around a command's `main`: print an `InputError` as one line on standard error and exit with code 2.
 
-    Any other exception keeps its traceback: it is a defect of ours, not of the input.
+    Any other exception keeps its traceback: it is a defect of ours, not of the input. A command whose terminal or
+    pipe is gone does its work to the end.
     """
+    sys.stdout, sys.stderr = Mouthpiece(sys.stdout), Mouthpiece(sys.stderr)
     try:
         yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        sys.stdout.flush()

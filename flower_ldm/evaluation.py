@@ -54,7 +54,7 @@ from flower_ldm.features import (
     read_tensors,
     write_tensors,
 )
-from flower_ldm.files import whole_path, write_whole
+from flower_ldm.files import refusals_of_disk, whole_path, write_whole
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
 from flower_ldm.model_card import write_model_card
@@ -669,10 +669,8 @@ def read_metrics(path: Path) -> dict:
 def write_metrics(path: Path, evaluation: dict) -> None:
     """Put the evaluation among the other metrics of the file; a reader sees the old file or the new one."""
     text = json.dumps(read_metrics(path) | {"evaluation": evaluation}, indent=2) + "\n"
-    try:
+    with refusals_of_disk(path, "run the command again, or name another --output; what was drawn is kept"):
         write_whole(path, lambda unfinished: unfinished.write_text(text))
-    except OSError as error:
-        raise InputError(f"--output {path} can't be written ({error.strerror})") from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,10 +8,12 @@ Shapes: N images, M reference images, B in a batch; (H, W) pixels; D features.
 
 import hashlib
 import json
+import os
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 from flower_ldm.data import ImageDataset, uint8_images
 from flower_ldm.errors import InputError, one_line
-from flower_ldm.files import write_whole
+from flower_ldm.files import refusals_of_disk, write_whole
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 
 FORMAT_VERSION = "1"
@@ -123,8 +125,23 @@ def inception(weights: str | None = None) -> FeatureNetwork:
     """
     from torchmetrics.image.fid import NoTrainInceptionV3  # raises ModuleNotFoundError without torch-fidelity
 
-    network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
+    with only_tensors_are_read():
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
     return FeatureNetwork("inception", network, 299)
+
+
+@contextmanager
+def only_tensors_are_read() -> Iterator[None]:
+    """Around a library that calls `torch.load` in the way that runs what a file says: torch doesn't, for this long."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def dinov2(repository: str = DINOV2_REPOSITORY) -> FeatureNetwork:
@@ -375,7 +392,5 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, **meta
         InputError: where that can't be done.
     """
     about = {"key": key, "digest": tensors_digest(tensors), **metadata}
-    try:
+    with refusals_of_disk(path, "run the command again, or name another --cache_dir; what is kept there is used"):
         write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata=about))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--cache_dir: can't write {path} ({error}); is there space, and permission?") from error

@@ -1,15 +1,97 @@
-"""Files that are whole or not there: `write_whole`, for caches, metrics, pages and cards; and what paths are good for.
+"""Files that are whole or not there, what a disk refuses said in one line, and what paths are good for."""
 
-Its neighbours: `latent_cache`, `features`, `evaluation`, `report` and `model_card` write through it; `training` and
-`sample` ask it whether a folder can be written to.
-"""
-
+import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import InputError
+from safetensors import SafetensorError
+
+from .errors import InputError, one_line
+
+# What a disk may refuse, and what helps.
+FULL = {errno.ENOSPC: "no space is left on the device", errno.EDQUOT: "the quota of this user is used up"}
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
+CANT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.EISDIR, errno.ENOSYS, errno.EPERM)
+
+
+class DiskError(InputError):
+    """What couldn't be written and why, and as the end of the line, how to go on."""
+
+    def __init__(self, what: str | Path, why: str, way_out: str):
+        super().__init__(f"{what} can't be written: {why}, then {way_out}")
+        self.what, self.why = what, why
+
+
+@contextmanager
+def refusals_of_disk(what: str | Path, way_out: str = "run the command again") -> Iterator[None]:
+    """Around writing: what the disk refuses becomes one line that says what couldn't be written, why, what to do.
+
+    Where one is within another, the inner one says what, and the outer one how to go on.
+
+    Args:
+        way_out: how to go on once the disk takes files again, and what is safe; ends the sentence "..., then".
+
+    Raises:
+        DiskError: for what the system, safetensors and `torch.save` raise where a file can't be written.
+    """
+    try:
+        yield
+    except DiskError as error:
+        raise DiskError(error.what, error.why, way_out) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_torn_archive(error):
+            raise
+        raise DiskError(what, why_refused(error), way_out) from error
+
+
+def is_torn_archive(error: RuntimeError) -> bool:
+    """Whether `torch.save` couldn't write: it names the place in its own source code, not what the system said."""
+    return any(words in str(error) for words in ("inline_container.cc", "PytorchStreamWriter", "Parent directory"))
+
+
+def why_refused(error: BaseException) -> str:
+    """Why something couldn't be written, and what would help."""
+    number = system_error(error)
+    if number in FULL or (number is None and is_torn_archive(error)):
+        return f"{FULL.get(number, 'torch ended early, for want of space or of the folder')}; make room"
+    if number in FORBIDDEN:
+        return f"{os.strerror(number)}; allow writing there"
+    if number in IN_THE_WAY:
+        return f"{os.strerror(number)}; take away what is in its place"
+    return f"{os.strerror(number) if number else one_line(error, 200)}; see that the disk is well"
+
+
+def system_error(error: BaseException | None) -> int | None:
+    """The system's number behind an error; safetensors gives it in words, torch has it as the error before."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def sync(path: Path) -> None:
+    """Have what a file holds, or which names a folder holds, on the disk and not only in memory.
+
+    Raises:
+        OSError: where the disk can't take it, such as a full one that accepted the writing first.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:  # some systems can't do that with folders, or with files that are open for reading
+        if error.errno not in CANT_SYNC:
+            raise
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -28,20 +110,58 @@ def check_writable(folder: Path, flag: str) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written beside its place, then move it there: a reader sees the old one or the new one.
 
+    So does who looks after a power failure: the file is on the disk before it gets its name.
+
     Args:
-        write: writes the file at the path that it is given.
+        write: writes the file at the path that it is given, whose name doesn't end as that of `path` does.
 
     Raises:
-        OSError, and whatever `write` raises: where that can't be done; nothing unfinished is left.
+        DiskError: where that can't be done; nothing unfinished is left.
+        Exception: whatever else `write` raises.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        os.replace(unfinished, path)
+        with refusals_of_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(unfinished)
+            sync(unfinished)
+            os.replace(unfinished, path)
+            sync(path.parent)
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+def replace_files(folder: Path, unfinished: Path, write: Callable[[Path], object], index: str | None = None) -> None:
+    """Have several files written elsewhere, then move them into a folder; until then all that is there stays.
+
+    Args:
+        unfinished: a folder on the same disk, made for this; what a killed process left there is removed.
+        write: writes files, and folders of files, into the folder that it is given.
+        index: the file that says that the others belong together; gone while they are moved, so that a process that
+            is killed just then leaves nothing that can be loaded, rather than files of two kinds.
+
+    Raises:
+        DiskError: where that can't be done; nothing unfinished is left.
+        Exception: whatever else `write` raises.
+    """
+    with refusals_of_disk(folder):
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            write(unfinished)
+            for path in unfinished.rglob("*"):
+                sync(path)
+            folder.mkdir(parents=True, exist_ok=True)
+            if index is not None:
+                (folder / index).unlink(missing_ok=True)
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == index):
+                target = folder / path.name
+                if path.is_dir() and target.is_dir() and not target.is_symlink():
+                    shutil.rmtree(target)
+                os.replace(path, target)
+            sync(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def whole_path(name: str | None) -> str | None:

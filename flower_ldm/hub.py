@@ -24,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .model_card import public_dataset, write_model_card
+from .training import stop_signals
 
 # By diffusers' name: a latent cache may lie in the same folder, and holds the photographs.
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json")
@@ -72,7 +73,7 @@ def push_results(accelerator: Accelerator, args: argparse.Namespace) -> None:
         InputError: where the upload fails or is interrupted; all is on disk, and the line says how to go on.
     """
     if args.push_to_hub and accelerator.is_main_process:
-        for number in (signal.SIGINT, signal.SIGTERM):  # both end the upload with the line that says how to go on
+        for number in stop_signals():  # each ends the upload with the line that says how to go on
             signal.signal(number, signal.default_int_handler)
         print(f"pushed: {push_run(Path(args.output_dir), repository_of(args), args.hub_private_repo)}")
 

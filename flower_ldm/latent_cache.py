@@ -236,10 +236,7 @@ def _write(cache: LatentCache, path: Path, key: str) -> None:
         "class_names": json.dumps(cache.class_names),
         "digest": tensors_digest(cache.tensors()),
     }
-    try:
-        write_whole(path, lambda unfinished: save_file(cache.tensors(), unfinished, metadata=metadata))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"can't write the latent cache {path} ({error}); is there space, and permission?") from error
+    write_whole(path, lambda unfinished: save_file(cache.tensors(), unfinished, metadata=metadata))
 
 
 def _is_finite(*tensors: torch.Tensor) -> bool:

@@ -32,9 +32,9 @@ from .report import (
     words,
 )
 from .report_curves import is_finite, number
+from .runs import CARD_MARK as MARK
 
 FILE_NAME = "README.md"
-MARK = "<!-- Written by flower_ldm. Take this line out, and your changes will not be overwritten. -->"
 ANYWHERE = {"autoencoder": "user/flower-autoencoder", "latent_diffusion": "user/flower-ldm"}  # until it is pushed
 DOWNLOADED = "model"  # where the card's commands expect this repository
 
@@ -91,9 +91,9 @@ def write_model_card(run_dir: Path, repo_id: str | None = None) -> Path:
     try:
         if path.is_file() and MARK not in path.read_text("utf-8"):
             return path
-        write_whole(path, ModelCard(render(run, repo_id or run.args.get("hub_model_id"))).save)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be written: {error}") from error
+        raise InputError(f"{path} can't be read: {error}") from error
+    write_whole(path, ModelCard(render(run, repo_id or run.args.get("hub_model_id"))).save)
     return path
 
 

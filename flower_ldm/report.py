@@ -747,10 +747,7 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     page = render(read_run(run_dir))
     path = run_dir / FILE_NAME
-    try:
-        write_whole(path, lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} can't be written: {error.strerror}") from error
+    write_whole(path, lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
     return path
 
 

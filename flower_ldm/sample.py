@@ -7,6 +7,7 @@ one PNG per image and `grid.png`.
 import argparse
 import textwrap
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import file_safe_name, to_rgb
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
-from flower_ldm.files import check_writable
+from flower_ldm.files import check_writable, write_whole
 
 DEFAULT_NUM_LABELS = 10
 
@@ -215,11 +216,11 @@ def main(argv: list[str] | None = None) -> None:
             with refusals_of_input():  # what comes of so few steps shows when they are done
                 images += pipe([labels_of_images[number] for number in batch], generator=generators, **options).images
             for number in batch:
-                images[number].save(folder / files[number])
+                write_whole(folder / files[number], partial(images[number].save, format="PNG"))
             progress_bar.update(len(batch))
 
     columns = [images[start : start + args.num_images] for start in range(0, len(images), args.num_images)]
-    label_grid(columns, names[:: args.num_images]).save(folder / "grid.png")
+    write_whole(folder / "grid.png", partial(label_grid(columns, names[:: args.num_images]).save, format="PNG"))
     print(f"{len(images)} images and grid.png are in {folder}")
 
 

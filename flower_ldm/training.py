@@ -1,6 +1,7 @@
 """What both training scripts share: set-up, loaders, the moving average, the loss log, signals."""
 
 import argparse
+import errno
 import inspect
 import json
 import math
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from tqdm import tqdm
 from .checkpoints import Progress
 from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
 from .errors import InputError, one_line
+from .files import refusals_of_disk
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -179,11 +181,12 @@ def training_batches(
 
 
 def leave_signals_to_parent(worker_id: int) -> None:
-    """Keep a data loader's worker at work when a signal to stop reaches all processes, as from Ctrl-C or a scheduler.
+    """Keep a data loader's worker at work when a signal to stop reaches all processes, as from Ctrl-C or a terminal.
 
     The run goes on to the end of its update and to a checkpoint. SIGTERM from the parent still ends the worker.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in set(stop_signals()) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=end_with_parent, daemon=True).start()
@@ -295,6 +298,7 @@ class LossLog:
         self.path = path
         # By the names that are measured together: their sums, the first bad step of each, and how many were added.
         self.groups: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor, list[int]]] = {}
+        self.unwritten: list[str] = []
         self.last_step, self.last_time = first_step, time.perf_counter()
 
     def update(self, global_step: int, losses: dict[str, torch.Tensor]) -> None:
@@ -336,6 +340,8 @@ class LossLog:
     def append(self, global_step: int, line: dict) -> None:
         """One line of scalars: `log.jsonl` and the trackers.
 
+        A disk or a tracker that refuses costs the run nothing: lines that can't be written wait for the next one.
+
         Raises:
             InputError: where one of them is not finite.
         """
@@ -343,21 +349,37 @@ class LossLog:
             if isinstance(value, float) and not math.isfinite(value):
                 raise not_finite(name, global_step)
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": global_step, **line}) + "\n")
-        self.accelerator.log({key: value for key, value in line.items() if isinstance(value, float)}, step=global_step)
+            self.unwritten.append(json.dumps({"step": global_step, **line}))
+            with optional(f"{self.path}, its lines follow when it can be written"):
+                append_lines(self.path, self.unwritten)
+                self.unwritten.clear()
+        with optional("what the trackers keep of it"):
+            scalars = {key: value for key, value in line.items() if isinstance(value, float)}
+            self.accelerator.log(scalars, step=global_step)
+
+    def close(self) -> None:
+        """Write what is still waiting, at the end of a run.
+
+        Raises:
+            DiskError: where that can't be done.
+        """
+        if self.unwritten:
+            with refusals_of_disk(self.path):
+                append_lines(self.path, self.unwritten)
+            self.unwritten.clear()
 
     def show(self, global_step: int, pictures: dict[str, Path]) -> None:
         """Pictures that lie on disk, by name, to each tracker that takes images. For the main process."""
         for tracker in self.accelerator.trackers:
             images = {name: np.asarray(Image.open(path).convert("RGB"))[None] for name, path in pictures.items()}
-            if tracker.name == "trackio":  # accelerate has no log_images for it
-                import trackio
+            with optional(f"pictures for {tracker.name}"):
+                if tracker.name == "trackio":  # accelerate has no log_images for it
+                    import trackio
 
-                tracker.log({name: trackio.Image(image[0]) for name, image in images.items()}, step=global_step)
-            elif hasattr(tracker, "log_images"):
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(images, step=global_step, **options)
+                    tracker.log({name: trackio.Image(image[0]) for name, image in images.items()}, step=global_step)
+                elif hasattr(tracker, "log_images"):
+                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images(images, step=global_step, **options)
 
 
 def not_finite(name: str, global_step: float) -> InputError:
@@ -368,31 +390,79 @@ def not_finite(name: str, global_step: float) -> InputError:
     )
 
 
+def end_trackers(accelerator: Accelerator) -> None:
+    """Have the trackers write what they still hold; `log.jsonl` has it all, so that a run doesn't fail for them."""
+    with optional("what the trackers still hold"):
+        accelerator.end_training()
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Around what a run can do without until its end, such as a preview: where it fails, a line says so."""
+    try:
+        yield
+    except Exception as error:  # of matplotlib, of a tracker's network: whatever it is, the weights are worth more
+        print(f"left out {what}: {one_line(error, 300)}", file=sys.stderr, flush=True)
+
+
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Add lines to a file, all of them or none; what a killed process left of a line is no part of the first.
+
+    Raises:
+        OSError: where that can't be done.
+    """
+    with path.open("ab+", buffering=0) as file:
+        length = file.seek(0, os.SEEK_END)
+        torn = length > 0 and (file.seek(length - 1), file.read(1))[1] != b"\n"
+        text = "\n" * torn + "".join(f"{line}\n" for line in lines)
+        try:
+            if file.write(text.encode()) < len(text.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                file.truncate(length)
+            raise
+
+
 def read_log(path: Path) -> list[dict]:
-    """The lines of a `log.jsonl`, in order of steps; of a step logged twice, by a resumed run, the later line."""
+    """The lines of a `log.jsonl`, in order of steps; of a step logged twice, by a resumed run, the later line.
+
+    What is no object with a step, such as a killed run's last words, is passed over.
+    """
     lines = {}
-    for text in path.read_text().splitlines():
+    for text in path.read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # a killed run's last words
+        except (ValueError, RecursionError):
             continue
-        lines[line["step"], "steps_per_second" not in line] = line  # held-out values stand behind the training losses
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines[line["step"], "steps_per_second" not in line] = line  # held-out values stand behind training losses
     return [lines[key] for key in sorted(lines)]
 
 
+def stop_signals() -> tuple[int, ...]:
+    """What asks a process to stop: Ctrl-C, a scheduler, a terminal that is gone unless `nohup` has that ignored."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    heard = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *([hangup] if heard else []))
+
+
 class StopSignal:
-    """Remembers SIGINT or SIGTERM, so that a run saves a checkpoint before it ends. A second one ends it at once."""
+    """Remembers a signal to stop, so that a run saves a checkpoint before it ends. A second one ends it at once."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.numbers = stop_signals()
+        for number in self.numbers:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame) -> None:
         self.number = number
-        for restored in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(restored, signal.SIG_DFL)
+        for restored in self.numbers:
+            # A terminal that goes away says so twice, once by the shell and once by the system.
+            is_hangup = restored not in (signal.SIGINT, signal.SIGTERM)
+            signal.signal(restored, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
 
     def agreed(self, global_step: int, every: int) -> bool:
         """Whether any process was told to stop. Several processes agree on it only every so many steps."""
@@ -407,7 +477,7 @@ class StopSignal:
     def exit(self, checkpoint: Path) -> None:
         """End the run as a signal does, saying how to go on."""
         self.accelerator.print(f"stopped: go on with --resume_from_checkpoint {checkpoint}")
-        self.accelerator.end_training()
+        end_trackers(self.accelerator)
         sys.exit(128 + self.number)
 
     def exit_when_told(self, checkpoint: Path) -> None:
@@ -417,7 +487,8 @@ class StopSignal:
             self._remember(number, frame)
             self.exit(checkpoint)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, exit)
+        for number in self.numbers:
+            if not self.number:
+                signal.signal(number, exit)
         if self.number:  # it came when the last update was done
             self.exit(checkpoint)

@@ -7,6 +7,7 @@ Shapes: T steps, S states = T + 1, Z latent channels, (h, w) latent positions, (
 """
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.decomposition import PCA
 
 from flower_ldm import FlowerLDMPipeline
+from flower_ldm.files import write_whole
 
 PANEL = 192  # pixels a side of an image in an animation
 MAX_GIF_BYTES = 2_000_000
@@ -248,8 +250,7 @@ def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) 
     lower.set_ylabel("predicted\nclean image", fontsize=9)
     left = 0.7 + strip + 0.85
     draw_way(figure.add_axes((left / width, 0.45 / height, 4.2 / width, 2.4 / height)), trajectory, plane)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
 
 
 def draw_strip(axis: Axes, images: np.ndarray, gap: float) -> np.ndarray:
@@ -333,17 +334,32 @@ def save_animation(trajectory: Trajectory, path: Path) -> list[Path]:
         the files that were written.
     """
     frames = animation_frames(trajectory)
-    path.parent.mkdir(parents=True, exist_ok=True)
     durations = [MILLISECONDS["first"], *[MILLISECONDS["between"]] * (len(frames) - 2), MILLISECONDS["last"]]
     for dither in (Image.Dither.FLOYDSTEINBERG, Image.Dither.NONE):  # noise may have to do with coarser colours
-        pages = [to_palette(frame, dither) for frame in frames]
-        pages[0].save(path, save_all=True, append_images=pages[1:], duration=durations, loop=0)
-        if path.stat().st_size < MAX_GIF_BYTES:
+        pages, gif = [to_palette(frame, dither) for frame in frames], io.BytesIO()
+        pages[0].save(gif, "GIF", save_all=True, append_images=pages[1:], duration=durations, loop=0)
+        if gif.tell() < MAX_GIF_BYTES:
             break
+    write_whole(path, lambda unfinished: unfinished.write_bytes(gif.getvalue()))
     if importlib.util.find_spec("imageio_ffmpeg") is None:
         return [path]
     repeats = [round(duration / MILLISECONDS["between"]) for duration in durations]
     film = np.repeat(np.stack(frames), repeats, axis=0)
     video = path.with_suffix(".mp4")
-    imageio.imwrite(video, film, plugin="FFMPEG", fps=1000 / MILLISECONDS["between"], codec="libx264")
+    write_whole(video, lambda unfinished: save_film(film, unfinished))
     return [path, video]
+
+
+def save_film(film: np.ndarray, path: Path) -> None:
+    """Frames `(n, H, W, 3)` uint8 as MP4, whatever the file is called.
+
+    Raises:
+        OSError: where it can't be written; ffmpeg ends without a word then, so the film is opened again to see.
+    """
+    fps = 1000 / MILLISECONDS["between"]
+    by_ffmpeg = {"plugin": "FFMPEG", "extension": ".mp4"}
+    imageio.imwrite(path, film, **by_ffmpeg, fps=fps, codec="libx264", output_params=["-f", "mp4"])
+    try:
+        imageio.improps(path, **by_ffmpeg)
+    except OSError:
+        raise OSError("ffmpeg ended before the film did, most likely for want of space") from None

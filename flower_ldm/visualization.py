@@ -25,6 +25,7 @@ from tqdm import tqdm
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
 from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
+from flower_ldm.files import write_whole
 from flower_ldm.memorisation import TrainingNeighbours, memorised
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.training import read_log
@@ -77,8 +78,8 @@ def save_reconstructions(
     pairs = np.stack([to_uint8(images), to_uint8(reconstructions)])  # (2, B, H, W, 3)
     blank = np.full_like(pairs[:, :1], 255).repeat(-len(images) % num_columns, axis=1)
     rows = np.concatenate([pairs, blank], axis=1).reshape(2, -1, num_columns, *pairs.shape[2:]).swapaxes(0, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(rows.reshape(-1, *pairs.shape[2:]), num_columns).save(path)
+    grid = image_grid(rows.reshape(-1, *pairs.shape[2:]), num_columns)
+    write_whole(path, lambda unfinished: grid.save(unfinished, "PNG"))
 
 
 def class_grid(images: np.ndarray, names: list[str], title: str | None = None) -> plt.Figure:
@@ -181,9 +182,10 @@ def save_nearest_neighbours(
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write a figure and let go of it; the folder is made where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
+    finally:
+        plt.close(figure)
 
 
 def save_loss_curves(lines: list[dict], names: list[str], path: Path) -> None:

@@ -31,10 +31,21 @@ def image_folder(tmp_path: Path) -> Path:
     return tmp_path / "flowers"
 
 
+class Payload:
+    """What runs something where it is unpickled: it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 @contextmanager
 def process_state() -> Iterator[None]:
     """Leaves accelerate and the signal handlers as a new process would find them."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:

@@ -281,8 +281,10 @@ def test_what_is_no_run_is_not_replaced(refusal, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_folder_that_is_none(refusal, tmp_path, stage):
     (tmp_path / "checkpoint-5").mkdir()
+    line = refusal(stage, "--resume_from_checkpoint", tmp_path / "checkpoint-6")
+    assert line == f"--resume_from_checkpoint {tmp_path}/checkpoint-6 is no checkpoint folder"
     line = refusal(stage, "--resume_from_checkpoint", tmp_path / "checkpoint-5")
-    assert line == f"--resume_from_checkpoint {tmp_path}/checkpoint-5 is no checkpoint folder"
+    assert line.endswith("checkpoint-5 is no valid checkpoint: it has no manifest.json, which is written last")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -291,10 +293,14 @@ def test_a_torn_checkpoint(refusal, flags, finished_runs, earlier_runs, stage):
     output_dir = earlier_runs / {"autoencoder": "autoencoder", "latent_diffusion": "flower-ldm"}[stage]
     weights = output_dir / "checkpoint-6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.rmtree(output_dir / "checkpoint-4")
     line = refusal(stage, "--output_dir", output_dir, "--resume_from_checkpoint", "latest")
-    assert line.startswith(
-        f"--resume_from_checkpoint {output_dir / 'checkpoint-6'} doesn't fit this run, or is damaged"
+    reason = "its 'model.safetensors' is not as it was written"
+    assert line == (
+        f"--resume_from_checkpoint latest: {output_dir} holds no valid checkpoint (checkpoint-6, {reason})"
     )
+    line = refusal(stage, "--output_dir", output_dir, "--resume_from_checkpoint", weights.parent)
+    assert line == f"--resume_from_checkpoint {weights.parent} is no valid checkpoint: {reason}"
 
 
 # The autoencoder of stage 2

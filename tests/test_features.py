@@ -1,11 +1,14 @@
 """Feature networks by name, features in a cache, and distances between two sets of features against closed forms."""
 
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import Payload
 from torch import nn
 
 from flower_ldm import features as features_module
@@ -150,6 +153,15 @@ def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
     assert extract_features(network, random_images(2, 32)).shape == (2, 2048)
 
 
+def test_inceptions_weights_run_nothing(tmp_path):
+    """torch-fidelity unpickles whatever it is given."""
+    pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.save({"a": Payload(tmp_path / "ran")}, tmp_path / "weights.pth")
+    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
+        inception(str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "ran").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
 @pytest.mark.parametrize("name", ["inception", "dinov2", "clip"])
 def test_network_that_cannot_be_had_is_an_error_that_names_others(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -224,7 +236,7 @@ def test_cache_that_cannot_be_written_is_one_line(tmp_path):
     images, _ = load_datasets("synthetic", resolution=16, images_per_class=2, classes=[0], show_progress=False)
     network = load_feature_network(save_script(ChannelMeans(), tmp_path / "net.pt"))
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(InputError, match="--cache_dir: can't write .*features-synthetic"):
+    with pytest.raises(InputError, match="features-synthetic.*can't be written: .*name another --cache_dir"):
         load_or_extract_features(network, images, tmp_path / "cache")
 
 

@@ -4,26 +4,34 @@ With random crops and flips, two micro-batches an update, and all the losses; su
 really end one. Neighbour: `test_distributed.py`, the same for several processes.
 """
 
+import fcntl
 import json
 import os
+import pickle
+import pty
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import Payload
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_autoencoder
 import train_latent_diffusion
-from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
+from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, checkpoints
+from flower_ldm.checkpoint_files import load_state, write_manifest
 from flower_ldm.errors import InputError
 from flower_ldm.synthetic import synthetic_flower
 from flower_ldm.training import read_log
@@ -75,14 +83,9 @@ def run(flags: dict, run_script) -> Callable[..., Path]:
 
 
 def contents(checkpoint: Path) -> dict:
-    """All that a checkpoint holds by file and name, but the time spent and generators that nothing draws from."""
-    found = {}
-    for path in sorted(checkpoint.iterdir()):
-        if path.suffix == ".safetensors":
-            found[path.name] = load_file(path)
-        elif path.suffix in (".bin", ".pkl") and not path.name.startswith("random_states"):
-            found[path.name] = torch.load(path, weights_only=False)
-            found[path.name].pop("seconds", None)
+    """All that a checkpoint holds by part and name, but the time spent and generators that nothing draws from."""
+    found = {path.stem: load_state(path) for path in sorted(checkpoint.glob("*.safetensors"))}
+    del found["random_states"], found["progress"]["seconds"]
     return found
 
 
@@ -114,26 +117,22 @@ def apart(one: dict, other: dict, before: dict) -> float:
 
 def averaged_weights(checkpoint: Path) -> list[torch.Tensor]:
     """The moving average in a checkpoint, in the order of the model's parameters."""
-    (average,) = [state for state in contents(checkpoint).values() if "shadow_params" in state]
-    return average["shadow_params"]
+    return contents(checkpoint)["ema"]["shadow_params"]
 
 
 def assert_same_end(one: Path, other: Path, stage: str, step: int) -> None:
     """Checkpoint, exported weights and logged losses of two runs are the same, and everything is in them."""
     ends = [contents(run_dir / f"checkpoint-{step}") for run_dir in (one, other)]
     assert differences(*ends) == []
-    if stage == "autoencoder":  # vae, centers, discriminator; both optimizers; balance, EMA, schedule, progress
-        expected = ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "custom_checkpoint_2.pkl",
-                    "custom_checkpoint_3.pkl", "model.safetensors", "model_1.safetensors", "model_2.safetensors",
-                    "optimizer.bin", "optimizer_1.bin"]  # fmt: skip
+    if stage == "autoencoder":
+        expected = ["adaptive_weight", "centers", "disc_optimizer", "discriminator", "ema", "lr_scheduler", "model",
+                    "optimizer", "progress"]  # fmt: skip
         assert list(ends[0]) == expected
-        assert ends[0]["custom_checkpoint_0.pkl"]["num_measurements"] > 2
-        assert ends[0]["model_1.safetensors"].keys() == {"centers"}
-        assert ends[0]["optimizer_1.bin"]["state"], "the discriminator has never been trained"
+        assert ends[0]["adaptive_weight"]["num_measurements"] > 2
+        assert ends[0]["centers"].keys() == {"centers"}
+        assert ends[0]["disc_optimizer"]["state"], "the discriminator has never been trained"
     else:
-        expected = ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "custom_checkpoint_2.pkl",
-                    "model.safetensors", "optimizer.bin"]  # fmt: skip
-        assert list(ends[0]) == expected
+        assert list(ends[0]) == ["ema", "lr_scheduler", "model", "optimizer", "progress"]
     weights = {"autoencoder": "diffusion_pytorch_model.safetensors",
                "latent_diffusion": "unet/diffusion_pytorch_model.safetensors"}[stage]  # fmt: skip
     assert differences(load_file(one / weights), load_file(other / weights)) == []
@@ -267,6 +266,44 @@ def test_a_signal_to_the_whole_group_stops_in_order(flags, run, tmp_path, stage,
     assert_same_end(whole, stopped, stage, step=14)
 
 
+@pytest.mark.slow
+def test_a_terminal_that_is_gone_stops_in_order(flags, run, tmp_path):
+    """The system sends SIGHUP to the whole group, and nothing can be printed any more."""
+    stage, stopped = "latent_diffusion", tmp_path / "stopped"
+    flags[stage] += ["--dataloader_num_workers", "2", "--max_train_steps", "14", "--checkpointing_steps", "1000"]
+    whole = run(stage, tmp_path / "whole")
+    master, slave = pty.openpty()
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    words = [sys.executable, f"train_{stage}.py", *flags[stage], "--output_dir", str(stopped)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=environment, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(slave)
+    gone = threading.Event()
+
+    def read() -> None:  # so that printing never waits for room
+        while not gone.is_set():
+            if select.select([master], [], [], 0.02)[0]:
+                os.read(master, 65536)
+        os.close(master)
+
+    threading.Thread(target=read).start()
+    try:
+        end_beyond(process, stopped, 2, lambda pid: gone.set())
+    finally:
+        gone.set()
+    assert process.returncode == 128 + signal.SIGHUP
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    run(stage, stopped, "--resume_from_checkpoint", "latest")
+    assert_same_end(whole, stopped, stage, step=14)
+
+
 # Checkpoints as results
 
 
@@ -317,7 +354,7 @@ def test_one_batch_or_two_halves_are_one_update(flags, run, tmp_path, stage):
     for name in one:
         states = [tensors(checkpoint[name]) for checkpoint in (one, other, before)]
         if states[0]:
-            assert apart(*states) < (1e-3 if name.startswith("optimizer") else 1e-2), name
+            assert apart(*states) < (1e-3 if "optimizer" in name else 1e-2), name
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -426,14 +463,89 @@ def test_another_model_is_refused_and_named(run, flags, tmp_path):
         run("latent_diffusion", tmp_path / "run", *resumed, str(tmp_path / "dropping.json"))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
-@pytest.mark.parametrize("damage", ["torn", "missing"])
-def test_a_damaged_checkpoint_is_named(run, tmp_path, name, damage):
+# What may not run
+
+
+@pytest.fixture
+def resumable(flags, run, tmp_path, monkeypatch) -> tuple[Path, Callable[[Path], None]]:
+    """A checkpoint of stage 1, which has all kinds of parts, and what loads one into a run as the script does."""
+    words = ["--max_train_steps", "2"]
+    checkpoint = run("autoencoder", tmp_path / "run", *words) / "checkpoint-2"
+    reached, resume = [], checkpoints.resume
+
+    def stop_there(*parts) -> None:
+        reached.extend(parts)
+        raise InterruptedError
+
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr(checkpoints, "resume", stop_there)
+        run("autoencoder", tmp_path / "other", *words, "--resume_from_checkpoint", str(checkpoint))
+    _, args, _, kept = reached
+    accelerator = Accelerator(cpu=True)
+
+    def load(folder: Path) -> None:
+        args.resume_from_checkpoint = str(folder)
+        resume(accelerator, args, checkpoints.find_checkpoint(args), kept)
+
+    load(checkpoint)
+    return checkpoint, load
+
+
+def run_on_loading(path: Path, ran: Path, how: str = "torch") -> None:
+    """Write what makes the file `ran` where it is unpickled, as torch writes it or as a bare pickle."""
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Payload(ran)))
+    else:
+        torch.save({"state": Payload(ran)}, path, _use_new_zipfile_serialization=how == "torch")
+
+
+def test_nothing_in_a_checkpoint_runs(resumable, tmp_path):
+    """Whichever file it is, by whatever name, with a manifest that says that all is well."""
+    checkpoint, load = resumable
+    ran, forged = tmp_path / "ran", tmp_path / "forged"
+    states = [path.name for path in checkpoint.glob("*.safetensors")]
+    assert len(states) == 10
+    # In place of a state, and by the names that accelerate, torch and diffusers would read in place of it.
+    names = [(state, state) for state in states] * 3
+    names += [(state, state.replace(".safetensors", end)) for state in states for end in (".bin", ".pkl")]
+    names += [("model.safetensors", "pytorch_model.bin"), ("random_states.safetensors", "random_states_0.pkl")]
+    hows = ["torch", "legacy", "pickle"]
+    for i, (removed, name) in enumerate(names):
+        shutil.copytree(checkpoint, forged, copy_function=os.link)
+        (forged / removed).unlink()
+        run_on_loading(forged / name, ran, hows[(i + i // len(states)) % 3])
+        (forged / "manifest.json").unlink()
+        write_manifest(forged, 2)
+        with pytest.raises(InputError, match="forged doesn't fit this run, or is damaged: ") as refusal:
+            load(forged)
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+        assert not ran.exists(), (removed, name)
+        shutil.rmtree(forged)
+
+
+def test_beside_the_states_nothing_is_read(resumable, tmp_path):
+    checkpoint, load = resumable
+    ran, args = tmp_path / "ran", (checkpoint / "args.yaml").read_text()
+    for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "sampler.bin"):
+        run_on_loading(checkpoint / name, ran)
+    for text, fits in ((f"!!python/object/apply:os.mkdir [{ran}]", False), (args, True)):
+        (checkpoint / "args.yaml").write_text(text)
+        (checkpoint / "manifest.json").unlink()
+        write_manifest(checkpoint, 2)
+        with nullcontext() if fits else pytest.raises(InputError, match="its args.yaml can't be read"):
+            load(checkpoint)
+        assert not ran.exists()
+    torch.load(checkpoint / "optimizer.bin", weights_only=False)
+    assert ran.exists()  # it could have failed
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_unread(run, tmp_path):
+    """What accelerate's `save_state` writes."""
     checkpoint = run("latent_diffusion", tmp_path / "run", "--max_train_steps", "2") / "checkpoint-2"
-    path = checkpoint / name
-    path.write_bytes(path.read_bytes()[:100])
-    if damage == "missing":
-        path.unlink()
-    with pytest.raises(InputError, match="checkpoint-2 doesn't fit this run, or is damaged") as refusal:
-        run("latent_diffusion", tmp_path / "run", "--resume_from_checkpoint", "latest")
-    assert "\n" not in str(refusal.value)
+    (checkpoint / "manifest.json").unlink()
+    for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl"):
+        run_on_loading(checkpoint / name, tmp_path / "ran")
+    for words in (checkpoint, "latest"):
+        with pytest.raises(InputError, match="an earlier version made it, of files that can run code") as refusal:
+            run("latent_diffusion", tmp_path / "run", "--resume_from_checkpoint", str(words))
+        assert "\n" not in str(refusal.value) and not (tmp_path / "ran").exists()

@@ -20,6 +20,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 import train_autoencoder
 from flower_ldm import FlowerAutoencoderKL
 from flower_ldm.autoencoder_losses import PerceptualLoss
+from flower_ldm.checkpoint_files import load_state
 from flower_ldm.data import load_datasets
 from flower_ldm.discriminator import PatchDiscriminator
 from flower_ldm.training import choose_precision, read_log
@@ -73,15 +74,10 @@ def all_images(dataset) -> torch.Tensor:
     return dataset.__getitems__(list(range(len(dataset))))["images"]
 
 
-def state_in(checkpoint: Path, key: str) -> dict:
-    """The registered object of a checkpoint whose state has this key."""
-    states = [torch.load(path, weights_only=False) for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl"))]
-    return next(state for state in states if key in state)
-
-
-def weights_in(checkpoint: Path) -> list[set[str]]:
+def weights_in(checkpoint: Path) -> dict[str, set[str]]:
     """The parameters of each model in a checkpoint."""
-    return [set(load_file(path)) for path in sorted(checkpoint.glob("model*.safetensors"))]
+    found = {name: checkpoint / f"{name}.safetensors" for name in ("model", "centers", "discriminator")}
+    return {name: set(load_file(path)) for name, path in found.items() if path.exists()}
 
 
 # What a run leaves on disk
@@ -114,7 +110,7 @@ def test_saved_weights_are_the_moving_average(run_dir):
     saved = load_file(run_dir / "diffusion_pytorch_model.safetensors")
     last = load_file(run_dir / "checkpoint-6" / "model.safetensors")
     vae = FlowerAutoencoderKL.from_pretrained(run_dir)
-    averaged = state_in(run_dir / "checkpoint-6", "shadow_params")["shadow_params"]
+    averaged = load_state(run_dir / "checkpoint-6" / "ema.safetensors")["shadow_params"]
     names = [name for name, _ in vae.named_parameters()]
     assert all(torch.equal(saved[name], mean) for name, mean in zip(names, averaged, strict=True))
     assert not any(torch.equal(saved[name], last[name]) for name in names if name.endswith("weight"))
@@ -231,20 +227,18 @@ def test_without_perceptual_loss_no_vgg_is_read(train):
 
 
 def test_without_adversarial_loss_there_is_no_discriminator(train):
-    discriminator = set(PatchDiscriminator().state_dict())
-    assert discriminator in weights_in(train() / "checkpoint-2")
+    assert weights_in(train() / "checkpoint-2")["discriminator"] == set(PatchDiscriminator().state_dict())
     run_dir = train("--adversarial_weight 0")
-    assert len(weights_in(run_dir / "checkpoint-2")) == 2  # autoencoder and centers
-    assert discriminator not in weights_in(run_dir / "checkpoint-2")
-    assert len(list((run_dir / "checkpoint-2").glob("optimizer*.bin"))) == 1
+    assert weights_in(run_dir / "checkpoint-2").keys() == {"model", "centers"}
+    assert [path.stem for path in (run_dir / "checkpoint-2").glob("*optimizer*")] == ["optimizer"]
     assert not training_lines(run_dir)[-1].keys() & FROM_DISC_START
 
 
 def test_without_any_loss_on_classes_there_is_no_head(train):
     run_dir = train("--classification_weight 0 --center_weight 0 --repulsion_weight 0")
     assert FlowerAutoencoderKL.load_config(run_dir)["num_classes"] == 0
-    autoencoder, *others = weights_in(run_dir / "checkpoint-2")
-    assert not any(name.startswith("head") for name in autoencoder) and len(others) == 1  # the discriminator
+    weights = weights_in(run_dir / "checkpoint-2")
+    assert not any(name.startswith("head") for name in weights["model"]) and "centers" not in weights
     assert not training_lines(run_dir)[-1].keys() & {"classification_loss", "center_loss", "repulsion_loss"}
     assert "val_accuracy" not in held_out_lines(run_dir)[-1]
 

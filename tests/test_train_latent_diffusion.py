@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
+from flower_ldm.checkpoint_files import load_state
 from flower_ldm.data import file_safe_name, load_datasets
 from flower_ldm.latent_cache import LatentDataset, cache_key, cache_path, read_latent_cache
 from flower_ldm.synthetic import CLASS_NAMES
@@ -102,8 +103,7 @@ def test_the_pipeline_holds_the_autoencoder_it_was_trained_on(run_dir, finished_
 
 
 def test_saved_weights_are_the_moving_average(run_dir):
-    states = [torch.load(path, weights_only=False) for path in (run_dir / "checkpoint-6").glob("custom_*.pkl")]
-    averaged = next(state["shadow_params"] for state in states if "shadow_params" in state)
+    averaged = load_state(run_dir / "checkpoint-6" / "ema.safetensors")["shadow_params"]
     unet = load(run_dir).unet
     assert all(map(torch.equal, unet.parameters(), averaged))
     last = load_file(run_dir / "checkpoint-6" / "model.safetensors")

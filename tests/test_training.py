@@ -1,6 +1,10 @@
 """The parts of `flower_ldm.training` that need no training: models from a file, the clock, the loss log."""
 
+import errno
+import io
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -160,3 +164,97 @@ def test_of_a_step_logged_twice_the_later_line_counts(tmp_path):
     written = [(1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25), (3, 0.35)]  # resumed at step 1
     path.write_text("".join(json.dumps({"step": s, "loss": v, "steps_per_second": 1.0}) + "\n" for s, v in written))
     assert [(line["step"], line["loss"]) for line in training.read_log(path)] == [(1, 0.1), (2, 0.25), (3, 0.35)]
+
+
+WHOLE = '{"step": 1, "loss": 0.5, "steps_per_second": 1.0}\n'
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', "{", '{"step": 2, "loss": 0.25}', "\x00\x00\x00"])
+def test_a_torn_last_line_swallows_nothing(log, torn):
+    """As a killed process leaves it, or a power failure."""
+    log.path.write_text(WHOLE + torn)
+    log.append(3, {"loss": 0.125})
+    log.append(4, {"loss": 0.0625})
+    losses = {line["step"]: line["loss"] for line in training.read_log(log.path)}
+    assert losses.pop(2, 0.25) == 0.25
+    assert losses == {1: 0.5, 3: 0.125, 4: 0.0625}
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "[]", "3", '"step"', "{}", '{"step": null}', '{"step": "2"}', '{"step": true}', "[" * 10**5, "é"]
+)
+def test_what_is_no_line_of_a_log_is_passed_over(tmp_path, line):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes((WHOLE + line + "\n" + WHOLE.replace("1", "2", 1)).encode("latin-1"))
+    assert [read["step"] for read in training.read_log(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("written", [0, 7])
+def test_lines_that_cannot_be_written_wait_for_the_next(log, monkeypatch, capsys, written):
+    """A disk that is full for a while costs the log nothing, not even where it took half a line."""
+    log.append(1, {"loss": 0.5})
+    before = log.path.read_bytes()
+
+    class FullDisk(io.FileIO):
+        def write(self, text):
+            if not written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(text[:written])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda path, mode, buffering: FullDisk(path, mode.replace("b", "")))
+        log.append(2, {"loss": 0.25})
+        with pytest.raises(InputError, match="log.jsonl can't be written: no space is left on the device"):
+            log.close()
+    assert log.path.read_bytes() == before
+    assert "log.jsonl, its lines follow when it can be written: [Errno 28] No space left" in capsys.readouterr().err
+    log.append(3, {"loss": 0.125})
+    assert [(line["step"], line["loss"]) for line in training.read_log(log.path)] == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    log.close()
+
+
+def test_a_tracker_that_fails_costs_nothing(log, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(log.accelerator, "log", fail)
+    monkeypatch.setattr(log.accelerator, "end_training", fail)
+    log.append(1, {"loss": 0.5})
+    training.end_trackers(log.accelerator)
+    assert training.read_log(log.path) == [{"step": 1, "loss": 0.5}]
+    assert capsys.readouterr().err.count("no route to host") == 2
+
+
+# Signals
+
+
+def test_a_terminal_that_is_gone_says_so_twice(log):
+    """The shell and the system each send SIGHUP; the second must not end the run before its checkpoint."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever these tests were started by
+    stop = training.StopSignal(log.accelerator)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.agreed(1, 1) and stop.number == signal.SIGHUP
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "any other second signal ends it at once"
+    with pytest.raises(SystemExit) as end:
+        stop.exit(Path("checkpoint-1"))
+    assert end.value.code == 128 + signal.SIGHUP
+
+
+def test_nohup_is_respected(log):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = training.StopSignal(log.accelerator)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.agreed(1, 1) and signal.SIGHUP not in training.stop_signals()
+    stop.exit_when_told(Path("checkpoint-1"))
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_after_the_last_update_a_signal_ends_the_run(log, number):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    stop = training.StopSignal(log.accelerator)
+    stop.exit_when_told(Path("checkpoint-1"))
+    with pytest.raises(SystemExit) as end:
+        signal.raise_signal(number)
+    assert end.value.code == 128 + number

@@ -1,0 +1,121 @@
+"""A run's folder: what our scripts write into it, and whether a folder is a run of ours and holds nothing else."""
+
+import os
+import re
+from contextlib import nullcontext, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import yaml
+
+from .run_lock import LOCK
+
+# Flags that both scripts keep in args.yaml; no other program has all of them.
+RUN_FLAGS = frozenset({
+    "checkpoints_total_limit", "ema_decay", "final_pictures", "images_per_class", "label_column",
+    "overwrite_output_dir", "skip_bad_images",
+})  # fmt: skip
+# A card with this line was written by a run; one without is somebody's own.
+CARD_MARK = "<!-- Written by flower_ldm. Take this line out, and your changes will not be overwritten. -->"
+
+MODEL = (
+    "config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json",
+    "*_flower.py",
+)  # fmt: skip
+CHECKPOINT = ("*.safetensors", "*.bin", "*.pkl", "*.pt", "*.json", "*.yaml")
+# Whatever a run and its evaluation may leave, finished or killed. Stars stand for part of one name, <step> for digits.
+RUN_FILES = (
+    "args.yaml", "log.jsonl", "metrics.json", "README.md", "report.html", LOCK, *MODEL,
+    *(f"{part}/{name}" for part in ("best", "vae", "unet", "guide") for name in MODEL),
+    "model_index.json", "pipeline_flower_ldm.py", "scheduler/scheduler_config.json",
+    "autoencoder_losses.png", "diffusion_loss.png", "vae_samples_grid_subset.png", "latent_space_*.png",
+    "denoising_path_*.png", "diffusion_animation_*.gif", "diffusion_animation_*.mp4", "guidance_sweep.png",
+    "interpolation_*.png", "original_reconstructed_generated.png", "nearest_neighbours.png", "evaluation_sweep.png",
+    "samples/step-*.png", "reconstructions/step-*.png", "latent_cache/*.safetensors",
+    "evaluation_cache/*.safetensors", "evaluation_cache/samples-*/*.safetensors",
+    *(f"logs/{folder}{name}" for folder in ("", "*/", "*/*/") for name in ("events.out.tfevents.*", "hparams.yml")),
+    *(f"{folder}-<step>/{name}" for folder in ("checkpoint", "unfinished") for name in CHECKPOINT),
+    *(f"unfinished-{kept}/{folder}{name}" for kept in ("best", "export") for folder in ("", "*/")
+      for name in ("*.json", "*.safetensors", "*.py")),
+)  # fmt: skip
+RUN_FOLDERS = {pattern.rsplit("/", depth)[0] for pattern in RUN_FILES for depth in range(1, pattern.count("/") + 1)}
+LEFT_BY_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether one of our scripts has begun a run in this folder."""
+    try:
+        flags = yaml.safe_load((folder / "args.yaml").read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(flags, dict) and flags.keys() >= RUN_FLAGS
+
+
+def contents(folder: Path) -> tuple[list[Path], list[str]]:
+    """What of a run's folder our scripts have written, what lies in a folder before it; and the names of all else.
+
+    Symbolic links are not followed.
+    """
+    ours, foreign = [], []
+
+    def look(inside: Path) -> None:
+        for path in sorted(inside.iterdir()):
+            name = path.relative_to(folder).as_posix()
+            is_folder = path.is_dir() and not path.is_symlink()
+            if is_folder and fits(name, RUN_FOLDERS):
+                look(path)
+            elif is_folder or not (is_of_run(path, name) or (path.is_symlink() and fits(name, RUN_FOLDERS))):
+                foreign.append(name)
+                continue
+            ours.append(path)
+
+    look(folder)
+    return ours, foreign
+
+
+def is_of_run(path: Path, name: str) -> bool:
+    """Whether a file, by its name within a run's folder, is one that our scripts write."""
+    if name == "README.md":
+        try:
+            return CARD_MARK in path.read_text("utf-8")
+        except (OSError, ValueError):
+            return False
+    # A killed process leaves what `files.write_whole` hadn't moved to its place.
+    stem, _, number = name.removesuffix(".tmp").rpartition(".")
+    whole = stem if name.endswith(".tmp") and number.isdigit() else name
+    return path.name in LEFT_BY_DESKTOPS or fits(whole, RUN_FILES)
+
+
+def fits(name: str, patterns: tuple[str, ...] | set[str]) -> bool:
+    """Whether a name fits one of the patterns; the star of none stands for a slash."""
+    name = re.sub(r"^(checkpoint|unfinished)-[0-9]+(?=/|$)", r"\1-<step>", name)
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def remove(folder: Path, unfinished_only: bool) -> None:
+    """Take out of a run's folder what our scripts have written, or of that what a killed run had not finished.
+
+    What says whose the folder is stays: `args.yaml`, and the lock.
+    """
+    for path in contents(folder)[0]:
+        name = path.relative_to(folder).as_posix()
+        if name in ("args.yaml", LOCK) or (unfinished_only and not re.match(r"unfinished-|.*\.tmp$", name)):
+            continue
+        if unfinished_only and path.is_symlink():  # somebody's
+            continue
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError) if unfinished_only else nullcontext():  # where something of somebody else is in it
+                path.rmdir()
+        else:
+            path.unlink()
+
+
+def whose_else(folder: Path) -> str | None:
+    """Why a folder must never be emptied, whatever it holds; `None` where nothing speaks against it."""
+    folder = folder.resolve()
+    for what, path in {"the current folder": Path.cwd(), "your home folder": Path(os.path.expanduser("~"))}.items():
+        if path.resolve() == folder:
+            return f"is {what}"
+        if path.resolve().is_relative_to(folder):
+            return f"holds {what}"
+    return "is where a disk is mounted" if os.path.ismount(folder) else None
