@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from flower_ldm import FlowerLDMPipeline
-from flower_ldm.data import file_safe_name, to_rgb
+from flower_ldm.data import file_safe_name
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from flower_ldm.files import check_writable
+from flower_ldm.images import to_rgb
 
 DEFAULT_NUM_LABELS = 10
 
