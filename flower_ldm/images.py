@@ -1,37 +1,90 @@
-"""Images from outside: which files are images, and any of them -> 8-bit RGB, upright, short side = resolution."""
+"""Files from outside that hold images: which are read, up to what size, and how they become small pixels."""
+
+import math
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+from pipelines.pipeline_flower_ldm import upright_srgb
 
-_UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# What is read, by Pillow's name, with the endings of its files. Not all that Pillow reads: it gives an EPS of any name
+# to Ghostscript, which runs what is in it.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
 }
-_EXIF_ORIENTATION = 0x0112
+IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+MAX_IMAGE_PIXELS = 89_000_000  # a little less than what Pillow warns of
+TIFF_TILE_SIZE = (0x0142, 0x0143)
+PIXELS_IN_MEMORY = MAX_IMAGE_PIXELS  # of all images that are decoded at once; a pixel takes up to 16 bytes
+
+Image.init()  # all readers: some are imported at their first use only
+_READABLE = [name for name in FORMATS if name in Image.OPEN]  # older Pillows read no AVIF
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_image` refuses them instead
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB: 16-bit grey is scaled and not clipped, transparency lies on white.
+def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Open an image without decoding it: a regular file, or the bytes of one. Nothing else in the project does.
 
     Raises:
-        ValueError: for pixels without a known range (floats, or integers beyond 16 bits).
+        OSError: where there is no such file.
+        ValueError: for what is no file, or no image of these formats, or has more than `max_pixels`.
     """
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"pixels of mode {image.mode} are not in the range 0 to 65535")
-        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if isinstance(file, (str, Path)) and not stat.S_ISREG(Path(file).stat().st_mode):
+        raise ValueError("it is not a regular file")  # a FIFO would be waited on for ever
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, for the whole process, refuses twice as many
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    too_large = f"it has more than {max_pixels:,} pixels (--max_image_pixels allows more)"
+    try:
+        image = Image.open(file, formats=_READABLE)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is no image of the formats {', '.join(_READABLE)}, or its head is damaged") from None
+    except Image.DecompressionBombError:
+        raise ValueError(too_large) from None
+    tags = getattr(image, "tag_v2", {})  # a TIFF is decoded by tiles, which may be larger than it is
+    tile = [tags[tag] for tag in TIFF_TILE_SIZE if isinstance(tags.get(tag), int)]
+    if max(image.width * image.height, math.prod(tile)) > max_pixels:
+        image.close()
+        raise ValueError(too_large)
+    return image
+
+
+class _Room:
+    """Lets threads in while their images have no more pixels together than there is room for; a larger one, alone."""
+
+    def __init__(self, pixels: int) -> None:
+        self._all = self._free = pixels
+        self._turn = threading.Lock()  # first come, first served: else small images would keep a large one waiting
+        self._left = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._all)
+        with self._turn, self._left:
+            self._left.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._left:
+                self._free += pixels
+                self._left.notify_all()
+
+
+_room = _Room(PIXELS_IN_MEMORY)
 
 
 def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
@@ -45,10 +98,12 @@ def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def small_pixels(image: Image.Image, resolution: int) -> np.ndarray:
-    """Decode an opened image to `(height, width, 3)` uint8, upright, with the short side equal to `resolution`."""
+    """Decode an opened image to `(height, width, 3)` uint8, upright, with the short side equal to `resolution`.
+
+    Threads wait here for each other, so that the memory they take has a bound, however many they are.
+    """
+    whole = image.width * image.height
     image.draft(None, (3 * resolution, 3 * resolution))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size
-    orientation = image.getexif().get(_EXIF_ORIENTATION)
-    image = resize_short_side(to_rgb(image), resolution)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    return np.array(image)
+    decoded = whole if "progressive" in image.info else image.width * image.height  # progressive: whole, then scaled
+    with _room.taken(decoded):
+        return np.array(resize_short_side(upright_srgb(image), resolution))

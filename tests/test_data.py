@@ -431,10 +431,9 @@ def test_hub_dataset_with_unlabelled_rows(tmp_path: Path, hub_cache: None) -> No
 
 
 def test_hub_dataset_of_a_csv_with_file_names(image_folder: Path, tmp_path: Path, hub_cache: None) -> None:
-    (tmp_path / "table").mkdir()
     lines = [f"{path},{path.parent.name}" for path in sorted(image_folder.glob("*/*.jpg"))]
-    (tmp_path / "table" / "train.csv").write_text("\n".join(["photo,species", *lines]))
-    train, val = load_hub(str(tmp_path / "table"), resolution=16)
+    (image_folder / "train.csv").write_text("\n".join(["photo,species", *lines]))
+    train, val = load_hub(str(image_folder), resolution=16)
     assert train.class_names == ["daisy", "rose", "tulip"] and len(train) == 27 and len(val) == 3
 
 

@@ -61,7 +61,7 @@ def test_every_mode_gives_its_colours(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[70000]]), np.int32([[-1]])], ids=str)
 def test_pixels_of_unknown_range_are_refused(values: np.ndarray) -> None:
     with pytest.raises(ValueError, match="range 0 to 65535"):
-        images.to_rgb(Image.fromarray(values))
+        images.upright_srgb(Image.fromarray(values))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
