@@ -206,9 +206,7 @@ class ImageDataset(Dataset):
         return kept
 
     def _path(self, record: Record) -> str:
-        """Its path to be printed: a name may hold line feeds, colors of a terminal, and bytes that are no UTF-8."""
-        path = os.fsencode(f"{self._location}/{record.name}").decode("utf-8", "backslashreplace")
-        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in path)
+        return printable(f"{self._location}/{record.name}")
 
     def _small_pixels(self, index: int) -> torch.Tensor:
         """The whole image `index` before cropping: `(height, width, 3)` uint8."""
@@ -576,6 +574,12 @@ def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | No
     return chosen
 
 
+def printable(name: str) -> str:
+    """A file's name on one line of text: it may hold line feeds, a terminal's colors, and bytes that are no UTF-8."""
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+
+
 def file_safe_name(name: str) -> str:
     """A class name as part of a file's name: "bishop of llandaff" -> "bishop_of_llandaff", "hippeastrum " without its
     blank, "globe-flower" as it is. At most 80 bytes, for file systems count those.
@@ -594,7 +598,7 @@ def _hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
         by_class.setdefault(record.label, []).append(record)
     held_out = set()
     for members in by_class.values():
-        members.sort(key=lambda record: hashlib.sha256(os.fsencode(record.name)).digest())
+        members.sort(key=lambda record: hashlib.sha256(record.name.encode("utf-8", "surrogatepass")).digest())
         count = max(1, round(len(members) / 10)) if len(members) >= 2 else 0
         held_out.update(record.name for record in members[:count])
     return (
@@ -658,6 +662,9 @@ def load_datasets(
     else:
         listing = _list_hub(dataset, train_splits, val_splits, image_column, label_column, open_file)
 
+    for name in listing.class_names:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):  # how Python reads bytes that are no UTF-8
+            raise InputError(f"class '{printable(name)}': its name is not UTF-8, as a model's files are; rename it")
     chosen = select_classes(listing.class_names, classes)
     class_names = [listing.class_names[label] for label in chosen]
     new_label = {label: new for new, label in enumerate(chosen)}

@@ -1,11 +1,12 @@
 """Files from outside that hold images: which are read, up to what size, and how they become small pixels."""
 
+import io
 import math
 import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +29,7 @@ FORMATS = {
 }
 IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 MAX_IMAGE_PIXELS = 89_000_000  # a little less than what Pillow warns of
+PNG_HEAD, JPEG_HEAD = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 TIFF_TILE_SIZE = (0x0142, 0x0143)
 PIXELS_IN_MEMORY = MAX_IMAGE_PIXELS  # of all images that are decoded at once; a pixel takes up to 16 bytes
 
@@ -49,7 +51,7 @@ def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) 
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     too_large = f"it has more than {max_pixels:,} pixels (--max_image_pixels allows more)"
     try:
-        image = Image.open(file, formats=_READABLE)
+        image = _open(file, max_pixels)
     except UnidentifiedImageError:
         raise ValueError(f"it is no image of the formats {', '.join(_READABLE)}, or its head is damaged") from None
     except Image.DecompressionBombError:
@@ -60,6 +62,49 @@ def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) 
         image.close()
         raise ValueError(too_large)
     return image
+
+
+def _open(file: str | Path | BinaryIO, max_pixels: int) -> Image.Image:
+    """Pillow's `open` for these formats; where metadata are in its way, without them."""
+    try:
+        return Image.open(file, formats=_READABLE)
+    except Image.DecompressionBombError:
+        raise
+    except (OSError, ValueError):
+        with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream:
+            stream.seek(0)
+            content = _without_metadata(stream.read(8 * max_pixels))
+        if not content:
+            raise
+        return Image.open(io.BytesIO(content), formats=_READABLE)
+
+
+def _without_metadata(content: bytes) -> bytes:
+    """A PNG or JPEG without the parts that its pixels can do without, but for its EXIF; empty for other files."""
+    if content.startswith(PNG_HEAD):
+        kept, position = [PNG_HEAD], len(PNG_HEAD)
+        while position < len(content):
+            end = position + 12 + int.from_bytes(content[position : position + 4], "big")
+            kind = content[position + 4 : position + 8]
+            if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):  # an upper case letter: critical
+                kept.append(content[position:end])
+            position = end
+        return b"".join(kept)
+    if content.startswith(JPEG_HEAD):
+        kept, position = [JPEG_HEAD], len(JPEG_HEAD)
+        while content[position : position + 1] == b"\xff" and content[position + 1 : position + 2] not in (
+            b"\xda",
+            b"",
+        ):
+            end = position + 2 + max(2, int.from_bytes(content[position + 2 : position + 4], "big"))
+            segment = content[position:end]
+            application = 0xE0 <= segment[1] <= 0xEF or segment[1] == 0xFE  # or a comment
+            adobe = segment[4:9] == b"Adobe" and len(segment) >= 16  # how the colors are stored
+            if not application or adobe or segment[4:10] == b"Exif\0\0":
+                kept.append(segment)
+            position = end
+        return b"".join([*kept, content[position:]])
+    return b""
 
 
 class _Room:

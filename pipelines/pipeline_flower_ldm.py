@@ -752,7 +752,12 @@ def upright_srgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """1 to 8, as EXIF counts them, of an image that is loaded by this; 1 where it stands upright."""
-    image.load()  # first, for Pillow turns TIFF files here, and only these, and forgets their orientation
+    filename = getattr(image, "filename", "")
+    if hasattr(image, "tag_v2"):
+        image.filename = ""  # a TIFF that Pillow maps into memory by its name is scrambled by orientations 5 to 8
+    image.load()  # before the question, for Pillow turns TIFFs here, and these only, and forgets their orientation
+    if filename:
+        image.filename = filename
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
     except Exception:  # of broken metadata: SyntaxError, struct.error, ValueError and more
