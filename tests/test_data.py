@@ -1,6 +1,7 @@
 """flower_ldm/data.py: pixels of every kind of file, randomness, splits, classes, sources, bad input."""
 
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -298,6 +299,52 @@ def test_unreadable_images_are_named_or_left_out(image_folder: Path, capsys: pyt
         load_folder(image_folder, resolution=16, skip_bad_images=True)
 
 
+def test_files_that_are_no_images_or_too_large_are_named_or_left_out(image_folder: Path) -> None:
+    (image_folder / "rose" / "pipe.jpg").symlink_to("/dev/null")  # as a FIFO or any device
+    with pytest.raises(InputError, match=r"rose/pipe.jpg cannot be read: it is not a regular file \(repair or remove"):
+        load_folder(image_folder, resolution=16)
+    (image_folder / "rose" / "pipe.jpg").unlink()
+    Image.new("RGB", (16, 16)).save(image_folder / "rose" / "runs.png", "EPS")  # Ghostscript would run it
+    with pytest.raises(InputError, match="rose/runs.png cannot be read: it is no image of the formats JPEG, PNG, "):
+        load_folder(image_folder, resolution=16)
+    (image_folder / "rose" / "runs.png").unlink()
+    Image.new("RGB", (50, 50)).save(image_folder / "rose" / "large.png")
+    large = "rose/large.png cannot be read: it has more than 2,499 pixels .*--max_image_pixels"
+    with pytest.raises(InputError, match=large):
+        load_folder(image_folder, resolution=16, max_image_pixels=2499)
+    options = {"resolution": 16, "skip_bad_images": True}
+    assert sum(dataset.num_bad_images for dataset in load_folder(image_folder, max_image_pixels=2499, **options)) == 1
+    assert sum(dataset.num_bad_images for dataset in load_folder(image_folder, max_image_pixels=2500, **options)) == 0
+
+
+def test_file_names_that_are_no_utf8_train_and_print_escaped(
+    image_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before, _ = load_folder(image_folder, resolution=16)
+    try:
+        for path in (image_folder / "rose").iterdir():
+            path.rename(path.with_name(os.fsdecode(b"foto-\xe9" + path.name.encode())))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    train, val = load_folder(image_folder, resolution=16)
+    assert (len(train), len(val)) == (27, 3) and train.class_names == before.class_names
+    (image_folder / "rose" / os.fsdecode(b"torn\xff\x1b[31m\n.png")).write_bytes(b"")
+    load_folder(image_folder, resolution=16, skip_bad_images=True, show_progress=True)
+    assert "rose/torn\\xff\\x1b[31m\\n.png cannot be read" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"rose/torn\\xff\\x1b\[31m\\n.png cannot be read") as caught:
+        load_folder(image_folder, resolution=16)
+    assert "\n" not in str(caught.value) and str(caught.value).encode()
+
+
+def test_class_names_that_are_no_utf8_are_refused(image_folder: Path) -> None:
+    try:
+        (image_folder / "rose").rename(image_folder / os.fsdecode(b"ros\xe9"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    with pytest.raises(InputError, match=r"class 'ros\\xe9': its name is not UTF-8"):
+        load_folder(image_folder, resolution=16)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"resolution": 4}, "--resolution must be at least 8"), ({"resolution": 8, "seed": -1}, "--seed must not")],
@@ -435,6 +482,73 @@ def test_hub_dataset_of_a_csv_with_file_names(image_folder: Path, tmp_path: Path
     (image_folder / "train.csv").write_text("\n".join(["photo,species", *lines]))
     train, val = load_hub(str(image_folder), resolution=16)
     assert train.class_names == ["daisy", "rose", "tulip"] and len(train) == 27 and len(val) == 3
+
+
+def write_rows(folder: Path, rows: list[dict | None]) -> str:
+    """A repository whose images are rows as a stranger may write them, one of each for two species."""
+    feature = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"photo": feature, "species": datasets.Value("string")})
+    folder.mkdir(exist_ok=True)
+    columns = {"photo": [*rows, *rows], "species": ["oak"] * len(rows) + ["ash"] * len(rows)}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_hub_rows_open_no_file_but_those_of_the_data_set(
+    tmp_path: Path, hub_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trees").mkdir()
+    buffer = io.BytesIO()
+    Image.new("L", (20, 16), 70).save(buffer, "PNG")
+    (tmp_path / "cache" / "downloads").mkdir(parents=True)
+    for file in ("private.png", "trees/own.png", "cache/downloads/brought.png"):
+        (tmp_path / file).write_bytes(buffer.getvalue())
+    (tmp_path / "trees" / "link.png").symlink_to(tmp_path / "private.png")
+    own = [{"bytes": None, "path": str(tmp_path / name)} for name in ("trees/own.png", "cache/downloads/brought.png")]
+    own.append({"bytes": buffer.getvalue(), "path": "x"})
+    train, val = load_hub(write_rows(tmp_path / "trees", own), resolution=8)
+    assert len(train) + len(val) == 6
+    monkeypatch.chdir(tmp_path)
+    names = ["private.png", "trees/../private.png", "trees/link.png", str(tmp_path / "private.png")]
+    for name in names:
+        repository = write_rows(tmp_path / "trees", [{"bytes": None, "path": name}] * 2)
+        with pytest.raises(InputError, match="train/0 cannot be read: the row names '.*outside of the data set's own"):
+            load_hub(repository, resolution=8)
+    for row in (None, {"bytes": None, "path": None}, {"bytes": None, "path": ""}):
+        with pytest.raises(InputError, match="train/0 cannot be read: the row has no image"):
+            load_hub(write_rows(tmp_path / "trees", [row] * 2), resolution=8)
+
+
+def test_hub_dataset_with_image_files(image_folder: Path, hub_cache: None) -> None:
+    """`datasets` lists the files of a folder itself."""
+    train, val = data.load_datasets(str(image_folder), resolution=16, show_progress=False)
+    assert train.class_names == ["daisy", "rose", "tulip"] and len(train) == 27 and len(val) == 3
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", "float32"])
+@pytest.mark.parametrize("shape", [(16, 20), (16, 20, 3)], ids=str)
+@pytest.mark.parametrize("declared", [True, False])
+def test_hub_dataset_of_arrays(
+    dtype: str, shape: tuple[int, ...], declared: bool, tmp_path: Path, hub_cache: None
+) -> None:
+    """Cast to images by `datasets`, 2-D ones are of 32 bits, in which 8 bits are nearly black."""
+    array = np.full(shape, 200 * (257 if dtype == "uint16" else 1), dtype=dtype)
+    feature = datasets.Value(dtype)
+    for _ in shape:
+        feature = datasets.List(feature)
+    if declared:
+        feature = {2: datasets.Array2D, 3: datasets.Array3D}[len(shape)](shape, dtype)
+    features = datasets.Features({"photo": feature, "species": datasets.Value("string")})
+    (tmp_path / "trees").mkdir()
+    rows = datasets.Dataset.from_dict({"photo": [array] * 4, "species": ["oak", "oak", "ash", "ash"]}, features)
+    rows.to_parquet(tmp_path / "trees" / "train-00000-of-00001.parquet")
+    if dtype == "uint8" or (dtype, len(shape)) == ("uint16", 2):
+        train, _ = load_hub(str(tmp_path / "trees"), resolution=8)
+        assert ((all_images(train)["images"] + 1) * 127.5).round().unique().tolist() == [200]
+        return
+    message = "cannot be read" if dtype == "uint16" else f"'photo' of .* holds arrays of {dtype}: store image files"
+    with pytest.raises(InputError, match=message):
+        load_hub(str(tmp_path / "trees"), resolution=8)
 
 
 def test_unknown_dataset(tmp_path: Path) -> None:

@@ -117,6 +117,19 @@ def test_every_import_is_in_the_requirements(pyproject):
                 assert offered_by & allowed, f"{path} imports {module}"
 
 
+def test_every_image_is_opened_in_one_place():
+    """Which names the formats, of which Pillow has too many, and minds the size."""
+    readers = {"imread", "load_image", "read_image", "decode_image"}
+    for path, tree in SOURCES.items():
+        if path.parts[0] == "tests" or path == Path("flower_ldm/images.py"):
+            continue
+        for node in ast.walk(tree):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert not (called.endswith("Image.open") or called.rpartition(".")[2] in readers), (path, node.lineno)
+            if isinstance(node, ast.Attribute) and node.attr == "open":  # given to `partial`, say
+                assert ast.unparse(node.value).rpartition(".")[2] != "Image", (path, node.lineno)
+
+
 # Files
 
 
