@@ -36,7 +36,7 @@ MAY_CHANGE = {
     "logging_steps", "report_to", "dataloader_num_workers", "torch_compile", "gradient_checkpointing",
     "mixed_precision", "skip_bad_images", "train_batch_size", "gradient_accumulation_steps", "model_config",
     "vgg_weights", "autoencoder", "latent_cache_dir", "guidance_scale", "final_pictures", "learning_rate",
-    "push_to_hub", "hub_model_id", "hub_private_repo", "dataset",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "dataset", "max_image_pixels",
 }  # fmt: skip
 
 

@@ -26,9 +26,9 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from flower_ldm.errors import InputError, one_line
+from flower_ldm.images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, small_pixels
 from flower_ldm.synthetic import CLASS_NAMES, synthetic_flower
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 VAL_SPLIT_NAMES = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
 HELD_OUT = "held-out 10 %"  # the name of the split we make where there is none
 DEFAULT_DATA_DIR = "data"  # of Oxford 102 Flowers
@@ -97,58 +97,6 @@ class TrainingSampler(Sampler):
 def keep_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`collate_fn` for data sets whose `__getitems__` already returns the whole batch."""
     return batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pixels: any image file -> 8-bit RGB, upright, short side = resolution.
-
-_UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_EXIF_ORIENTATION = 0x0112
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB: 16-bit grey is scaled and not clipped, transparency lies on white.
-
-    Raises:
-        ValueError: for pixels without a known range (floats, or integers beyond 16 bits).
-    """
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"pixels of mode {image.mode} are not in the range 0 to 65535")
-        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
-    """Scale the short side to `resolution`, antialiased and not squashed; what is beyond 2:1 is cut off evenly."""
-    width, height = image.size
-    short = min(width, height)
-    cut_x, cut_y = max(0, width - 2 * short) / 2, max(0, height - 2 * short) / 2
-    box = (cut_x, cut_y, width - cut_x, height - cut_y)
-    size = tuple(round(side * resolution / short) for side in (width - 2 * cut_x, height - 2 * cut_y))
-    return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-
-
-def small_pixels(image: Image.Image, resolution: int) -> np.ndarray:
-    """Decode an opened image to `(height, width, 3)` uint8, upright, with the short side equal to `resolution`."""
-    image.draft(None, (3 * resolution, 3 * resolution))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size
-    orientation = image.getexif().get(_EXIF_ORIENTATION)
-    image = resize_short_side(to_rgb(image), resolution)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    return np.array(image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +207,7 @@ class ImageDataset(Dataset):
         return kept
 
     def _path(self, record: Record) -> str:
-        return f"{self._location}/{record.name}"
+        return printable(f"{self._location}/{record.name}")
 
     def _small_pixels(self, index: int) -> torch.Tensor:
         """The whole image `index` before cropping: `(height, width, 3)` uint8."""
@@ -371,7 +319,11 @@ def _resolve_splits(
 
 
 def _list_flowers102(
-    data_dir: Path, train_splits: Sequence[str] | None, val_splits: Sequence[str] | None, download: bool
+    data_dir: Path,
+    train_splits: Sequence[str] | None,
+    val_splits: Sequence[str] | None,
+    download: bool,
+    open_file: Callable[[Path], Image.Image],
 ) -> Listing:
     """Oxford 102 Flowers (Nilsback and Zisserman, 2008) through torchvision, downloaded where it is absent."""
     from torchvision.datasets import Flowers102  # a second of imports that the other sources can do without
@@ -399,7 +351,7 @@ def _list_flowers102(
     for split in train + val:
         source = Flowers102(str(data_dir), split=split, download=False)
         records[split] = [
-            Record(path.relative_to(data_dir).as_posix(), int(label), partial(Image.open, path))
+            Record(path.relative_to(data_dir).as_posix(), int(label), partial(open_file, path))
             for path, label in zip(source._image_files, source._labels, strict=True)  # its only way to the paths
         ]
     return Listing(str(data_dir), FLOWERS102_CLASSES, train, val, records)
@@ -435,7 +387,12 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _list_imagefolder(data_dir: Path, train_splits: Sequence[str] | None, val_splits: Sequence[str] | None) -> Listing:
+def _list_imagefolder(
+    data_dir: Path,
+    train_splits: Sequence[str] | None,
+    val_splits: Sequence[str] | None,
+    open_file: Callable[[Path], Image.Image],
+) -> Listing:
     """`DIR/<split>/<class>/*` where DIR/train (or a split asked for) holds folders, else `DIR/<class>/*`."""
     if not data_dir.is_dir():
         raise InputError(f"--data_dir {data_dir}: there is no such folder")
@@ -458,15 +415,73 @@ def _list_imagefolder(data_dir: Path, train_splits: Sequence[str] | None, val_sp
             for path in sorted(folder.iterdir()):
                 if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
                     name = path.relative_to(data_dir).as_posix()
-                    records[split].append(Record(name, label, partial(Image.open, path)))
+                    records[split].append(Record(name, label, partial(open_file, path)))
     return Listing(str(data_dir), class_names, train, val, records)
 
 
-def _open_hub_image(rows, column: str, row: int) -> Image.Image:
-    encoded = rows[row][column]
-    if encoded is None:
+def _open_hub_image(
+    rows, column: str, row: int, folders: Sequence[Path], open_file: Callable[[Path | io.BytesIO], Image.Image]
+) -> Image.Image:
+    """A row's image: its bytes, its array, or a file in one of `folders`. No other file is opened, whatever the row
+    says, for a stranger may have written it.
+    """
+    stored = rows[row][column]
+    if isinstance(stored, list):
+        return Image.fromarray(np.array(stored, _array_dtype(rows.features[column])))
+    if stored is None or not (stored["bytes"] or stored["path"]):
         raise ValueError("the row has no image")
-    return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
+    if stored["bytes"] is not None:
+        return open_file(io.BytesIO(stored["bytes"]))
+    file = Path(stored["path"]).resolve()
+    if not any(file.is_relative_to(folder) for folder in folders):
+        raise ValueError(f"the row names {stored['path']!r}, which is outside of the data set's own folder")
+    return open_file(file)
+
+
+def _image_rows(split, column: str, dataset: str):
+    """The rows of a split with their images as they are stored: bytes, paths, or arrays of 8 or 16 bits.
+
+    Raises:
+        InputError: for a column of anything else.
+    """
+    import datasets
+
+    rows = split.select_columns([column])
+    array_dtype = _array_dtype(rows.features[column])
+    if array_dtype in ("uint8", "uint16"):
+        return rows
+    if array_dtype is not None:  # cast, they would become 32-bit images, in which nobody knows what white is
+        raise InputError(
+            f"--image_column {column!r} of {dataset} holds arrays of {array_dtype}: store image files, or uint8"
+        )
+    try:
+        return rows.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
+        raise InputError(f"--image_column {column!r} of {dataset} does not hold images ({one_line(error)})") from None
+
+
+def _array_dtype(feature) -> str | None:
+    """The type of the numbers in a column of arrays; None for a column of anything else."""
+    if hasattr(feature, "shape"):
+        return feature.dtype
+    if not hasattr(feature, "feature"):
+        return None
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return getattr(feature, "dtype", None)
+
+
+def _folders_of_datasets(dataset: str) -> list[Path]:
+    """Where `datasets` keeps the files that it brings, and the data set itself, if it is a local folder."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    config = datasets.config
+    brought = (
+        config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH, HF_HUB_CACHE
+    )  # fmt: skip
+    local = [dataset] if Path(dataset).exists() else []
+    return [Path(folder).resolve() for folder in (*brought, *local)]
 
 
 def _list_hub(
@@ -475,6 +490,7 @@ def _list_hub(
     val_splits: Sequence[str] | None,
     image_column: str,
     label_column: str,
+    open_file: Callable[[Path | io.BytesIO], Image.Image],
 ) -> Listing:
     """Any data set of the Hugging Face Hub, or a local folder of Parquet and the like, through `datasets`."""
     import datasets  # seconds of imports that the other sources can do without
@@ -501,15 +517,11 @@ def _list_hub(
     else:
         raise InputError(f"--label_column {label_column!r} of {dataset} must hold class labels, text or integers")
     label_of = {value: label for label, value in enumerate(values)}
+    opening = (_folders_of_datasets(dataset), open_file)
 
     records = {}
     for split in train + val:
-        try:
-            rows = loaded[split].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
-            raise InputError(
-                f"--image_column {image_column!r} of {dataset} does not hold images ({one_line(error)})"
-            ) from None
+        rows = _image_rows(loaded[split], image_column, dataset)
         unknown = [value for value in labels[split] if value not in label_of]
         if unknown:
             raise InputError(
@@ -517,7 +529,7 @@ def _list_hub(
                 f" the training splits, such as {unknown[0]!r}; choose other --train_splits or --val_splits"
             )
         records[split] = [
-            Record(f"{split}/{row}", label_of[value], partial(_open_hub_image, rows, image_column, row))
+            Record(f"{split}/{row}", label_of[value], partial(_open_hub_image, rows, image_column, row, *opening))
             for row, value in enumerate(labels[split])
         ]
     return Listing(dataset, [name.strip() for name in class_names], train, val, records)
@@ -563,6 +575,12 @@ def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | No
     return chosen
 
 
+def printable(name: str) -> str:
+    """A file's name on one line of text: it may hold line feeds, a terminal's colors, and bytes that are no UTF-8."""
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+
+
 def file_safe_name(name: str) -> str:
     """A class name as part of a file's name: "bishop of llandaff" -> "bishop_of_llandaff", "hippeastrum " without its
     blank, "globe-flower" as it is. At most 80 bytes, for file systems count those.
@@ -581,7 +599,7 @@ def _hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
         by_class.setdefault(record.label, []).append(record)
     held_out = set()
     for members in by_class.values():
-        members.sort(key=lambda record: hashlib.sha256(record.name.encode()).digest())
+        members.sort(key=lambda record: hashlib.sha256(record.name.encode("utf-8", "surrogatepass")).digest())
         count = max(1, round(len(members) / 10)) if len(members) >= 2 else 0
         held_out.update(record.name for record in members[:count])
     return (
@@ -605,6 +623,7 @@ def load_datasets(
     seed: int = 0,
     download: bool = True,
     max_memory_gib: float = 8.0,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     show_progress: bool | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
     """Load the training images and the held-out ones, decoded and relabelled.
@@ -621,6 +640,7 @@ def load_datasets(
         seed: of crops, flips and noise. It changes neither the synthetic images nor the splits.
         download: fetch flowers102 where it is absent. With several processes, let the first one do it alone.
         max_memory_gib: pixels above this, in either data set, are not kept but decoded on every access.
+        max_image_pixels: images of more pixels, width x height, are not decoded but count as unreadable.
         show_progress: None means in the first process of each machine.
 
     Raises:
@@ -630,17 +650,22 @@ def load_datasets(
         raise InputError(f"--resolution must be at least 8, not {resolution}")
     if seed < 0:
         raise InputError(f"--seed must not be negative, but is {seed}")
+    open_file = partial(open_image, max_pixels=max_image_pixels)
     if dataset == "flowers102":
-        listing = _list_flowers102(Path(data_dir or DEFAULT_DATA_DIR).expanduser(), train_splits, val_splits, download)
+        folder = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
+        listing = _list_flowers102(folder, train_splits, val_splits, download, open_file)
     elif dataset == "synthetic":
         listing = _list_synthetic(train_splits, val_splits, images_per_class, resolution)
     elif dataset == "imagefolder":
         if data_dir is None:
             raise InputError("--dataset imagefolder needs --data_dir, the folder that holds the class folders")
-        listing = _list_imagefolder(Path(data_dir).expanduser(), train_splits, val_splits)
+        listing = _list_imagefolder(Path(data_dir).expanduser(), train_splits, val_splits, open_file)
     else:
-        listing = _list_hub(dataset, train_splits, val_splits, image_column, label_column)
+        listing = _list_hub(dataset, train_splits, val_splits, image_column, label_column, open_file)
 
+    for name in listing.class_names:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):  # how Python reads bytes that are no UTF-8
+            raise InputError(f"class '{printable(name)}': its name is not UTF-8, as a model's files are; rename it")
     chosen = select_classes(listing.class_names, classes)
     class_names = [listing.class_names[label] for label in chosen]
     new_label = {label: new for new, label in enumerate(chosen)}

@@ -55,6 +55,7 @@ from flower_ldm.features import (
     write_tensors,
 )
 from flower_ldm.files import refusals_of_disk, whole_path, write_whole
+from flower_ldm.images import MAX_IMAGE_PIXELS
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
 from flower_ldm.model_card import write_model_card
@@ -67,7 +68,7 @@ from flower_ldm.visualization import save_figure, save_nearest_neighbours
 DATA_FLAGS = {
     "dataset": "flowers102", "data_dir": None, "image_column": "image", "label_column": "label",
     "skip_bad_images": False, "train_splits": None, "val_splits": None, "classes": None, "images_per_class": 100,
-    "resolution": None,
+    "resolution": None, "max_image_pixels": MAX_IMAGE_PIXELS,
 }  # fmt: skip
 SET_NAMES = {"real": "real training images", "reconstructions": "reconstructions", "samples": "samples"}
 
@@ -87,6 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--image_column", help="of a Hub data set")
     flag("--label_column", help="of a Hub data set")
     flag("--skip_bad_images", action=argparse.BooleanOptionalAction, help="go on without unreadable images")
+    flag("--max_image_pixels", type=int, help="larger images count as unreadable")
     flag("--train_splits", nargs="+", help="splits that the model was trained on")
     flag("--val_splits", nargs="+", help="splits held out")
     flag("--classes", nargs="+", help="names, else 0-based indices, as in training")

@@ -11,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 
 from .errors import InputError, OneLineParser, one_line
 from .files import whole_path
+from .images import MAX_IMAGE_PIXELS
 
 # diffusers' schedules that these flags can describe.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -32,6 +33,7 @@ def common_parser(description: str) -> OneLineParser:
     flag("--image_column", default="image", help="of a Hub data set")
     flag("--label_column", default="label", help="of a Hub data set")
     flag("--skip_bad_images", action=switch, default=False, help="count unreadable images and go on without them")
+    flag("--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images count as unreadable")
     flag("--train_splits", nargs="+", help="splits to train on")
     flag("--val_splits", nargs="+", help="splits held out")
     flag("--classes", nargs="+", help="names, else 0-based indices; relabelled 0..k-1 in this order")
@@ -103,7 +105,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Refuse numbers that can't be right, of the flags that the script at hand has."""
     positive = ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps",
                 "validation_steps", "checkpointing_steps", "checkpoints_total_limit", "images_per_class",
-                "learning_rate", "max_grad_norm", "disc_learning_rate", "adaptive_weight_steps")  # fmt: skip
+                "max_image_pixels", "learning_rate", "max_grad_norm", "disc_learning_rate",
+                "adaptive_weight_steps")  # fmt: skip
     not_negative = ("max_train_steps", "lr_warmup_steps", "dataloader_num_workers", "disc_start", "loss_ramp_steps")
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):

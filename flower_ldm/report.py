@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .files import write_whole
+from .images import open_image
 from .recipes import common_parser
 from .report_curves import is_finite, number, sweep_charts, timestep_chart, training_curves
 from .training import read_log
@@ -374,21 +375,21 @@ class Album:
         if not path.is_file():
             return None
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.LANCZOS)
                 size, content = image.size, _webp(image, path.stat().st_size < 2 * PICTURE_BYTES)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow has for damaged files
+        except (OSError, ValueError, SyntaxError):  # what Pillow has for damaged files
             return self._leave_out(path, "damaged")
         return self._add(path, _data_uri(content, "webp"), size, alt, caption)
 
     def animation(self, path: Path, alt: str, caption: str = "") -> dict | None:
         """A GIF as it is, with its last frame for those who want no motion."""
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 size = image.size
                 for frame in ImageSequence.Iterator(image):
                     still = frame.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except (OSError, ValueError, SyntaxError):
             return self._leave_out(path, "damaged")
         uri = _data_uri(path.read_bytes(), "gif")
         return self._add(path, uri, size, alt, caption, still=_data_uri(_webp(still, try_lossless=False), "webp"))

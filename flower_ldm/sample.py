@@ -13,13 +13,15 @@ from pathlib import Path
 import diffusers
 import torch
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from flower_ldm import FlowerLDMPipeline
-from flower_ldm.data import file_safe_name, to_rgb
+from flower_ldm.data import file_safe_name
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from flower_ldm.files import check_writable, write_whole
+from flower_ldm.images import MAX_IMAGE_PIXELS, open_image
+from pipelines.pipeline_flower_ldm import upright_srgb
 
 DEFAULT_NUM_LABELS = 10
 
@@ -61,7 +63,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--strength", type=float, default=0.8, help="above 0, where the image stays, to 1, where it goes"
     )
-    parser.add_argument("--mask", type=Path, help="picture of the image's size: white is drawn anew, black stays")
+    parser.add_argument(
+        "--mask", type=Path, help="picture of the image's size: white is drawn anew, black or transparent stays"
+    )
+    parser.add_argument("--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger pictures are refused")
     # where it is computed
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -108,17 +113,17 @@ def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
         raise InputError(f"{flag} {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error
 
 
-def open_picture(flag: str, file: Path) -> Image.Image:
-    """A picture in RGB, upright.
+def open_picture(flag: str, file: Path, max_pixels: int, background: str = "white") -> Image.Image:
+    """A picture in sRGB, upright, what is transparent in it on `background`.
 
     Raises:
         InputError: where it can't be read.
     """
     try:
-        with Image.open(file) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{flag} {file} can't be read as a picture: {error}") from error
+        with open_image(file, max_pixels) as image:
+            return upright_srgb(image, background)
+    except Exception as error:  # Pillow's readers raise OSError, ValueError, SyntaxError, struct.error and more
+        raise InputError(f"{flag} {file} can't be read as a picture: {one_line(error)}") from error
 
 
 def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> None:
@@ -194,9 +199,9 @@ def main(argv: list[str] | None = None) -> None:
         "guidance_scale": args.guidance_scale,
         "guidance_interval": tuple(args.guidance_interval),
         "guidance_rescale": args.guidance_rescale,
-        "image": None if args.image is None else open_picture("--image", args.image),
+        "image": None if args.image is None else open_picture("--image", args.image, args.max_image_pixels),
         "strength": args.strength,
-        "mask_image": None if args.mask is None else open_picture("--mask", args.mask),
+        "mask_image": None if args.mask is None else open_picture("--mask", args.mask, args.max_image_pixels, "black"),
     }
     with refusals_of_input():
         labels = pipe.get_label_ids(args.labels or range(min(pipe.num_classes, DEFAULT_NUM_LABELS)))

@@ -29,7 +29,6 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -38,6 +37,7 @@ from .checkpoints import Progress
 from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
 from .errors import InputError, one_line
 from .files import refusals_of_disk
+from .images import open_image
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -144,6 +144,7 @@ def load_images(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Ima
             image_column=args.image_column,
             label_column=args.label_column,
             skip_bad_images=args.skip_bad_images,
+            max_image_pixels=args.max_image_pixels,
             images_per_class=args.images_per_class,
             seed=args.seed,
         )
@@ -371,7 +372,7 @@ class LossLog:
     def show(self, global_step: int, pictures: dict[str, Path]) -> None:
         """Pictures that lie on disk, by name, to each tracker that takes images. For the main process."""
         for tracker in self.accelerator.trackers:
-            images = {name: np.asarray(Image.open(path).convert("RGB"))[None] for name, path in pictures.items()}
+            images = {name: np.asarray(open_image(path).convert("RGB"))[None] for name, path in pictures.items()}
             with optional(f"pictures for {tracker.name}"):
                 if tracker.name == "trackio":  # accelerate has no log_images for it
                     import trackio

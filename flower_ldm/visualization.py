@@ -361,8 +361,8 @@ def encode_for_map(encode: Callable, datasets: dict[str, ImageDataset], device: 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-DATA_FLAGS = ("dataset", "data_dir", "image_column", "label_column", "skip_bad_images", "train_splits", "val_splits",
-              "classes", "images_per_class", "seed")  # fmt: skip
+DATA_FLAGS = ("dataset", "data_dir", "image_column", "label_column", "skip_bad_images", "max_image_pixels",
+              "train_splits", "val_splits", "classes", "images_per_class", "seed")  # fmt: skip
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 GRID_IMAGES, MAP_IMAGES = 4, 10  # generated images of a class in the class grid and in the command's latent maps
 
@@ -385,6 +385,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_column")
     parser.add_argument("--label_column")
     parser.add_argument("--skip_bad_images", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--max_image_pixels", type=int)
     parser.add_argument("--images_per_class", type=int)
     # how it is drawn
     parser.add_argument("--seed", type=int, default=0)

@@ -1,19 +1,24 @@
 """FlowerLDMPipeline: class labels -> noise, or a noisy image -> guided denoising -> images.
 
-Travels to the Hub at the root of each repository that it saves, so it imports the standard library, torch and
-diffusers only. It knows its parts by what they do, never by class: `FlowerAutoencoderKL` and `FlowerUNet2DModel`, or
-diffusers' own `AutoencoderKL` and `UNet2DModel`, with any of diffusers' schedulers that has `alphas_cumprod`.
+Travels to the Hub at the root of each repository that it saves, so it imports the standard library, torch, diffusers
+and Pillow only, which comes with diffusers. It knows its parts by what they do, never by class: `FlowerAutoencoderKL`
+and `FlowerUNet2DModel`, or diffusers' own `AutoencoderKL` and `UNet2DModel`, with any of diffusers' schedulers that
+has `alphas_cumprod`.
 
 Shapes: L labels, B = L x images per label, K classes, Z latent channels, (h, w) latent positions, (H, W) pixels.
 """
 
 import difflib
+import functools
 import inspect
+import io
+import itertools
 import json
 import math
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,10 +29,23 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageChops, ImageCms, ImageOps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # What these multiply in their first step has no bound where it is from pure noise: they start one step below it.
 STARTS_BELOW_PURE_NOISE = ("HeunDiscreteScheduler", "PNDMScheduler")
+
+UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+EXIF_ORIENTATION = 0x0112
+TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC = 0x0102, 0x0106
 
 
 class Original(NamedTuple):
@@ -163,12 +181,12 @@ class FlowerLDMPipeline(DiffusionPipeline):
                 them; "denoised_latents", the clean ones that the step aimed at (`predict_denoised_latents`).
             guidance_rescale: how far the spread of a guided prediction is brought back to the unguided one's, which
                 high scales exceed (Lin et al. 2023, eq. 15 and 16): 0 not at all, 1 wholly, 0.7 in that paper.
-            image: one to draw over, or one for each label. PIL images of any size, the middle of which is taken; or
-                what this call returns as "np" and "pt".
+            image: one to draw over, or one for each label. PIL images of any kind and size, upright and in sRGB by
+                `upright_srgb`, the middle of which is taken; or what this call returns as "np" and "pt".
             strength: how much of the way from pure noise is gone again, in (0, 1]: near 0 the image stays as it is,
                 with 1 nothing stays (but what a mask keeps).
-            mask_image: white where the image is drawn anew, black where it stays, pixel for pixel; of the image's
-                size, or floats `(1, H, W)` or `(H, W)` for the pixels that are drawn.
+            mask_image: white where the image is drawn anew, black or transparent where it stays, pixel for pixel; of
+                the image's size, or floats `(1, H, W)` or `(H, W)` for the pixels that are drawn.
 
         Returns:
             `ImagePipelineOutput` with `images`, or `(images,)` where `return_dict=False`.
@@ -364,8 +382,9 @@ class FlowerLDMPipeline(DiffusionPipeline):
         processor = VaeImageProcessor()
         pixels = []
         for image in _as_list(images):
-            if hasattr(image, "convert"):  # PIL's
-                image = processor.resize(image.convert("RGB"), height, width, resize_mode="crop").convert(mode)
+            if isinstance(image, Image.Image):
+                image = upright_srgb(image, "black" if name == "mask_image" else "white").convert(mode)
+                image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
                 image = processor.numpy_to_pt(processor.pil_to_numpy(image))[0]
             elif hasattr(image, "__array_interface__"):  # numpy's
                 image = torch.as_tensor(image)
@@ -621,11 +640,11 @@ class FlowerLDMPipeline(DiffusionPipeline):
         self._to_pixels(mask_image, "mask_image")
         for index in range(max(len(images), len(masks))):
             one, mask = images[index % len(images)], masks[index % len(masks)]
-            if not hasattr(mask, "convert"):  # floats are of the size that is drawn
+            if not isinstance(mask, Image.Image):  # floats are of the size that is drawn
                 continue
-            size = one.size if hasattr(one, "convert") else self.image_size[::-1]  # PIL's, width and height
-            if mask.size != size:
-                raise ValueError(f"mask_image must have the image's size, {size} in width and height, got {mask.size}")
+            size = _upright_size(one) if isinstance(one, Image.Image) else self.image_size[::-1]
+            if (given := _upright_size(mask)) != size:
+                raise ValueError(f"mask_image must have the image's size, {size} in width and height, got {given}")
 
     def _check_scheduler(self) -> None:
         """Refuse what diffusers' schedulers get wrong in silence, or refuse in the middle of the way."""
@@ -708,6 +727,121 @@ class FlowerLDMPipeline(DiffusionPipeline):
         # trusted. Its components are still looked up by their entries.
         index = super()._dict_from_json_file(json_file)
         return {**index, "_class_name": cls.__name__} if "_class_name" in index else index
+
+
+def upright_srgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Any image as 8-bit sRGB, as a good viewer shows it; of an image that is so already, the same pixels.
+
+    It is turned by its EXIF orientation, converted from the color profile in it, 16 bits are scaled to 8, and what is
+    transparent lies on `background`. Metadata that can't be read count as absent.
+
+    Raises:
+        ValueError: for pixels whose range can't be known.
+    """
+    orientation = _orientation(image)
+    colors, alpha = _eight_bits(image)
+    colors = _from_profile(colors, image.info.get("icc_profile"))
+    if alpha is not None:
+        colors.putalpha(alpha)
+        colors = Image.alpha_composite(Image.new("RGBA", colors.size, background), colors).convert("RGB")
+    if orientation in UPRIGHT:
+        colors = colors.transpose(UPRIGHT[orientation])
+    colors.info = {}  # else the orientation and the profile would count twice
+    return colors
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, as EXIF counts them, of an image that is loaded by this; 1 where it stands upright."""
+    filename = getattr(image, "filename", "")
+    if hasattr(image, "tag_v2"):
+        image.filename = ""  # a TIFF that Pillow maps into memory by its name is scrambled by orientations 5 to 8
+    image.load()  # before the question, for Pillow turns TIFFs here, and these only, and forgets their orientation
+    if filename:
+        image.filename = filename
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # of broken metadata: SyntaxError, struct.error, ValueError and more
+        return 1
+    return orientation if orientation in UPRIGHT else 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as `upright_srgb` gives them."""
+    return image.size[::-1] if _orientation(image) > 4 else image.size
+
+
+def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The colors of a loaded image, in mode L, RGB or CMYK, and its alpha in mode L, if it has any."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.has_transparency_data:
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, tuple) and max(transparent) > 255:  # of 16-bit colors, whose upper 8 Pillow keeps
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
+        rgba = image.convert("RGBA")
+        grey = image.mode in ("1", "L", "LA")
+        return rgba.getchannel("R") if grey else rgba.convert("RGB"), rgba.getchannel("A")
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image, None
+    return image.convert("L" if image.mode == "1" else "RGB"), None
+
+
+def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Grey of 16 bits, or of 12 in some TIFF files, as `_eight_bits`.
+
+    Arrays of integers come as mode I too, whatever was meant by them: where all are below 256, black can't be told
+    from 8 bits.
+    """
+    tags = getattr(image, "tag_v2", {})
+    white = 4095 if tags.get(TIFF_BITS_PER_SAMPLE) == (12,) else 65535
+    integers = image.convert("I") if image.mode != "F" else None
+    low, high = integers.getextrema() if integers else (math.nan, math.nan)
+    if not 0 <= low <= high <= white:
+        raise ValueError(f"pixels of mode {image.mode} are not in the range 0 to {white}")
+    if image.mode == "I" and 0 < high < 256:
+        raise ValueError(f"pixels of mode I, none above {high}, are of 8 bits or nearly black: store them as uint8")
+    table = [round(min(value, white) * 255 / white) for value in range(65536)]
+    if tags.get(TIFF_PHOTOMETRIC) == 0:  # white is 0, which Pillow minds for 8 bits only
+        table = [255 - value for value in table]
+    alpha, transparent = None, image.info.get("transparency")
+    if isinstance(transparent, int):
+        alpha = integers.point([255 * (value != transparent) for value in range(65536)], "L")
+    return integers.point(table, "L"), alpha
+
+
+def _from_profile(colors: Image.Image, profile: Any) -> Image.Image:
+    """Colors of mode L, RGB or CMYK in sRGB, as a new image; a profile that isn't for them counts as absent."""
+    for mode in ("L", "RGB") if colors.mode == "L" else (colors.mode,):
+        transform = _srgb_transform(profile, mode) if isinstance(profile, bytes) else None
+        if transform is not None:
+            return ImageCms.applyTransform(colors.convert(mode), transform)
+    return colors.convert("RGB")
+
+
+@functools.lru_cache(maxsize=32)  # the photographs of one camera have the same
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What converts colors of a mode from their profile; None where it is broken, or for others, or changes nothing.
+
+    One level is rounding. Without this rule each kind of sRGB profile would change the pixels a little.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space != {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}[mode]:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except ImportError:
+        warnings.warn("this Pillow has no littlecms: colors are taken as sRGB, whatever their profile", stacklevel=2)
+        return None
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = range(0, 256, 15)
+    probe = bytes(itertools.chain.from_iterable(itertools.product(levels, repeat=len(mode))))
+    probe = Image.frombytes(mode, (len(probe) // len(mode), 1), probe)
+    changes = ImageChops.difference(ImageCms.applyTransform(probe, transform), probe.convert("RGB")).getextrema()
+    return transform if max(high for _, high in changes) > 1 else None
 
 
 def _is_finite(value: Any) -> bool:

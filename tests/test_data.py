@@ -1,6 +1,7 @@
 """flower_ldm/data.py: pixels of every kind of file, randomness, splits, classes, sources, bad input."""
 
 import hashlib
+import io
 import itertools
 import os
 import shutil
@@ -11,14 +12,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from flower_ldm import data
 from flower_ldm.errors import InputError
 from flower_ldm.synthetic import CLASS_NAMES
-
-RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
 load_folder = partial(data.load_datasets, "imagefolder", show_progress=False)
 
@@ -36,115 +35,6 @@ def ramp_folder(root: Path, size: tuple[int, int] = (32, 16)) -> Path:
     for i in range(2):
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder.parent
-
-
-# --- pixels ----------------------------------------------------------------------------------------------------------
-
-
-def palette_half_transparent() -> Image.Image:
-    image = Image.new("P", (16, 16), 0)
-    image.putpalette([*RED, *GREEN])
-    image.paste(1, (8, 0, 16, 16))
-    image.info["transparency"] = 1
-    return image
-
-
-def half_transparent(mode: str, opaque: tuple[int, ...], clear: tuple[int, ...]) -> Image.Image:
-    image = Image.new(mode, (16, 16), opaque)
-    image.paste(clear, (8, 0, 16, 16))
-    return image
-
-
-def sixteen_bits(mode: str) -> Image.Image:
-    values = np.full((16, 16), 200 * 257, dtype={"I;16": "<u2", "I;16B": ">u2", "I": "i4"}[mode])
-    values[:, 8:] = 3 * 257
-    return Image.fromarray(values)
-
-
-MODES = {  # file name -> image, colour of its left half, colour of its right half
-    "grey.jpg": (Image.new("L", (16, 16), 90), (90,) * 3, (90,) * 3),
-    "bits.png": (Image.new("1", (16, 16), 1), WHITE, WHITE),
-    "cmyk.jpg": (Image.new("CMYK", (16, 16), (55, 195, 225, 0)), (200, 60, 30), (200, 60, 30)),
-    "grey_alpha.png": (half_transparent("LA", (90, 255), (10, 0)), (90,) * 3, WHITE),
-    "half_alpha.png": (Image.new("RGBA", (16, 16), (0, 0, 0, 128)), (127,) * 3, (127,) * 3),
-    "rgb_alpha.png": (half_transparent("RGBA", (*RED, 255), (*GREEN, 0)), RED, WHITE),
-    "palette.gif": (Image.new("RGB", (16, 16), GREEN).quantize(4), GREEN, GREEN),
-    "palette_clear.png": (palette_half_transparent(), RED, WHITE),
-    "palette_clear.gif": (palette_half_transparent(), RED, WHITE),
-    "sixteen.png": (sixteen_bits("I;16"), (200,) * 3, (3,) * 3),
-    "sixteen.tif": (sixteen_bits("I;16B"), (200,) * 3, (3,) * 3),
-    "thirty_two.tif": (sixteen_bits("I"), (200,) * 3, (3,) * 3),
-}
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_every_mode_gives_its_colours(name: str, tmp_path: Path) -> None:
-    image, left, right = MODES[name]
-    image.save(tmp_path / name, quality=95)
-    with Image.open(tmp_path / name) as opened:
-        pixels = data.small_pixels(opened, 16).astype(int)
-    assert pixels.shape == (16, 16, 3)
-    assert abs(pixels[:, :8] - left).max() <= 4
-    assert abs(pixels[:, 8:] - right).max() <= 4
-
-
-@pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[70000]]), np.int32([[-1]])], ids=str)
-def test_pixels_of_unknown_range_are_refused(values: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="range 0 to 65535"):
-        data.to_rgb(Image.fromarray(values))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation: int, tmp_path: Path) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8))
-    exif = image.getexif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "image.png", exif=exif)
-    with Image.open(tmp_path / "image.png") as opened:
-        upright = np.asarray(ImageOps.exif_transpose(opened))
-        assert np.array_equal(data.small_pixels(opened, 8), upright)
-    assert upright.shape == ((8, 12, 3) if orientation <= 4 else (12, 8, 3))
-
-
-def test_the_short_side_is_scaled_and_nothing_is_squashed() -> None:
-    image = Image.new("RGB", (96, 64), GREEN)
-    image.paste(RED, (32, 16, 64, 48))  # a centred square of half the height
-    pixels = data.small_pixels(image, 16)
-    assert pixels.shape == (16, 24, 3)
-    is_red = pixels[..., 0] > 127
-    assert is_red.any(axis=0).sum() == is_red.any(axis=1).sum() == 8
-    assert data.small_pixels(image.rotate(90, expand=True), 16).shape == (24, 16, 3)
-    assert data.small_pixels(image, 128).shape == (128, 192, 3)  # enlarged, too
-
-
-@pytest.mark.parametrize("size", [(100, 20), (20, 100)])
-def test_beyond_two_to_one_the_ends_are_cut_off_evenly(size: tuple[int, int]) -> None:
-    image = Image.new("RGB", size, RED)
-    width, height = min(size[0], 40), min(size[1], 40)
-    image.paste(
-        GREEN, ((size[0] - width) // 2, (size[1] - height) // 2, (size[0] + width) // 2, (size[1] + height) // 2)
-    )
-    pixels = data.small_pixels(image, 10)
-    assert pixels.shape == ((10, 20, 3) if size[0] > size[1] else (20, 10, 3))
-    assert (pixels[..., 1] > 230).all()  # next to the cut, antialiasing looks a little beyond it
-    assert abs(pixels.astype(int) - pixels[::-1, ::-1]).max() <= 1
-
-
-def test_scaling_is_antialiased() -> None:
-    board = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    assert abs(data.small_pixels(Image.fromarray(board), 16).astype(int) - 127).max() <= 4
-
-
-def test_a_large_jpeg_is_decoded_small(tmp_path: Path) -> None:
-    image = Image.new("RGB", (1600, 1200), RED)
-    image.paste(GREEN, (800, 0, 1600, 1200))
-    image.save(tmp_path / "large.jpg", quality=95)
-    with Image.open(tmp_path / "large.jpg") as opened:
-        pixels = data.small_pixels(opened, 48).astype(int)
-        assert opened.size == (200, 150)  # 1/8 of it was decoded, which is still three times what is wanted
-    assert pixels.shape == (48, 64, 3)
-    assert abs(pixels[:, :31] - RED).max() <= 8
-    assert abs(pixels[:, 33:] - GREEN).max() <= 8
 
 
 # --- randomness ------------------------------------------------------------------------------------------------------
@@ -409,6 +299,52 @@ def test_unreadable_images_are_named_or_left_out(image_folder: Path, capsys: pyt
         load_folder(image_folder, resolution=16, skip_bad_images=True)
 
 
+def test_files_that_are_no_images_or_too_large_are_named_or_left_out(image_folder: Path) -> None:
+    (image_folder / "rose" / "pipe.jpg").symlink_to("/dev/null")  # as a FIFO or any device
+    with pytest.raises(InputError, match=r"rose/pipe.jpg cannot be read: it is not a regular file \(repair or remove"):
+        load_folder(image_folder, resolution=16)
+    (image_folder / "rose" / "pipe.jpg").unlink()
+    Image.new("RGB", (16, 16)).save(image_folder / "rose" / "runs.png", "EPS")  # Ghostscript would run it
+    with pytest.raises(InputError, match="rose/runs.png cannot be read: it is no image of the formats JPEG, PNG, "):
+        load_folder(image_folder, resolution=16)
+    (image_folder / "rose" / "runs.png").unlink()
+    Image.new("RGB", (50, 50)).save(image_folder / "rose" / "large.png")
+    large = "rose/large.png cannot be read: it has more than 2,499 pixels .*--max_image_pixels"
+    with pytest.raises(InputError, match=large):
+        load_folder(image_folder, resolution=16, max_image_pixels=2499)
+    options = {"resolution": 16, "skip_bad_images": True}
+    assert sum(dataset.num_bad_images for dataset in load_folder(image_folder, max_image_pixels=2499, **options)) == 1
+    assert sum(dataset.num_bad_images for dataset in load_folder(image_folder, max_image_pixels=2500, **options)) == 0
+
+
+def test_file_names_that_are_no_utf8_train_and_print_escaped(
+    image_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before, _ = load_folder(image_folder, resolution=16)
+    try:
+        for path in (image_folder / "rose").iterdir():
+            path.rename(path.with_name(os.fsdecode(b"foto-\xe9" + path.name.encode())))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    train, val = load_folder(image_folder, resolution=16)
+    assert (len(train), len(val)) == (27, 3) and train.class_names == before.class_names
+    (image_folder / "rose" / os.fsdecode(b"torn\xff\x1b[31m\n.png")).write_bytes(b"")
+    load_folder(image_folder, resolution=16, skip_bad_images=True, show_progress=True)
+    assert "rose/torn\\xff\\x1b[31m\\n.png cannot be read" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"rose/torn\\xff\\x1b\[31m\\n.png cannot be read") as caught:
+        load_folder(image_folder, resolution=16)
+    assert "\n" not in str(caught.value) and str(caught.value).encode()
+
+
+def test_class_names_that_are_no_utf8_are_refused(image_folder: Path) -> None:
+    try:
+        (image_folder / "rose").rename(image_folder / os.fsdecode(b"ros\xe9"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    with pytest.raises(InputError, match=r"class 'ros\\xe9': its name is not UTF-8"):
+        load_folder(image_folder, resolution=16)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"resolution": 4}, "--resolution must be at least 8"), ({"resolution": 8, "seed": -1}, "--seed must not")],
@@ -542,11 +478,77 @@ def test_hub_dataset_with_unlabelled_rows(tmp_path: Path, hub_cache: None) -> No
 
 
 def test_hub_dataset_of_a_csv_with_file_names(image_folder: Path, tmp_path: Path, hub_cache: None) -> None:
-    (tmp_path / "table").mkdir()
     lines = [f"{path},{path.parent.name}" for path in sorted(image_folder.glob("*/*.jpg"))]
-    (tmp_path / "table" / "train.csv").write_text("\n".join(["photo,species", *lines]))
-    train, val = load_hub(str(tmp_path / "table"), resolution=16)
+    (image_folder / "train.csv").write_text("\n".join(["photo,species", *lines]))
+    train, val = load_hub(str(image_folder), resolution=16)
     assert train.class_names == ["daisy", "rose", "tulip"] and len(train) == 27 and len(val) == 3
+
+
+def write_rows(folder: Path, rows: list[dict | None]) -> str:
+    """A repository whose images are rows as a stranger may write them, one of each for two species."""
+    feature = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"photo": feature, "species": datasets.Value("string")})
+    folder.mkdir(exist_ok=True)
+    columns = {"photo": [*rows, *rows], "species": ["oak"] * len(rows) + ["ash"] * len(rows)}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_hub_rows_open_no_file_but_those_of_the_data_set(
+    tmp_path: Path, hub_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trees").mkdir()
+    buffer = io.BytesIO()
+    Image.new("L", (20, 16), 70).save(buffer, "PNG")
+    (tmp_path / "cache" / "downloads").mkdir(parents=True)
+    for file in ("private.png", "trees/own.png", "cache/downloads/brought.png"):
+        (tmp_path / file).write_bytes(buffer.getvalue())
+    (tmp_path / "trees" / "link.png").symlink_to(tmp_path / "private.png")
+    own = [{"bytes": None, "path": str(tmp_path / name)} for name in ("trees/own.png", "cache/downloads/brought.png")]
+    own.append({"bytes": buffer.getvalue(), "path": "x"})
+    train, val = load_hub(write_rows(tmp_path / "trees", own), resolution=8)
+    assert len(train) + len(val) == 6
+    monkeypatch.chdir(tmp_path)
+    names = ["private.png", "trees/../private.png", "trees/link.png", str(tmp_path / "private.png")]
+    for name in names:
+        repository = write_rows(tmp_path / "trees", [{"bytes": None, "path": name}] * 2)
+        with pytest.raises(InputError, match="train/0 cannot be read: the row names '.*outside of the data set's own"):
+            load_hub(repository, resolution=8)
+    for row in (None, {"bytes": None, "path": None}, {"bytes": None, "path": ""}):
+        with pytest.raises(InputError, match="train/0 cannot be read: the row has no image"):
+            load_hub(write_rows(tmp_path / "trees", [row] * 2), resolution=8)
+
+
+def test_hub_dataset_with_image_files(image_folder: Path, hub_cache: None) -> None:
+    """`datasets` lists the files of a folder itself."""
+    train, val = data.load_datasets(str(image_folder), resolution=16, show_progress=False)
+    assert train.class_names == ["daisy", "rose", "tulip"] and len(train) == 27 and len(val) == 3
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", "float32"])
+@pytest.mark.parametrize("shape", [(16, 20), (16, 20, 3)], ids=str)
+@pytest.mark.parametrize("declared", [True, False])
+def test_hub_dataset_of_arrays(
+    dtype: str, shape: tuple[int, ...], declared: bool, tmp_path: Path, hub_cache: None
+) -> None:
+    """Cast to images by `datasets`, 2-D ones are of 32 bits, in which 8 bits are nearly black."""
+    array = np.full(shape, 200 * (257 if dtype == "uint16" else 1), dtype=dtype)
+    feature = datasets.Value(dtype)
+    for _ in shape:
+        feature = datasets.List(feature)
+    if declared:
+        feature = {2: datasets.Array2D, 3: datasets.Array3D}[len(shape)](shape, dtype)
+    features = datasets.Features({"photo": feature, "species": datasets.Value("string")})
+    (tmp_path / "trees").mkdir()
+    rows = datasets.Dataset.from_dict({"photo": [array] * 4, "species": ["oak", "oak", "ash", "ash"]}, features)
+    rows.to_parquet(tmp_path / "trees" / "train-00000-of-00001.parquet")
+    if dtype == "uint8" or (dtype, len(shape)) == ("uint16", 2):
+        train, _ = load_hub(str(tmp_path / "trees"), resolution=8)
+        assert ((all_images(train)["images"] + 1) * 127.5).round().unique().tolist() == [200]
+        return
+    message = "cannot be read" if dtype == "uint16" else f"'photo' of .* holds arrays of {dtype}: store image files"
+    with pytest.raises(InputError, match=message):
+        load_hub(str(tmp_path / "trees"), resolution=8)
 
 
 def test_unknown_dataset(tmp_path: Path) -> None:

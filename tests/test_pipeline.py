@@ -621,6 +621,56 @@ def test_photographs_of_any_shape_and_mode_are_cropped_from_the_middle(stock_pip
         assert sample(stock_pipe, image=wide.convert(mode), output_type="pt").shape == (1, 3, 16, 16)
 
 
+def opened(image: PIL.Image.Image, file: os.PathLike, **options) -> PIL.Image.Image:
+    image.save(file, **options)
+    return PIL.Image.open(file)
+
+
+def test_pictures_as_they_come_from_files_are_seen_as_viewers_show_them(pipe, tmp_path):
+    """Turned by EXIF, and by Pillow's TIFF reader, 16 bits, transparent over hidden colors."""
+    upright = PIL.Image.new("L", (16, 16), 200)
+    upright.paste(90, (0, 0, 16, 5))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    stored = upright.transpose(PIL.Image.Transpose.ROTATE_90)
+    sixteen = PIL.Image.fromarray(np.asarray(upright).astype("<u2") * 257)
+    hidden = PIL.Image.merge(
+        "LA", (PIL.Image.new("L", (16, 16), 90), upright.point(lambda value: 255 * (value < 200)))
+    )
+    pictures = {
+        "upright": opened(upright, tmp_path / "upright.png"),
+        "exif": opened(stored, tmp_path / "exif.png", exif=exif),
+        "tiff": opened(stored, tmp_path / "exif.tif", tiffinfo={0x0112: 6}),
+        "sixteen": opened(sixteen, tmp_path / "sixteen.png"),
+    }
+    black = PIL.Image.new("L", (16, 16), 0)
+    for name, image in pictures.items():
+        kept = sample(pipe, image=image, mask_image=black, output_type="np")[0]
+        np.testing.assert_array_equal(kept[..., 0], np.asarray(upright) / np.float32(255), name)
+    kept = sample(pipe, image=opened(hidden, tmp_path / "hidden.png"), mask_image=black, output_type="np")[0]
+    np.testing.assert_array_equal(kept[5:], np.ones((11, 16, 3), np.float32))
+
+
+def test_what_is_transparent_in_a_mask_stays(pipe):
+    mask = PIL.Image.merge("LA", (PIL.Image.new("L", (16, 16), 255), half_mask()))
+    options = {"image": picture(), "strength": 0.5, "output_type": "pt"}
+    assert torch.equal(sample(pipe, mask_image=mask, **options), sample(pipe, mask_image=half_mask(), **options))
+
+
+def test_the_sizes_of_image_and_mask_are_those_of_the_upright_ones(pipe, tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 8
+    photograph = opened(picture(size=(20, 16)), tmp_path / "photograph.png", exif=exif)
+    assert sample(pipe, image=photograph, mask_image=half_mask((16, 20)), output_type="pt").shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"the image's size, \(16, 20\) in width and height, got \(20, 16\)"):
+        sample(pipe, image=photograph, mask_image=half_mask((20, 16)))
+
+
+def test_pictures_whose_range_is_unknown_are_refused(pipe):
+    with pytest.raises(ValueError, match="pixels of mode F are not in the range 0 to 65535"):
+        sample(pipe, image=PIL.Image.new("F", (16, 16)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

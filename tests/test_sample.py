@@ -240,6 +240,20 @@ def test_draws_over_a_picture_and_keeps_what_the_mask_keeps(pipeline_folder, tmp
     assert (drawn[:, 8:] != image[:, 8:]).any()
 
 
+def test_pictures_are_upright_and_what_is_transparent_in_a_mask_stays(pipeline_folder, tmp_path, pictures):
+    flags = ("--labels", "rose", "--num_images", "1", "--strength", "0.5")
+    run(pipeline_folder, tmp_path / "plain", *flags, *pictures)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(pictures[1]) as image, Image.open(pictures[3]) as mask:
+        image.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png", exif=exif)
+        Image.merge("LA", (Image.new("L", mask.size, 255), mask)).save(tmp_path / "clear.png")
+    others = ("--image", str(tmp_path / "turned.png"), "--mask", str(tmp_path / "clear.png"))
+    run(pipeline_folder, tmp_path / "files", *flags, *others)
+    plain, files = (pixels(tmp_path / name)["rose_0.png"] for name in ("plain", "files"))
+    np.testing.assert_array_equal(files, plain)
+
+
 def test_a_guide_changes_what_is_drawn(pipeline_folder, tmp_path):
     weak = FlowerLDMPipeline.from_pretrained(pipeline_folder)
     for parameter in weak.unet.parameters():
@@ -256,6 +270,12 @@ def test_a_guide_changes_what_is_drawn(pipeline_folder, tmp_path):
     ("flags", "message"),
     [
         (["--image", "none.png"], r"--image none\.png can't be read as a picture"),
+        (["--image", "POSTSCRIPT"], r"--image .*\.png can't be read as a picture: it is no image of the formats JPEG"),
+        (
+            ["--image", "IMAGE", "--max_image_pixels", "255"],
+            r"can't be read as a picture: it has more than 255 pixels",
+        ),
+        (["--image", "FLOATS"], "can't be read as a picture: pixels of mode F are not in the range 0 to 65535"),
         (["--mask", "IMAGE"], "mask_image says what of an image is drawn anew, but there is no image"),
         (["--image", "IMAGE", "--mask", "none.png"], r"--mask none\.png can't be read as a picture"),
         (["--image", "IMAGE", "--mask", "SMALL"], r"must have the image's size, \(16, 16\) .* got \(8, 8\)"),
@@ -266,7 +286,10 @@ def test_a_guide_changes_what_is_drawn(pipeline_folder, tmp_path):
 )
 def test_bad_pictures_and_guides_are_one_clear_line(pipeline_folder, tmp_path, pictures, flags, message):
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "postscript.png", "EPS")
+    Image.new("F", (8, 8)).save(tmp_path / "floats.tif")
     places = {"IMAGE": pictures[1], "SMALL": str(tmp_path / "small.png")}
+    places |= {"POSTSCRIPT": str(tmp_path / "postscript.png"), "FLOATS": str(tmp_path / "floats.tif")}
     with pytest.raises(InputError, match=message) as error:
         run(pipeline_folder, tmp_path / "out", *(places.get(flag, flag) for flag in flags))
     assert "\n" not in str(error.value)

@@ -72,17 +72,16 @@ def test_the_walk_sees_the_project():
 
 @pytest.mark.parametrize("path", TRAVELLING, ids=str)
 def test_travelling_file_imports_what_a_stranger_has(path):
-    """From the Hub each is fetched alone: the standard library, torch and diffusers must do."""
-    allowed = {"torch", "diffusers"} | sys.stdlib_module_names
+    """From the Hub each is fetched alone: the standard library, torch, diffusers, and Pillow, which comes with it."""
+    allowed = {"torch", "diffusers", "PIL"} | sys.stdlib_module_names
     assert {module for module in imports_of(path) if top(module) not in allowed} == set()
 
 
-def test_package_imports_neither_scripts_nor_pipelines():
-    """Scripts and benchmarks -> pipelines and flower_ldm.* -> flower_ldm.models; the package root alone looks up."""
+def test_packages_import_no_scripts_and_pipelines_nothing_of_ours():
+    """Scripts and benchmarks -> flower_ldm.* -> pipelines, flower_ldm.models, which stand on their own."""
     for path in SOURCES:
         if path.parts[0] in PACKAGES:
-            root = path in (Path("flower_ldm/__init__.py"), Path("pipelines/__init__.py"))
-            allowed = {"flower_ldm", "pipelines"} if root else {"flower_ldm"}
+            allowed = set() if path in TRAVELLING else {"flower_ldm", "pipelines"}
             assert {top(module) for module in imports_of(path) if module in MODULES} <= allowed, path
 
 
@@ -116,6 +115,19 @@ def test_every_import_is_in_the_requirements(pyproject):
                 offered_by = {canonicalize_name(name) for name in distributions.get(module, [module])}
                 allowed = required | extras if len(path.parts) == 1 else required
                 assert offered_by & allowed, f"{path} imports {module}"
+
+
+def test_every_image_is_opened_in_one_place():
+    """Which names the formats, of which Pillow has too many, and minds the size."""
+    readers = {"imread", "load_image", "read_image", "decode_image"}
+    for path, tree in SOURCES.items():
+        if path.parts[0] == "tests" or path == Path("flower_ldm/images.py"):
+            continue
+        for node in ast.walk(tree):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert not (called.endswith("Image.open") or called.rpartition(".")[2] in readers), (path, node.lineno)
+            if isinstance(node, ast.Attribute) and node.attr == "open":  # given to `partial`, say
+                assert ast.unparse(node.value).rpartition(".")[2] != "Image", (path, node.lineno)
 
 
 # Files
