@@ -1,9 +1,6 @@
-"""Files that are whole or not there: `write_whole`, for caches, metrics, pages and cards; and what paths are good for.
+"""Files that are whole or not there; paths as flags give them, and what they are good for."""
 
-Its neighbours: `latent_cache`, `features`, `evaluation`, `report` and `model_card` write through it; `training` and
-`sample` ask it whether a folder can be written to.
-"""
-
+import argparse
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -42,6 +39,27 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+def path_text(text: str) -> str:
+    """A path, or an id on the Hub, as a flag or a recipe gives it: with the home folder in place of `~`.
+
+    The type of every flag that is a path, since a shell leaves the `~` of `--flag=~/x` as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: where no path can be meant.
+    """
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: name one, or leave the flag out")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder; a file of this name is ./{text}")
+    return path
+
+
+def file_path(text: str) -> Path:
+    """The same as a `Path`."""
+    return Path(path_text(text))
 
 
 def whole_path(name: str | None) -> str | None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
 from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
+from flower_ldm.files import file_path, path_text
 from flower_ldm.memorisation import TrainingNeighbours, memorised
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.training import read_log
@@ -371,12 +372,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Draw every picture of a pipeline, or of an autoencoder.",
     )
     # what is looked at
-    parser.add_argument("--pipeline", help="folder of a pipeline, or its id on the Hub")
-    parser.add_argument("--autoencoder", help="stage 1's output folder")
+    parser.add_argument("--pipeline", type=path_text, help="folder of a pipeline, or its id on the Hub")
+    parser.add_argument("--autoencoder", type=path_text, help="stage 1's output folder")
     parser.add_argument("--labels", nargs="+", help="classes whose denoising is drawn (default: 3, spread over all)")
     # the images, for the pictures that need some; where the folder has an args.yaml, those of the run
-    parser.add_argument("--dataset", help="default: that of the folder's args.yaml; none: only what needs no images")
-    parser.add_argument("--data_dir")
+    parser.add_argument("--dataset", type=path_text,
+                        help="default: that of the folder's args.yaml; none: only what needs no images")  # fmt: skip
+    parser.add_argument("--data_dir", type=path_text)
     parser.add_argument("--train_splits", nargs="+")
     parser.add_argument("--val_splits", nargs="+")
     parser.add_argument("--classes", nargs="+")
@@ -391,7 +393,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=file_path,
         default=Path("pictures"),
         help="folder; where it isn't empty, NAME-2, NAME-3 ... is made",
     )
