@@ -92,7 +92,7 @@ def check_wish(pipe: DiffusionPipeline, names, images_each, seed, steps, guidanc
     if len(names) > MAX_FLOWERS:
         raise refusal(f"Choose at most {MAX_FLOWERS} flowers, not {len(names)}.")
     try:
-        labels = pipe.get_label_ids([name[:100] for name in names])
+        labels = pipe.get_label_ids(names)
     except ValueError as error:  # offers the nearest names
         raise refusal(f"{str(error)[0].upper()}{str(error)[1:]}.") from None
     images_each = whole("Images of each flower", images_each, 1, MAX_IMAGES_EACH)

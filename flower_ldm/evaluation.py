@@ -62,6 +62,7 @@ from flower_ldm.report import write_report
 from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
 from flower_ldm.trajectory import draw
 from flower_ldm.visualization import save_figure, save_nearest_neighbours
+from pipelines.pipeline_flower_ldm import plain_name
 
 # What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
 DATA_FLAGS = {
@@ -337,7 +338,7 @@ def load_images(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> tuple[Imag
         )
     if pipe.config.id2label is not None:
         for label, (of_pipe, of_data) in enumerate(zip(pipe.class_names, train.class_names, strict=True)):
-            if of_pipe != of_data:
+            if plain_name(of_pipe) != plain_name(of_data):
                 raise InputError(
                     f"class {label} is {of_pipe!r} in --pipeline {args.pipeline}, but {of_data!r} in {args.dataset}: "
                     f"{ways_out}"

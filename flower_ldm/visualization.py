@@ -30,6 +30,7 @@ from flower_ldm.memorisation import TrainingNeighbours, memorised
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.training import read_log
 from flower_ldm.trajectory import LatentPlane
+from pipelines.pipeline_flower_ldm import plain_name
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -572,7 +573,7 @@ def main(argv: list[str] | None = None) -> None:
             pipe.get_label_ids(args.labels or 0)
             pipe.check_inputs(1, 1, args.guidance_scale, num_inference_steps=args.num_inference_steps)
         datasets = load_images(args, args.pipeline, pipe.image_size[1])
-        if datasets and datasets["training"].class_names != pipe.class_names:
+        if datasets and datasets["training"].class_names != [*map(plain_name, pipe.class_names)]:
             raise InputError(
                 f"--dataset has other classes than --pipeline, which draws {', '.join(pipe.class_names[:5])} ...: "
                 "name the same ones by --classes"
