@@ -218,7 +218,7 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
             cache_dir,
             device=accelerator.device,
             autocast_dtype=training.autocast_dtype(accelerator),
-            num_workers=args.dataloader_num_workers,
+            num_workers=training.workers_that_fit(accelerator, args, images),
         )
     latents_mean, latents_std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if latents_mean is None:  # a stock autoencoder has one factor for all its channels

@@ -230,7 +230,13 @@ class ImageDataset(Dataset):
         """Decode every image, fill the buffer and the fingerprint, and return the records that could be read."""
         # The largest that these images can be (2:1). Pages that are not written to cost no memory.
         capacity = min(len(records) * 6 * self.resolution**2, int(max_memory_gib * 2**30))
-        self._pixels = torch.empty(capacity, dtype=torch.uint8)
+        try:
+            self._pixels = torch.empty(capacity, dtype=torch.uint8)
+        except RuntimeError:  # more than there is: decode on access instead
+            self._pixels = None
+            if show_progress:
+                print(f"{self.name}: no {capacity / 2**30:.1f} GiB for the pixels: images are decoded on every access",
+                      file=sys.stderr)  # fmt: skip
         layout, kept, filled = [], [], 0  # layout: height, width, offset in the buffer
         fingerprint = hashlib.sha256(json.dumps([self.resolution, self.class_names]).encode())
         title = f"{self.name} {'+'.join(self.splits)}, {self.resolution} px"
@@ -278,6 +284,15 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getstate__(self) -> dict:
+        """What is sent to workers that are not forked: the pixels without the rest of their buffer."""
+        if self._pixels is not None:
+            height, width, offset = self._layout[-1].tolist()
+            filled = offset + 3 * height * width
+            if filled < len(self._pixels):
+                self._pixels = self._pixels[:filled].clone()
+        return self.__dict__
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         """One sample: the batch of `__getitems__` without its first dimension."""

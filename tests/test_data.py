@@ -308,6 +308,25 @@ def test_what_does_not_fit_in_memory_is_decoded_on_access(image_folder: Path) ->
         decoded[0]
 
 
+def test_what_there_is_no_memory_for_is_decoded_on_access(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A buffer for the largest that the images can be is more than `ulimit -v`, or a small machine, may give."""
+    kept, _ = load_folder(image_folder, resolution=16)
+    empty = torch.empty
+
+    def refuse(*size, **options):
+        if options == {"dtype": torch.uint8} and len(size) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes.")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    decoded, _ = load_folder(image_folder, resolution=16, show_progress=True)
+    assert "imagefolder: no 0.0 GiB for the pixels: images are decoded on every access" in capsys.readouterr().err
+    assert decoded.fingerprint == kept.fingerprint and decoded._pixels is None
+    assert torch.equal(decoded[3]["images"], kept[3]["images"])
+
+
 # --- image folders and splits ----------------------------------------------------------------------------------------
 
 
