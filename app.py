@@ -92,7 +92,7 @@ def check_wish(pipe: DiffusionPipeline, names, images_each, seed, steps, guidanc
     if len(names) > MAX_FLOWERS:
         raise refusal(f"Choose at most {MAX_FLOWERS} flowers, not {len(names)}.")
     try:
-        labels = pipe.get_label_ids([name[:100] for name in names])
+        labels = pipe.get_label_ids(names)
     except ValueError as error:  # offers the nearest names
         raise refusal(f"{str(error)[0].upper()}{str(error)[1:]}.") from None
     images_each = whole("Images of each flower", images_each, 1, MAX_IMAGES_EACH)
@@ -458,13 +458,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Play with a pipeline in a browser.", allow_abbrev=False)
     parser.error = fail
     flag = parser.add_argument
-    flag("--pipeline", default=DEFAULT_PIPELINE, help="folder of a pipeline, or its id on the Hub")
+    flag("--pipeline", type=os.path.expanduser, default=DEFAULT_PIPELINE,
+         help="folder of a pipeline, or its id on the Hub")  # fmt: skip
     flag("--trust_remote_code", action="store_true", help="run the code that a repository brings along")
     flag("--host", default="127.0.0.1", help="0.0.0.0: everybody in the network can use it")
     flag("--port", type=int, default=7860)
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    flag("--space", type=Path, metavar="DIR", help="write a Space for --pipeline into a new folder, and do no more")
+    flag("--space", type=home_path, metavar="DIR",
+         help="write a Space for --pipeline into a new folder, and do no more")  # fmt: skip
     return parser.parse_args(argv)
+
+
+def home_path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # a shell leaves the ~ of --space=~/x as it is
 
 
 def fail(message: str) -> None:
@@ -475,7 +481,7 @@ def fail(message: str) -> None:
 
 def load_pipeline(name: str, device: str, trust_remote_code: bool) -> DiffusionPipeline:
     """A pipeline that draws classes, from a folder or the Hub; exits with one line where there is none."""
-    if Path(name).exists() and not (Path(name) / "model_index.json").is_file():
+    if os.path.exists(name) and not (Path(name) / "model_index.json").is_file():
         fail(f"--pipeline {name} is not the folder of a pipeline: it has no model_index.json")
     loader = DiffusionPipeline if FlowerLDMPipeline is None else FlowerLDMPipeline
     options = {"trust_remote_code": True} if trust_remote_code else {}

@@ -42,7 +42,7 @@ from flower_ldm.autoencoder_losses import (
 from flower_ldm.data import ImageDataset
 from flower_ldm.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
-from flower_ldm.files import replace_files, write_whole
+from flower_ldm.files import path_text, replace_files, write_whole
 from flower_ldm.latent_cache import tensors_digest
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None):
     flag("--loss_ramp_steps", type=int, default=500, help="updates over which a loss other than pixel and KL rises")
     flag("--disc_learning_rate", type=float, default=3e-4)
     flag("--perceptual_every", type=int, default=1, help="every how many-th image of a batch VGG16 sees")
-    flag("--vgg_weights", help="a local file with torchvision's VGG16")
+    flag("--vgg_weights", type=path_text, help="a local file with torchvision's VGG16")
     args = recipes.parse_arguments(parser, "autoencoder", argv)
     hub.check_flags(args)
     for name, value in vars(args).items():

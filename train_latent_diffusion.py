@@ -38,7 +38,7 @@ from flower_ldm.diffusion import (
     sample_timesteps,
 )
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
-from flower_ldm.files import replace_files, write_whole
+from flower_ldm.files import path_text, replace_files, write_whole
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
 from flower_ldm.model_card import write_model_card
 from flower_ldm.report import write_report
@@ -65,8 +65,9 @@ def parse_args(argv: list[str] | None = None):
     parser = recipes.common_parser(__doc__.splitlines()[0])
     flag = parser.add_argument
     parser.set_defaults(output_dir="results/flower-ldm", train_batch_size=128)
-    flag("--autoencoder", default="results/autoencoder", help="stage 1's output folder, or a Hub id")
-    flag("--latent_cache_dir", help="<output_dir>/latent_cache unless set; share it between runs on the same latents")
+    flag("--autoencoder", type=path_text, default="results/autoencoder", help="stage 1's output folder, or a Hub id")
+    flag("--latent_cache_dir", type=path_text,
+         help="<output_dir>/latent_cache unless set; share it between runs on the same latents")  # fmt: skip
     # the diffusion
     flag("--prediction_type", choices=PREDICTION_TYPES, default="v_prediction")
     flag("--beta_schedule", choices=BETA_SCHEDULES, default="squaredcos_cap_v2")
@@ -217,7 +218,7 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
             cache_dir,
             device=accelerator.device,
             autocast_dtype=training.autocast_dtype(accelerator),
-            num_workers=args.dataloader_num_workers,
+            num_workers=training.workers_that_fit(accelerator, args, images),
         )
     latents_mean, latents_std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if latents_mean is None:  # a stock autoencoder has one factor for all its channels

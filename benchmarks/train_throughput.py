@@ -43,6 +43,7 @@ from flower_ldm.autoencoder_losses import PerceptualLoss
 from flower_ldm.data import load_datasets
 from flower_ldm.diffusion import make_noise_scheduler
 from flower_ldm.errors import OneLineParser, exit_on_input_error
+from flower_ldm.files import file_path, path_text
 from flower_ldm.latent_cache import LatentDataset, load_or_build_latent_cache
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderOutput
 
@@ -70,17 +71,20 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("--stage", choices=["1", "2", "memory", "all"], default="all")
-    flag("--config", default=str(DEFAULT_RECIPE), help="recipe of models and losses")
+    flag("--config", type=path_text, default=str(DEFAULT_RECIPE), help="recipe of models and losses")
     flag("--resolution", type=int, help="pixels a side, in place of the recipe's")
     flag("--steps", type=int, default=6, help="rounds; each measures every variant once (20 steps of it on a GPU)")
     flag("--autoencoder_batch_size", type=int, default=64)
     flag("--denoiser_batch_size", type=int, default=128)
-    flag("--autoencoder_config", help="JSON file with arguments of FlowerAutoencoderKL, in place of the recipe's")
-    flag("--unet_config", help="JSON file with arguments of FlowerUNet2DModel, in place of the recipe's")
+    flag("--autoencoder_config", type=path_text,
+         help="JSON file with arguments of FlowerAutoencoderKL, in place of the recipe's")  # fmt: skip
+    flag("--unet_config", type=path_text,
+         help="JSON file with arguments of FlowerUNet2DModel, in place of the recipe's")  # fmt: skip
     flag("--mixed_precision", choices=["no", "fp16", "bf16", "auto"], default="auto")
-    flag("--vgg_weights", help="a local file with torchvision's VGG16; unset: random weights, which cost the same")
+    flag("--vgg_weights", type=path_text,
+         help="a local file with torchvision's VGG16; unset: random weights, which cost the same")  # fmt: skip
     flag("--compile", action="store_true", help="torch.compile every model, except where memory is measured")
-    flag("--json", type=Path, help="write all figures there too")
+    flag("--json", type=file_path, help="write all figures there too")
     return parser.parse_args(argv)
 
 

@@ -5,13 +5,14 @@ by random numbers that depend on nothing but (seed, epoch, image index). First b
 the offline flowers, `train_autoencoder.py` trains on the images, `latent_cache` encodes them once for stage 2.
 """
 
-import difflib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,10 +29,15 @@ from tqdm.auto import tqdm
 from flower_ldm.errors import InputError, one_line
 from flower_ldm.images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, small_pixels
 from flower_ldm.synthetic import CLASS_NAMES, synthetic_flower
+from pipelines.pipeline_flower_ldm import find_classes, plain_name
 
 VAL_SPLIT_NAMES = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
 HELD_OUT = "held-out 10 %"  # the name of the split we make where there is none
 DEFAULT_DATA_DIR = "data"  # of Oxford 102 Flowers
+NO_SPLIT = "none"  # --val_splits none: hold out 10 %, whatever splits there are
+# What systems leave in folders of photos: Linux, macOS's archives, Synology, QNAP, Windows.
+SYSTEM_NAMES = {"lost+found", "__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN",
+                "System Volume Information", "Thumbs.db", "desktop.ini"}  # fmt: skip
 SYNTHETIC_VAL_START = 1_000_000  # held-out synthetic flowers are the same ones, however many are trained on
 
 # The names of the data set's authors, by label. torchvision carries them too, since 2024.
@@ -173,7 +179,13 @@ class ImageDataset(Dataset):
         """Decode every image, fill the buffer and the fingerprint, and return the records that could be read."""
         # The largest that these images can be (2:1). Pages that are not written to cost no memory.
         capacity = min(len(records) * 6 * self.resolution**2, int(max_memory_gib * 2**30))
-        self._pixels = torch.empty(capacity, dtype=torch.uint8)
+        try:
+            self._pixels = torch.empty(capacity, dtype=torch.uint8)
+        except RuntimeError:  # more than there is: decode on access instead
+            self._pixels = None
+            if show_progress:
+                print(f"{self.name}: no {capacity / 2**30:.1f} GiB for the pixels: images are decoded on every access",
+                      file=sys.stderr)  # fmt: skip
         layout, kept, filled = [], [], 0  # layout: height, width, offset in the buffer
         fingerprint = hashlib.sha256(json.dumps([self.resolution, self.class_names]).encode())
         title = f"{self.name} {'+'.join(self.splits)}, {self.resolution} px"
@@ -221,6 +233,15 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getstate__(self) -> dict:
+        """What is sent to workers that are not forked: the pixels without the rest of their buffer."""
+        if self._pixels is not None:
+            height, width, offset = self._layout[-1].tolist()
+            filled = offset + 3 * height * width
+            if filled < len(self._pixels):
+                self._pixels = self._pixels[:filled].clone()
+        return self.__dict__
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         """One sample: the batch of `__getitems__` without its first dimension."""
@@ -306,7 +327,16 @@ def _resolve_splits(
     default_train: tuple[str, ...] = ("train",),
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     train = tuple(train_splits or default_train)
-    val = tuple(val_splits or [split for split in VAL_SPLIT_NAMES if split in available and split not in train][:1])
+    if val_splits is None:
+        val = tuple([split for split in VAL_SPLIT_NAMES if split in available and split not in train][:1])
+        alike = [split for split in available if split not in train and _is_like(split, VAL_SPLIT_NAMES)]
+        if not val and alike:
+            raise InputError(
+                f"{alike[0]!r} may be the held-out split: add --val_splits {alike[0]}, or --val_splits {NO_SPLIT}, "
+                "which holds out 10 % of the training images"
+            )
+    else:
+        val = () if list(val_splits) == [NO_SPLIT] and NO_SPLIT not in available else tuple(val_splits)
     for flag, splits in (("--train_splits", train), ("--val_splits", val)):
         for split in splits:
             if split not in available:
@@ -316,6 +346,31 @@ def _resolve_splits(
     if shared := set(train) & set(val):
         raise InputError(f"--train_splits and --val_splits share {min(shared)!r}: held-out images are not trained on")
     return train, val
+
+
+def _is_like(name: str, names: Sequence[str]) -> bool:
+    """Whether a folder may be meant to be one of these, as `Test` and `testing` are like `test`."""
+    return name.casefold().startswith(tuple(names))
+
+
+def _plain_names(names: Sequence[str], where: str) -> list[str]:
+    """The names of classes as they are kept and compared.
+
+    Raises:
+        InputError: for an empty one, and for two that nobody could tell apart.
+    """
+    spelled: dict[str, str] = {}
+    for name in names:
+        plain = plain_name(name)
+        if not plain:
+            raise InputError(f"{where}: a class is called {name!r}: give it a name")
+        if plain in spelled:
+            raise InputError(
+                f"{where}: the classes {spelled[plain]!a} and {name!a} differ only in blanks, or in how Unicode "
+                "spells them: rename one, or put their images together"
+            )
+        spelled[plain] = name
+    return list(spelled)
 
 
 def _list_flowers102(
@@ -338,6 +393,12 @@ def _list_flowers102(
     except RuntimeError:  # torchvision found no images, or not the two .mat files it knows
         if not download:
             raise InputError(f"--data_dir {data_dir}: no complete flowers-102/ in it; {ways_out}") from None
+        folders, files = _scan(data_dir) if data_dir.is_dir() else ([], [])
+        if others := [name for name in (*folders, *files) if name != "flowers-102"]:
+            raise InputError(
+                f"--data_dir {data_dir} has no complete flowers-102/, and nothing is downloaded beside what is there, "
+                f"such as {others[0]!a}: pass --dataset imagefolder to train on its folders, or another --data_dir"
+            ) from None
         try:
             Flowers102(str(data_dir), download=True)
         except (OSError, RuntimeError) as error:
@@ -383,8 +444,25 @@ def _list_synthetic(
     return Listing("synthetic", CLASS_NAMES, train, val, records)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _scan(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of a folder's folders and of its files, sorted, without hidden ones and those of systems.
+
+    Raises:
+        InputError: where it can't be read.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.name not in SYSTEM_NAMES:
+                    (folders if entry.is_dir() else files).append(entry.name)
+    except OSError as error:
+        raise InputError(f"{folder} can't be read: {error.strerror}") from error
+    return sorted(folders), sorted(files)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _list_imagefolder(
@@ -392,31 +470,73 @@ def _list_imagefolder(
     train_splits: Sequence[str] | None,
     val_splits: Sequence[str] | None,
     open_file: Callable[[Path], Image.Image],
+    show_progress: bool,
 ) -> Listing:
     """`DIR/<split>/<class>/*` where DIR/train (or a split asked for) holds folders, else `DIR/<class>/*`."""
-    if not data_dir.is_dir():
+    if not os.path.isdir(data_dir):
         raise InputError(f"--data_dir {data_dir}: there is no such folder")
-    folders = _subfolders(data_dir)
-    if not folders:
+    top, loose = _scan(data_dir)
+    if not top:
         raise InputError(f"--data_dir {data_dir}: no class folder in it; expected {data_dir}/<class>/*.jpg")
-    split_folders = {folder.name: folder for folder in folders if _subfolders(folder)}
-    if not split_folders.keys() & set(train_splits or ("train",)):
-        split_folders = {"train": data_dir}
-    train, val = _resolve_splits(tuple(split_folders), train_splits, val_splits)
+    scan = partial(tqdm, desc=f"listing {data_dir}", unit=" folders", delay=2, disable=not show_progress)
+    tree = {name: _scan(data_dir / name) for name in scan(top)}
+    available = [name for name, (folders, _) in tree.items() if folders]
+    if set(available) & set(train_splits or ("train",)):
+        train, val = _resolve_splits(available, train_splits, val_splits)
+        folders_of = {split: [f"{split}/{name}" for name in tree[split][0]] for split in train + val}
+        tree = {name: _scan(data_dir / name) for name in scan([*itertools.chain(*folders_of.values())])}
+    elif available and not any(map(_is_image, itertools.chain(*(files for _, files in tree.values())))):
+        raise InputError(f"--data_dir {data_dir}: {_advice_on_folders(data_dir, available)}")
+    else:
+        train, val = _resolve_splits(("train",), train_splits, val_splits)
+        folders_of = {"train": top}
 
-    class_names = sorted({folder.name for split in train for folder in _subfolders(split_folders[split])})
-    records = {}
-    for split in train + val:
-        records[split] = []
-        for folder in _subfolders(split_folders[split]):
-            if folder.name not in class_names:
-                raise InputError(f"{folder}: no class of this name in --train_splits {' '.join(train)}")
-            label = class_names.index(folder.name)
-            for path in sorted(folder.iterdir()):
-                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-                    name = path.relative_to(data_dir).as_posix()
-                    records[split].append(Record(name, label, partial(open_file, path)))
+    names_of = {}
+    for split, folders in folders_of.items():
+        names = _plain_names([folder.rpartition("/")[2] for folder in folders], str(data_dir))
+        names_of[split] = dict(zip(folders, names, strict=True))
+    class_names = sorted({name for split in train for name in names_of[split].values()})
+    label_of = {name: label for label, name in enumerate(class_names)}
+    records: dict[str, list[Record]] = {split: [] for split in train + val}
+    left_out = [name for name in loose if _is_image(name)]
+    for split, names in names_of.items():
+        for folder, name in names.items():
+            if name not in label_of:
+                raise InputError(f"{data_dir / folder}: no class of this name in --train_splits {' '.join(train)}")
+            folders, files = tree[folder]
+            for file in files:
+                path = f"{folder}/{file}"
+                if _is_image(file):
+                    records[split].append(Record(path, label_of[name], partial(open_file, data_dir / path)))
+                else:
+                    left_out.append(path)
+            left_out += [f"{folder}/{inner}/" for inner in folders]
+    if left_out and show_progress:
+        print(f"{data_dir}: {_account_of(left_out)}", file=sys.stderr)
     return Listing(str(data_dir), class_names, train, val, records)
+
+
+def _advice_on_folders(data_dir: Path, folders: Sequence[str]) -> str:
+    """What may be meant by a folder whose folders hold folders, and no images."""
+    if "flowers-102" in folders:
+        return "it holds flowers-102/: pass --dataset flowers102"
+    train = [name for name in folders if _is_like(name, ("train",))]
+    val = [name for name in folders if name not in train and _is_like(name, VAL_SPLIT_NAMES)]
+    if train:
+        flags = f"--train_splits {train[0]}" + (f" --val_splits {val[0]}" if val else "")
+        return f"{' and '.join(train[:1] + val[:1])} hold folders and no images: add {flags}"
+    few = ", ".join(folders[:3])
+    return (
+        f"no images in {few}, but folders: name the one whose folders hold images, such as --data_dir "
+        f"{data_dir / folders[0]}, or the splits by --train_splits"
+    )
+
+
+def _account_of(left_out: Sequence[str]) -> str:
+    """One line on what is no image by its name, or isn't in a class folder."""
+    kinds = Counter("folders" if name.endswith("/") else Path(name).suffix.lower() or "no suffix" for name in left_out)
+    counts = ", ".join(f"{ascii(kind)[1:-1]} {count:,}" for kind, count in kinds.most_common(5))
+    return f"left out {len(left_out):,} that are no images of a class ({counts}), such as {left_out[0]!a}"
 
 
 def _open_hub_image(
@@ -513,7 +633,7 @@ def _list_hub(
         values, class_names = range(feature.num_classes), feature.names
     elif isinstance(feature, datasets.Value) and not feature.dtype.startswith("float"):
         values = sorted({label for split in train for label in labels[split] if label is not None})
-        class_names = [str(value).strip() for value in values]
+        class_names = [str(value) for value in values]
     else:
         raise InputError(f"--label_column {label_column!r} of {dataset} must hold class labels, text or integers")
     label_of = {value: label for label, value in enumerate(values)}
@@ -526,13 +646,14 @@ def _list_hub(
         if unknown:
             raise InputError(
                 f"--label_column {label_column!r}: {len(unknown)} rows of split {split!r} have a label that is not in"
-                f" the training splits, such as {unknown[0]!r}; choose other --train_splits or --val_splits"
+                f" the training splits, such as {unknown[0]!r}; choose other --train_splits or --val_splits, or add"
+                f" --val_splits {NO_SPLIT}, which holds out 10 % of the training images"
             )
         records[split] = [
             Record(f"{split}/{row}", label_of[value], partial(_open_hub_image, rows, image_column, row, *opening))
             for row, value in enumerate(labels[split])
         ]
-    return Listing(dataset, [name.strip() for name in class_names], train, val, records)
+    return Listing(dataset, _plain_names(class_names, f"{label_column!r} of {dataset}"), train, val, records)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,8 +663,8 @@ def _list_hub(
 def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | None) -> list[int]:
     """Return the labels that `--classes` picks, in the order given; all of them for None.
 
-    `classes` holds names, in any case, or 0-based indices. Text is looked up as a name first, as the pipeline does,
-    then read as an index: where folders are called "1", "2", ..., "2" is the folder.
+    `classes` holds names or 0-based indices, by the rule of the pipeline (`find_classes`): text is a name first, then
+    an index, so where folders are called "1", "2", ..., "2" is the folder.
 
     Raises:
         InputError: for an unknown name (the nearest names are offered), an index out of range, or a class given twice.
@@ -552,26 +673,12 @@ def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | No
         return list(range(len(class_names)))
     if not classes:
         raise InputError("--classes names no class")
-    by_name = {name.casefold(): label for label, name in enumerate(class_names)}
-    chosen = []
-    for item in classes:
-        text = str(item).strip()
-        if isinstance(item, str) and text in class_names:
-            label = list(class_names).index(text)
-        elif text.lstrip("-").isdecimal():
-            label = int(text)
-            if not 0 <= label < len(class_names):
-                raise InputError(f"--classes {text}: an index is 0 to {len(class_names) - 1}")
-        elif text.casefold() in by_name:
-            label = by_name[text.casefold()]
-        else:
-            near = difflib.get_close_matches(text.casefold(), by_name, n=3, cutoff=0.5)
-            names = ", ".join(repr(class_names[by_name[name]]) for name in near)
-            hint = f"did you mean {names}?" if near else f"names are such as {class_names[0]!r}"
-            raise InputError(f"--classes: there is no class {text!r}; {hint}")
-        if label in chosen:
-            raise InputError(f"--classes: {class_names[label]!r} is given twice")
-        chosen.append(label)
+    try:
+        chosen = find_classes(classes, class_names)
+    except ValueError as error:
+        raise InputError(f"--classes: {error}") from None
+    if twice := [label for label, count in Counter(chosen).items() if count > 1]:
+        raise InputError(f"--classes: {class_names[twice[0]]!r} is given twice")
     return chosen
 
 
@@ -634,7 +741,7 @@ def load_datasets(
         resolution: short side of the images in pixels, at least 8.
         train_splits: default "train", for flowers102 "train" and "test" (7,169 images).
         val_splits: default the first of "val", "validation", "valid", "dev", "test" that exists and is not trained on;
-            where there is none, 10 % of each class are held out.
+            where there is none, and for "none", 10 % of each class are held out.
         classes: a subset by index or name, relabelled 0..k-1 in the order given.
         images_per_class: synthetic only, for training; a tenth of it, at least 8, is held out.
         seed: of crops, flips and noise. It changes neither the synthetic images nor the splits.
@@ -650,16 +757,17 @@ def load_datasets(
         raise InputError(f"--resolution must be at least 8, not {resolution}")
     if seed < 0:
         raise InputError(f"--seed must not be negative, but is {seed}")
+    shown = os.environ.get("LOCAL_RANK", "0") == "0" if show_progress is None else show_progress
     open_file = partial(open_image, max_pixels=max_image_pixels)
     if dataset == "flowers102":
-        folder = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
+        folder = Path(os.path.expanduser(data_dir or DEFAULT_DATA_DIR))
         listing = _list_flowers102(folder, train_splits, val_splits, download, open_file)
     elif dataset == "synthetic":
         listing = _list_synthetic(train_splits, val_splits, images_per_class, resolution)
     elif dataset == "imagefolder":
         if data_dir is None:
             raise InputError("--dataset imagefolder needs --data_dir, the folder that holds the class folders")
-        listing = _list_imagefolder(Path(data_dir).expanduser(), train_splits, val_splits, open_file)
+        listing = _list_imagefolder(Path(os.path.expanduser(data_dir)), train_splits, val_splits, open_file, shown)
     else:
         listing = _list_hub(dataset, train_splits, val_splits, image_column, label_column, open_file)
 
@@ -680,14 +788,14 @@ def load_datasets(
         train_records, val_records = _hold_out(train_records)
         val_names = (HELD_OUT,)
     if missing := set(range(len(class_names))) - {record.label for record in train_records}:
-        ways_out = "add some, or leave it out with --classes"
+        others = f" (and {len(missing) - 1:,} other classes have none)" if len(missing) > 1 else ""
         raise InputError(
-            f"class {class_names[min(missing)]!r} has no training image in {listing.location}: {ways_out}"
+            f"class {class_names[min(missing)]!r} has no training image in {listing.location}{others}: add some, or "
+            "leave it out with --classes"
         )
     if not val_records:
         raise InputError(f"{listing.location} has no image to hold out: add some, or choose other --val_splits")
 
-    shown = os.environ.get("LOCAL_RANK", "0") == "0" if show_progress is None else show_progress
     build = partial(
         ImageDataset,
         class_names=class_names,

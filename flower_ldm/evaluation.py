@@ -54,7 +54,7 @@ from flower_ldm.features import (
     read_tensors,
     write_tensors,
 )
-from flower_ldm.files import refusals_of_disk, whole_path, write_whole
+from flower_ldm.files import file_path, path_text, refusals_of_disk, whole_path, write_whole
 from flower_ldm.images import MAX_IMAGE_PIXELS
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
@@ -63,6 +63,7 @@ from flower_ldm.report import write_report
 from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
 from flower_ldm.trajectory import draw
 from flower_ldm.visualization import save_figure, save_nearest_neighbours
+from pipelines.pipeline_flower_ldm import plain_name
 
 # What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
 DATA_FLAGS = {
@@ -79,12 +80,12 @@ SET_NAMES = {"real": "real training images", "reconstructions": "reconstructions
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="python -m flower_ldm.evaluation", description="Measure a pipeline.")
     flag = parser.add_argument
-    flag("--pipeline", required=True, help="folder of a pipeline, or its id on the Hub")
-    flag("--output", type=Path, help="JSON file that gets the key evaluation; unset: metrics.json in --pipeline")
-    flag("--cache_dir", type=Path, help="features and drawn images; unset: evaluation_cache beside --output")
+    flag("--pipeline", type=path_text, required=True, help="folder of a pipeline, or its id on the Hub")
+    flag("--output", type=file_path, help="JSON file that gets the key evaluation; unset: metrics.json in --pipeline")
+    flag("--cache_dir", type=file_path, help="features and drawn images; unset: evaluation_cache beside --output")
     # data; unset, each is what the run's args.yaml says
-    flag("--dataset", help="flowers102, synthetic, imagefolder, or a Hub data set id")
-    flag("--data_dir", help="the folder that holds flowers-102/, or the class folders")
+    flag("--dataset", type=path_text, help="flowers102, synthetic, imagefolder, or a Hub data set id")
+    flag("--data_dir", type=path_text, help="the folder that holds flowers-102/, or the class folders")
     flag("--image_column", help="of a Hub data set")
     flag("--label_column", help="of a Hub data set")
     flag("--skip_bad_images", action=argparse.BooleanOptionalAction, help="go on without unreadable images")
@@ -95,8 +96,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--images_per_class", type=int, help="training images of each synthetic class")
     flag("--resolution", type=int, help="pixels a side; must be the pipeline's")
     # what is measured
-    flag("--features", default=DEFAULT_FEATURES, help=f"{', '.join(NETWORKS)}, or the path of a TorchScript file")
-    flag("--vgg_weights", help="torchvision's VGG16 as a local file, for the reconstructions' perceptual distance")
+    flag("--features", type=path_text, default=DEFAULT_FEATURES,
+         help=f"{', '.join(NETWORKS)}, or the path of a TorchScript file")  # fmt: skip
+    flag("--vgg_weights", type=path_text,
+         help="torchvision's VGG16 as a local file, for the reconstructions' perceptual distance")  # fmt: skip
     # how samples are drawn
     flag("--num_samples", type=int, default=1020, help="spread evenly over the classes")
     flag("--seed", type=int, default=0, help="image i has the seed SEED + i")
@@ -337,7 +340,7 @@ def load_images(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> tuple[Imag
         )
     if pipe.config.id2label is not None:
         for label, (of_pipe, of_data) in enumerate(zip(pipe.class_names, train.class_names, strict=True)):
-            if of_pipe != of_data:
+            if plain_name(of_pipe) != plain_name(of_data):
                 raise InputError(
                     f"class {label} is {of_pipe!r} in --pipeline {args.pipeline}, but {of_data!r} in {args.dataset}: "
                     f"{ways_out}"

@@ -1,5 +1,6 @@
-"""Files that are whole or not there, what a disk refuses said in one line, and what paths are good for."""
+"""Files that are whole or not there, what a disk refuses said in one line, and paths as flags give them."""
 
+import argparse
 import errno
 import os
 import re
@@ -162,6 +163,27 @@ def replace_files(folder: Path, unfinished: Path, write: Callable[[Path], object
             sync(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def path_text(text: str) -> str:
+    """A path, or an id on the Hub, as a flag or a recipe gives it: with the home folder in place of `~`.
+
+    The type of every flag that is a path, since a shell leaves the `~` of `--flag=~/x` as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: where no path can be meant.
+    """
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: name one, or leave the flag out")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder; a file of this name is ./{text}")
+    return path
+
+
+def file_path(text: str) -> Path:
+    """The same as a `Path`."""
+    return Path(path_text(text))
 
 
 def whole_path(name: str | None) -> str | None:

@@ -23,6 +23,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
+from .files import file_path
 from .model_card import public_dataset, write_model_card
 from .training import stop_signals
 
@@ -203,7 +204,7 @@ def without_paths(value: Any) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m flower_ldm.hub", description="Push a finished run to the Hugging Face Hub.")
-    parser.add_argument("run_dir", type=Path, help="folder that a training script wrote")
+    parser.add_argument("run_dir", type=file_path, help="folder that a training script wrote")
     parser.add_argument("--hub_model_id", help="user/name, or a name in your own namespace; unset: the folder's name")
     parser.add_argument(
         "--hub_private_repo", action=argparse.BooleanOptionalAction, default=False, help="where it is made now"

@@ -23,7 +23,7 @@ from PIL import Image, ImageSequence
 from safetensors import SafetensorError, safe_open
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
-from .files import write_whole
+from .files import file_path, write_whole
 from .images import open_image
 from .recipes import common_parser
 from .report_curves import is_finite, number, sweep_charts, timestep_chart, training_curves
@@ -754,7 +754,9 @@ def write_report(run_dir: Path) -> Path:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="python -m flower_ldm.report", description="Write one HTML page that shows a run.")
-    parser.add_argument("run_dir", type=Path, metavar="DIR", help="folder of a run of either stage, finished or not")
+    parser.add_argument(
+        "run_dir", type=file_path, metavar="DIR", help="folder of a run of either stage, finished or not"
+    )
     return parser.parse_args(argv)
 
 

@@ -5,6 +5,7 @@ one PNG per image and `grid.png`.
 """
 
 import argparse
+import os
 import textwrap
 from collections import Counter
 from functools import partial
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import file_safe_name
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
-from flower_ldm.files import check_writable, write_whole
+from flower_ldm.files import check_writable, file_path, path_text, write_whole
 from flower_ldm.images import MAX_IMAGE_PIXELS, open_image
 from pipelines.pipeline_flower_ldm import upright_srgb
 
@@ -40,7 +41,7 @@ SCHEDULERS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="python -m flower_ldm.sample", description="Draw images from a pipeline.")
     # what is drawn, by which model
-    parser.add_argument("--pipeline", required=True, help="folder of a pipeline, or its id on the Hub")
+    parser.add_argument("--pipeline", type=path_text, required=True, help="folder of a pipeline, or its id on the Hub")
     parser.add_argument(
         "--labels", nargs="+", help=f"class names or 0-based indices (default: the first {DEFAULT_NUM_LABELS} classes)"
     )
@@ -55,16 +56,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--guidance_rescale", type=float, default=0.0, help="0 (off) to 1, against glaring colours")
     parser.add_argument(
-        "--guide", help="pipeline of a worse model of the same kind to be guided away from, DIR or Hub id"
+        "--guide",
+        type=path_text,
+        help="pipeline of a worse model of the same kind to be guided away from, DIR or Hub id",
     )
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the pipeline's own")
     # what is drawn over
-    parser.add_argument("--image", type=Path, help="picture to draw over; its middle is taken")
+    parser.add_argument("--image", type=file_path, help="picture to draw over; its middle is taken")
     parser.add_argument(
         "--strength", type=float, default=0.8, help="above 0, where the image stays, to 1, where it goes"
     )
     parser.add_argument(
-        "--mask", type=Path, help="picture of the image's size: white is drawn anew, black or transparent stays"
+        "--mask", type=file_path, help="picture of the image's size: white is drawn anew, black or transparent stays"
     )
     parser.add_argument("--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger pictures are refused")
     # where it is computed
@@ -73,7 +76,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="images drawn at once")
     # where it goes
     parser.add_argument(
-        "--output", type=Path, default=Path("samples"), help="folder; where it isn't empty, NAME-2, NAME-3 ... is made"
+        "--output",
+        type=file_path,
+        default=Path("samples"),
+        help="folder; where it isn't empty, NAME-2, NAME-3 ... is made",
     )
     return parser.parse_args(argv)
 
@@ -102,7 +108,7 @@ def load_pipeline(
 
 
 def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
-    if Path(name).exists() and not (Path(name) / FlowerLDMPipeline.config_name).is_file():
+    if os.path.exists(name) and not (Path(name) / FlowerLDMPipeline.config_name).is_file():
         raise InputError(f"{flag} {name} is not the folder of a pipeline: it has no model_index.json")
     try:
         return FlowerLDMPipeline.from_pretrained(name)
@@ -138,7 +144,7 @@ def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> N
 
 def fresh_folder(folder: Path) -> Path:
     """Make `folder`, or `folder-2`, `folder-3` ... where there is something already: what is there stays as it was."""
-    folder = folder.expanduser().resolve()  # "." gets a name to number
+    folder = folder.resolve()  # "." gets a name to number
     candidate, number = folder, 1
     while candidate.exists() and not (candidate.is_dir() and not any(candidate.iterdir())):
         number += 1

@@ -5,7 +5,9 @@ import errno
 import inspect
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -38,6 +40,8 @@ from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
 from .errors import InputError, one_line
 from .files import refusals_of_disk
 from .images import open_image
+
+SHARED_MEMORY = "/dev/shm"
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -173,12 +177,44 @@ def training_batches(
         batch_size=args.train_batch_size,
         sampler=sampler,
         collate_fn=keep_batch,
-        num_workers=args.dataloader_num_workers,
+        num_workers=workers_that_fit(accelerator, args, dataset),
         worker_init_fn=leave_signals_to_parent,
         pin_memory=accelerator.device.type == "cuda",
         drop_last=True,
     )
     return accelerator.prepare_data_loader(dataloader)
+
+
+def workers_that_fit(accelerator: Accelerator, args: argparse.Namespace, dataset: Dataset) -> int:
+    """`--dataloader_num_workers`, or 0 where shared memory can't hold what passes through it, as in many containers.
+
+    Workers send their batches through it. The data set goes the same way to workers that are not forked, but started
+    anew (macOS, Windows, Python 3.14).
+    """
+    num_workers = args.dataloader_num_workers
+    if num_workers == 0 or not os.path.isdir(SHARED_MEMORY):  # without that folder it has no limit of its own
+        return num_workers
+    in_flight = 2 * num_workers + 2  # batches: two for each worker, as torch has it, the one in use and the next
+    image_bytes = sum(value.nbytes for value in dataset.__getitems__([(0, 0)]).values())
+    needed = image_bytes * args.train_batch_size * in_flight
+    if multiprocessing.get_start_method() != "fork":
+        needed += sum(map(tensor_bytes, dataset.__reduce_ex__(2)[2].values()))
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed <= free:
+        return num_workers
+    accelerator.print(
+        f"--dataloader_num_workers {num_workers} needs {needed / 2**20:,.0f} MiB of shared memory, {SHARED_MEMORY} "
+        f"has {free / 2**20:,.0f} free: going on without workers (docker run --shm-size raises it)"
+    )
+    return 0
+
+
+def tensor_bytes(value: object) -> int:
+    """Memory of the tensors that an object has or is."""
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().nbytes()
+    return sum(map(tensor_bytes, getattr(value, "__dict__", {}).values()))
 
 
 def leave_signals_to_parent(worker_id: int) -> None:
@@ -195,7 +231,8 @@ def leave_signals_to_parent(worker_id: int) -> None:
 
 def end_with_parent() -> None:
     """End this process when its parent sends SIGTERM; a handler wouldn't know who sent it."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process().pid  # not os.getppid(), which may be a server that forks the workers
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 

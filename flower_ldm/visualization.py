@@ -25,11 +25,12 @@ from tqdm import tqdm
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
 from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
-from flower_ldm.files import write_whole
+from flower_ldm.files import file_path, path_text, write_whole
 from flower_ldm.memorisation import TrainingNeighbours, memorised
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.training import read_log
 from flower_ldm.trajectory import LatentPlane
+from pipelines.pipeline_flower_ldm import plain_name
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -373,12 +374,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Draw every picture of a pipeline, or of an autoencoder.",
     )
     # what is looked at
-    parser.add_argument("--pipeline", help="folder of a pipeline, or its id on the Hub")
-    parser.add_argument("--autoencoder", help="stage 1's output folder")
+    parser.add_argument("--pipeline", type=path_text, help="folder of a pipeline, or its id on the Hub")
+    parser.add_argument("--autoencoder", type=path_text, help="stage 1's output folder")
     parser.add_argument("--labels", nargs="+", help="classes whose denoising is drawn (default: 3, spread over all)")
     # the images, for the pictures that need some; where the folder has an args.yaml, those of the run
-    parser.add_argument("--dataset", help="default: that of the folder's args.yaml; none: only what needs no images")
-    parser.add_argument("--data_dir")
+    parser.add_argument("--dataset", type=path_text,
+                        help="default: that of the folder's args.yaml; none: only what needs no images")  # fmt: skip
+    parser.add_argument("--data_dir", type=path_text)
     parser.add_argument("--train_splits", nargs="+")
     parser.add_argument("--val_splits", nargs="+")
     parser.add_argument("--classes", nargs="+")
@@ -394,7 +396,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=file_path,
         default=Path("pictures"),
         help="folder; where it isn't empty, NAME-2, NAME-3 ... is made",
     )
@@ -573,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
             pipe.get_label_ids(args.labels or 0)
             pipe.check_inputs(1, 1, args.guidance_scale, num_inference_steps=args.num_inference_steps)
         datasets = load_images(args, args.pipeline, pipe.image_size[1])
-        if datasets and datasets["training"].class_names != pipe.class_names:
+        if datasets and datasets["training"].class_names != [*map(plain_name, pipe.class_names)]:
             raise InputError(
                 f"--dataset has other classes than --pipeline, which draws {', '.join(pipe.class_names[:5])} ...: "
                 "name the same ones by --classes"

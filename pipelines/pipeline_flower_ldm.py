@@ -17,7 +17,9 @@ import json
 import math
 import operator
 import os
+import re
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -91,13 +93,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         _check_guide(unet, guide)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
         if id2label is not None:
-            names = {int(label): str(name) for label, name in id2label.items()}
-            if sorted(names) != list(range(self.num_classes)) or len(set(names.values())) != len(names):
-                raise ValueError(
-                    f"id2label must name each of the labels 0 to {self.num_classes - 1} once, each with a name of its "
-                    f"own, got {len(names)} labels and {len(set(names.values()))} names"
-                )
-            id2label = {str(label): names[label] for label in sorted(names)}
+            id2label = _check_names(id2label, self.num_classes)
         self.register_to_config(id2label=id2label)
         self._interrupt = False
         self._num_timesteps = 0
@@ -491,12 +487,18 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
     def _weights(self, labels: Sequence[str | int | dict]) -> torch.Tensor:
         """Dicts of labels and their weights, and labels, -> weights `(L, K)`."""
+        shares = [
+            (row, name, weight)
+            for row, label in enumerate(labels)
+            for name, weight in (label.items() if isinstance(label, dict) else [(label, 1.0)])
+        ]
+        for _, name, weight in shares:
+            if not _is_finite(weight):
+                raise ValueError(f"the weight of {name!r} must be a finite number, got {weight!r}")
+        indices = find_classes([name for _, name, _ in shares], self.class_names)
         weights = torch.zeros(len(labels), self.num_classes)
-        for row, label in zip(weights, labels, strict=True):
-            for name, weight in label.items() if isinstance(label, dict) else [(label, 1.0)]:
-                if not _is_finite(weight):
-                    raise ValueError(f"the weight of {name!r} must be a finite number, got {weight!r}")
-                row[self._label_id(name)] += weight
+        for (row, _, weight), index in zip(shares, indices, strict=True):
+            weights[row, index] += weight
         return weights
 
     def _null_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
@@ -508,7 +510,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return weights
 
     def get_label_ids(self, labels: str | int | Sequence[str | int] | torch.Tensor) -> list[int]:
-        """Names and indices -> indices. A string is looked up as a name first, then read as an index.
+        """Names and indices -> indices, by `find_classes`.
 
         Raises:
             ValueError: for an unknown name (it offers the nearest), a label out of range, or no label at all.
@@ -519,30 +521,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
             labels = [labels]
         if len(labels) == 0:
             raise ValueError("labels is empty: give at least one class name or index")
-        return [self._label_id(label) for label in labels]
-
-    def _label_id(self, label: str | int) -> int:
-        names = self.class_names
-        if isinstance(label, str):
-            if label in names:
-                return names.index(label)
-            try:
-                index = int(label)
-            except ValueError:
-                by_lower_case = {name.lower(): name for name in reversed(names)}
-                nearest = difflib.get_close_matches(label.lower(), by_lower_case, n=3, cutoff=0.0)
-                offer = ", ".join(repr(by_lower_case[name]) for name in nearest)
-                raise ValueError(f"unknown label {label!r}: the nearest names are {offer}") from None
-        else:
-            try:
-                index = operator.index(label)
-            except TypeError:
-                index = None
-            if index is None or isinstance(label, bool):
-                raise ValueError(f"label {label!r} is neither a class name nor an index")
-        if not 0 <= index < self.num_classes:
-            raise ValueError(f"label {label!r} is out of range: the labels are 0 to {self.num_classes - 1}")
-        return index
+        return find_classes(labels, self.class_names)
 
     def check_inputs(
         self,
@@ -842,6 +821,86 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
     probe = Image.frombytes(mode, (len(probe) // len(mode), 1), probe)
     changes = ImageChops.difference(ImageCms.applyTransform(probe, transform), probe.convert("RGB")).getextrema()
     return transform if max(high for _, high in changes) > 1 else None
+
+
+def plain_name(name: str) -> str:
+    """A class name as data sets keep it: letters composed (Unicode's NFC), no blanks but single ones between words.
+
+    What is no UTF-8, as in a file's name from an old archive, is spelled out.
+    """
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def find_classes(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
+    """The index of each class that is asked for: the one rule by which names of classes are compared.
+
+    Text is a name in its exact spelling; else the one name that differs from it in blanks, in how Unicode spells it or
+    in case only; else an index in the digits 0 to 9.
+
+    Raises:
+        ValueError: for what is none of these (it offers the nearest names), or could be several.
+    """
+    exact: dict[str, int] = {}
+    alike: dict[str, list[int]] = {}
+    for index, name in enumerate(names if any(isinstance(label, str) for label in labels) else ()):
+        exact.setdefault(name, index)
+        alike.setdefault(plain_name(name).casefold(), []).append(index)
+    found = []
+    for label in labels:
+        index = exact.get(label) if isinstance(label, str) else _as_index(label)
+        found.append(_find_alike(label, names, alike) if index is None else index)
+        if not 0 <= found[-1] < len(names):
+            raise ValueError(f"label {label!r} is out of range: the labels are 0 to {len(names) - 1}")
+    return found
+
+
+def _find_alike(label: str, names: Sequence[str], alike: dict[str, list[int]]) -> int:
+    """Text that is no name in its exact spelling -> index, which may be out of range."""
+    plain = plain_name(label)
+    indices = alike.get(plain.casefold(), [])
+    indices = [index for index in indices if plain_name(names[index]) == plain] or indices  # those of the same case
+    if len(indices) == 1:
+        return indices[0]
+    shown = repr(label[:100])
+    if indices:
+        meant = ", ".join(repr(names[index][:100]) for index in indices[:5])
+        raise ValueError(f"label {shown} may be any of {meant}: spell it as one of these")
+    if re.fullmatch("-?[0-9]{1,18}", plain):
+        return int(plain)
+    nearest = difflib.get_close_matches(plain.casefold()[:100], alike, n=3, cutoff=0.3)
+    offer = ", ".join(repr(names[alike[name][0]][:100]) for name in nearest)
+    known = f"the nearest names are {offer}" if offer else f"names are such as {names[0][:100]!r}"
+    raise ValueError(f"unknown label {shown}: {known}")
+
+
+def _as_index(label: Any) -> int:
+    try:
+        index = operator.index(label)
+    except TypeError:
+        index = None
+    if index is None or isinstance(label, bool):
+        raise ValueError(f"label {label!r} is neither a class name nor an index")
+    return index
+
+
+def _check_names(id2label: dict, num_classes: int) -> dict[str, str]:
+    """Names by their labels as text, as JSON has them, in order."""
+    try:
+        names = {int(label) if isinstance(label, str) else operator.index(label): str(name)
+                 for label, name in id2label.items()}  # fmt: skip
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"id2label must be a dict of labels and their names, got {str(id2label)[:80]}") from None
+    if (
+        len(names) != len(id2label)
+        or sorted(names) != list(range(num_classes))
+        or len(set(names.values())) != num_classes
+    ):
+        raise ValueError(
+            f"id2label must name each of the labels 0 to {num_classes - 1} once, each with a name of its own, "
+            f"got {len(id2label)} labels and {len(set(names.values()))} names"
+        )
+    return {str(label): names[label] for label in sorted(names)}
 
 
 def _is_finite(value: Any) -> bool:

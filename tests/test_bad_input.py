@@ -122,7 +122,7 @@ def test_truncated_jpeg_is_named_or_skipped(refusal, flags, run_script, image_fo
 @pytest.mark.parametrize("stage", STAGES)
 def test_unknown_class_name_with_the_nearest(refusal, folder_flags, stage):
     line = refusal(stage, *folder_flags[:-3], "tulp", "rose")
-    assert line == "--classes: there is no class 'tulp'; did you mean 'tulip'?"
+    assert line == "--classes: unknown label 'tulp': the nearest names are 'tulip'"
 
 
 def test_resolution_that_cannot_be_halved_often_enough(refusal):

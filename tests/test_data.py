@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -197,6 +198,25 @@ def test_what_does_not_fit_in_memory_is_decoded_on_access(image_folder: Path) ->
         decoded[0]
 
 
+def test_what_there_is_no_memory_for_is_decoded_on_access(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A buffer for the largest that the images can be is more than `ulimit -v`, or a small machine, may give."""
+    kept, _ = load_folder(image_folder, resolution=16)
+    empty = torch.empty
+
+    def refuse(*size, **options):
+        if options == {"dtype": torch.uint8} and len(size) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes.")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    decoded, _ = load_folder(image_folder, resolution=16, show_progress=True)
+    assert "imagefolder: no 0.0 GiB for the pixels: images are decoded on every access" in capsys.readouterr().err
+    assert decoded.fingerprint == kept.fingerprint and decoded._pixels is None
+    assert torch.equal(decoded[3]["images"], kept[3]["images"])
+
+
 # --- image folders and splits ----------------------------------------------------------------------------------------
 
 
@@ -251,6 +271,122 @@ def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
         for i in range(2):
             Image.new("L", (8, 8), i).save(tmp_path / name / f"{i}.png")
     assert load_folder(tmp_path, resolution=8)[0].class_names == ["train", "tram"]
+
+
+def grey_images(root: Path, *folders: str, count: int = 2, name: str = "{}.png") -> Path:
+    """A few tiny images in each of these folders."""
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), 10 * i).save(root / folder / name.format(i))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folders", "advice"),
+    [
+        (["Train/ash", "Train/elm", "Test/ash"], "Train and Test hold folders and no images: add --train_splits Train"
+         " --val_splits Test"),
+        (["training/ash", "validation/ash"], "add --train_splits training --val_splits validation"),
+        (["TRAIN/ash"], "TRAIN hold folders and no images: add --train_splits TRAIN"),
+        (["photos/ash", "photos/elm"], "no images in photos, but folders: name the one whose folders hold images, such"
+         " as --data_dir {root}/photos"),
+        (["flowers-102/jpg"], "it holds flowers-102/: pass --dataset flowers102"),
+        (["train/ash", "Test/ash"], "'Test' may be the held-out split: add --val_splits Test, or --val_splits none"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_splits_that_would_be_taken_for_classes(tmp_path: Path, folders: list[str], advice: str) -> None:
+    grey_images(tmp_path, *folders)
+    with pytest.raises(InputError) as caught:
+        load_folder(tmp_path, resolution=8)
+    assert advice.format(root=tmp_path) in str(caught.value)
+    if "--train_splits" in advice or "--val_splits" in advice:  # it helps
+        flags = re.findall(r"--(\w+_splits) (\w+)", advice.partition(", or")[0])
+        train, _ = load_folder(tmp_path, resolution=8, **{flag: [split] for flag, split in flags})
+        assert "ash" in train.class_names
+
+
+def test_no_val_split_holds_out_a_tenth(tmp_path: Path) -> None:
+    grey_images(tmp_path, "train/ash", "val/ash", "none/ash", count=10)
+    train, val = load_folder(tmp_path, resolution=8)
+    assert (len(train), val.splits) == (10, ("val",))
+    shutil.move(tmp_path / "none", tmp_path / "more")
+    train, val = load_folder(tmp_path, resolution=8, val_splits=["none"])
+    assert (len(train), len(val), val.splits) == (9, 1, ("held-out 10 %",))
+    shutil.move(tmp_path / "more", tmp_path / "none")
+    assert load_folder(tmp_path, resolution=8, val_splits=["none"])[1].splits == ("none",)  # it's the name of one
+    synthetic = data.load_datasets("synthetic", resolution=16, images_per_class=10, classes=[0], val_splits=["none"])
+    assert [len(part) for part in synthetic] == [9, 1]
+
+
+def test_what_systems_leave_in_folders_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    grey_images(tmp_path, "rose", "tulip", "@eaDir/photo.png", "rose/@eaDir", ".thumbnails")
+    for name in ("lost+found", "__MACOSX", "System Volume Information"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "__MACOSX" / "._0.png").write_bytes(b"")
+    (tmp_path / "tulip" / "Thumbs.db").write_bytes(b"")
+    train, val = load_folder(tmp_path, resolution=8, show_progress=True)
+    assert train.class_names == ["rose", "tulip"] and len(train) + len(val) == 4
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_what_is_no_image_of_a_class_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    grey_images(tmp_path, "rose", "tulip", "tulip/older")
+    for name in ("rose/a.heic", "rose/b.HEIC", "tulip/notes", "loose.png"):
+        (tmp_path / name).write_bytes(b"")
+    load_folder(tmp_path, resolution=8, show_progress=True)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert line == (
+        f"{tmp_path}: left out 5 that are no images of a class (.heic 2, .png 1, no suffix 1, folders 1), such as "
+        "'loose.png'"
+    )
+    load_folder(tmp_path, resolution=8)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("folder", [".", "rose", "train/rose"])
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    grey_images(tmp_path, "rose", "tulip") if "train" not in folder else grey_images(tmp_path, "train/rose")
+    scandir = os.scandir
+
+    def forbid(path):  # root, who runs some tests, may read all
+        if Path(path) == tmp_path / folder:
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    with pytest.raises(InputError) as caught:
+        load_folder(tmp_path, resolution=8)
+    assert str(caught.value) == f"{tmp_path / folder} can't be read: Permission denied"
+
+
+def test_many_folders_are_each_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no list is searched for each: 100,000 empty ones are refused in seconds."""
+    names = [Counted(f"class {index:04}") for index in range(1000)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    scandir, scanned = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(path) or scandir(path))
+    monkeypatch.setattr(data, "plain_name", Counted)
+    with pytest.raises(
+        InputError, match=r"'class 0000' has no training image in .* \(and 999 other classes have none"
+    ):
+        load_folder(tmp_path, resolution=8)
+    assert len(scanned) == 1001
+    assert Counted.compared < 20_000
+
+
+class Counted(str):
+    """A name that counts how often it is compared with another."""
+
+    compared = 0
+
+    def __eq__(self, other):
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
 
 
 def test_missing_and_empty_folders(tmp_path: Path, image_folder: Path) -> None:
@@ -371,10 +507,10 @@ def test_subset_is_relabelled_in_the_order_given(image_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["sunflowr"], "no class 'sunflowr'; did you mean 'sunflower'"),
-        (["zzz"], "no class 'zzz'; names are such as 'pink primrose'"),
-        ([102], "--classes 102: an index is 0 to 101"),
-        (["-1"], "--classes -1: an index is 0 to 101"),
+        (["sunflowr"], "--classes: unknown label 'sunflowr': the nearest names are 'sunflower'"),
+        (["zzz"], "--classes: unknown label 'zzz': names are such as 'pink primrose'"),
+        ([102], "--classes: label 102 is out of range: the labels are 0 to 101"),
+        (["-1"], "--classes: label '-1' is out of range"),
         (["sunflower", 53], "'sunflower' is given twice"),
         ([], "names no class"),
     ],
@@ -412,6 +548,46 @@ def test_select_classes_by_index_and_name() -> None:
     assert data.select_classes(data.FLOWERS102_CLASSES, [3, "17", " Sunflower"]) == [3, 17, 53]
     assert data.select_classes(["rose", "Rose"], ["Rose"]) == [1]
     assert data.select_classes(["a", "b"], None) == [0, 1]
+
+
+def test_a_class_is_called_by_its_plain_name(tmp_path: Path) -> None:
+    """Whichever way a system spells it: macOS's archives have their letters in two parts."""
+    grey_images(tmp_path, "train/rose ", "train/cafe\u0301", "val/rose", "val/caf\u00e9")
+    train, val = load_folder(tmp_path, resolution=8)
+    assert train.class_names == val.class_names == ["caf\u00e9", "rose"]
+    for name in ("rose ", "rose", " ROSE", "1"):
+        assert load_folder(tmp_path, resolution=8, classes=[name])[0].class_names == ["rose"]
+    assert load_folder(tmp_path, resolution=8, classes=["Cafe\u0301"])[0].class_names == ["caf\u00e9"]
+
+
+@pytest.mark.parametrize("twins", [("rose", "rose "), ("sword lily", "sword  lily"), ("caf\u00e9", "cafe\u0301")])
+def test_twins_are_refused_where_they_are_listed(tmp_path: Path, hub_cache: None, twins: tuple[str, str]) -> None:
+    grey_images(tmp_path / "folder", *twins)
+    with pytest.raises(InputError) as caught:
+        load_folder(tmp_path / "folder", resolution=8)
+    assert all(ascii(name) in str(caught.value) for name in twins) and "rename one" in str(caught.value)
+    for number, feature in enumerate((datasets.ClassLabel(names=[*twins, "oak"]), datasets.Value("string"))):
+        labels = [0, 1, 2] if number == 0 else [*twins, "oak"]
+        repository = write_parquet(tmp_path / f"trees {number}", "train", labels, feature)
+        with pytest.raises(InputError, match="'species' of .* differ only in blanks"):
+            load_hub(repository, resolution=8)
+
+
+def test_a_class_without_a_name_is_refused(tmp_path: Path, hub_cache: None) -> None:
+    grey_images(tmp_path / "folder", " ", "rose")
+    with pytest.raises(InputError, match="a class is called ' ': give it a name"):
+        load_folder(tmp_path / "folder", resolution=8)
+    repository = write_parquet(tmp_path / "trees", "train", ["oak", ""], datasets.Value("string"))
+    with pytest.raises(InputError, match="'species' of .*: a class is called ''"):
+        load_hub(repository, resolution=8)
+
+
+def test_twins_by_case_are_two_classes(tmp_path: Path) -> None:
+    grey_images(tmp_path, "rose", "Rose")
+    assert load_folder(tmp_path, resolution=8)[0].class_names == ["Rose", "rose"]
+    assert load_folder(tmp_path, resolution=8, classes=["rose"])[0].class_names == ["rose"]
+    with pytest.raises(InputError, match="--classes: label 'ROSE' may be any of 'Rose', 'rose'"):
+        load_folder(tmp_path, resolution=8, classes=["ROSE"])
 
 
 def test_select_classes_that_are_called_by_numbers() -> None:
@@ -473,8 +649,11 @@ def test_hub_dataset_without_held_out_split_and_with_text_labels(tmp_path: Path,
 def test_hub_dataset_with_unlabelled_rows(tmp_path: Path, hub_cache: None) -> None:
     write_parquet(tmp_path / "trees", "train", [12, 7, 101], datasets.Value("int64"))
     repository = write_parquet(tmp_path / "trees", "test", [7, -1], datasets.Value("int64"))
-    with pytest.raises(InputError, match="'species': 1 rows of split 'test' .* such as -1"):
+    with pytest.raises(InputError, match="'species': 1 rows of split 'test' .* such as -1; .* --val_splits none"):
         load_hub(repository, resolution=8)
+    write_parquet(tmp_path / "trees", "train", [7, 7, 101, 101], datasets.Value("int64"))
+    train, val = load_hub(repository, resolution=8, val_splits=["none"])
+    assert (len(train), len(val), val.splits) == (2, 2, ("held-out 10 %",))
 
 
 def test_hub_dataset_of_a_csv_with_file_names(image_folder: Path, tmp_path: Path, hub_cache: None) -> None:
@@ -601,6 +780,10 @@ def test_flowers102_that_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         data.load_datasets("flowers102", tmp_path / "new", resolution=8)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []  # what is on disk is as it was
+    grey_images(tmp_path / "photos", "rose")
+    monkeypatch.setattr(Flowers102, "download", lambda self: pytest.fail("downloads into a folder of other things"))
+    with pytest.raises(InputError, match="such as 'rose': pass --dataset imagefolder") as caught:
+        data.load_datasets("flowers102", tmp_path / "photos", resolution=8)
     (tmp_path / "flowers-102" / "jpg").mkdir(parents=True)
     with pytest.raises(InputError, match="give the folder that holds flowers-102/"):
         data.load_datasets("flowers102", tmp_path / "flowers-102", resolution=8)

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 from huggingface_hub import constants, create_branch, create_repo, upload_folder
 
 from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel
-from pipelines.pipeline_flower_ldm import FlowerLDMPipeline
+from pipelines.pipeline_flower_ldm import FlowerLDMPipeline, find_classes, plain_name
 
 NAMES = {0: "rose", 1: "sunflower", 2: "7", 3: "Tulip"}
 STEPS = 4
@@ -115,6 +115,9 @@ def record_forwards(pipe: FlowerLDMPipeline) -> list[list[int]]:
         (range(2), [0, 1]),
         ("3", [3]),
         ("7", [2]),  # a name that looks like an index is a name
+        (" 7 ", [2]),
+        ("TULIP", [3]),
+        ("\u00a0 sunflower\n", [1]),
     ],
 )
 def test_labels_are_names_or_indices_one_or_many(stock_pipe, labels, ids):
@@ -125,8 +128,12 @@ def test_labels_are_names_or_indices_one_or_many(stock_pipe, labels, ids):
     ("labels", "message"),
     [
         ("sunflwer", "nearest names are 'sunflower'"),
-        ("TULIP", "nearest names are 'Tulip'"),
-        (["rose", "zzz"], "unknown label 'zzz': the nearest names are"),
+        (["rose", "zzz"], "unknown label 'zzz': names are such as 'rose'"),
+        ("٣", "unknown label '٣': names are such as"),  # a digit to int() and to isdecimal()
+        ("²", "unknown label '²'"),  # a digit to isdigit()
+        ("1_0", "unknown label '1_0'"),  # 10 to int()
+        ("1" * 5000, "unknown label '1111"),
+        ("rose\n" * 5000, r"unknown label 'rose\\nrose\\n"),
         (4, "label 4 is out of range: the labels are 0 to 3"),
         (-1, "label -1 is out of range"),
         ("-1", "label '-1' is out of range"),
@@ -212,9 +219,68 @@ def test_without_names_indices_still_work():
         pipe.get_label_ids("rose")
 
 
-@pytest.mark.parametrize("id2label", [{0: "rose"}, {0: "a", 1: "b", 2: "c", 4: "d"}, {0: "a", 1: "a", 2: "b", 3: "c"}])
+LOOKALIKES = ["rose", "rose ", "Rose", "caf\u00e9", "cafe\u0301", "sword  lily", "1"]
+
+
+@pytest.mark.parametrize(
+    ("label", "index"),
+    [(name, index) for index, name in enumerate(LOOKALIKES)]  # the exact spelling first
+    + [
+        ("Rose ", 2),  # then the one that differs in blanks or Unicode's form
+        ("Cafe\u0301", None),
+        ("ROSE", None),  # in case only: three are alike
+        (" sword lily", 5),
+        ("SWORD LILY", 5),
+        ("1 ", 6),
+        ("0", 0),
+        (6, 6),
+    ],
+)
+def test_classes_are_found_by_one_rule(label, index):
+    if index is None:
+        with pytest.raises(ValueError, match=f"label '{label}' may be any of '(rose|caf)"):
+            find_classes([label], LOOKALIKES)
+    else:
+        assert find_classes([label], LOOKALIKES) == [index]
+
+
+def test_plain_names():
+    assert plain_name(" sword \t\u00a0lily\n") == "sword lily"
+    assert plain_name("cafe\u0301") == "caf\u00e9"
+    assert plain_name(os.fsdecode(b"ros\xe9")) == "ros\\udce9"
+    assert plain_name(" \u2003 ") == ""
+
+
+class Counted(str):
+    """Counts how often names are compared, whatever they are compared with."""
+
+    compared = 0
+
+    def __eq__(self, other):
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_many_labels_among_many_names_are_looked_up_not_searched():
+    names = [Counted(f"class {index}") for index in range(2000)]
+    assert find_classes([f"class {index}" for index in range(2000)], names) == list(range(2000))
+    assert find_classes([f"CLASS {index}" for index in range(2000)], names) == list(range(2000))
+    assert Counted.compared < 20 * 2000
+
+
+@pytest.mark.parametrize("id2label", [{0: "rose"}, {0: "a", 1: "b", 2: "c", 4: "d"}, {0: "a", 1: "a", 2: "b", 3: "c"},
+                                      {"0": "a", "00": "b", 1: "c", 2: "d", 3: "e"}])  # fmt: skip
 def test_id2label_names_each_class_once(id2label):
     with pytest.raises(ValueError, match="id2label must name each of the labels 0 to 3 once"):
+        make_pipeline(id2label=id2label)
+
+
+@pytest.mark.parametrize("id2label", [["a", "b", "c", "d"], {"²": "a", 1: "b", 2: "c", 3: "d"},
+                                      {0.5: "a", 1: "b", 2: "c", 3: "d"}, "abcd"])  # fmt: skip
+def test_id2label_is_a_dict_of_labels(id2label):
+    with pytest.raises(ValueError, match="id2label must be a dict of labels and their names, got"):
         make_pipeline(id2label=id2label)
 
 

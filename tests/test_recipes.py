@@ -4,8 +4,12 @@ import argparse
 from pathlib import Path
 
 import pytest
+import yaml
 
-from flower_ldm import recipes
+import app
+import train_autoencoder
+import train_latent_diffusion
+from flower_ldm import evaluation, hub, recipes, report, sample, visualization
 from flower_ldm.errors import InputError
 
 
@@ -134,3 +138,121 @@ def test_missing_recipe():
 )
 def test_what_flags_cannot_be(words, said):
     assert said in complaint(*words)
+
+
+# What a recipe spells
+
+
+@pytest.mark.parametrize("name", ["001", "010", "1.10", "1_0", "0x1F", "yes", "No", "null", "1:30", "2024-06-01"])
+def test_text_keeps_its_spelling_without_quotes(recipe, name):
+    """YAML 1.1 makes 8 of 010, 1.1 of 1.10, True of yes and 90 of 1:30."""
+    assert parse(*recipe(f"common: {{classes: [{name}, '{name}', rose]}}")).classes == [name, name, "rose"]
+
+
+@pytest.mark.parametrize("word", ["true", "True", "yes", "ON", "'yes'"])
+def test_a_switch_takes_all_words_for_true(recipe, word):
+    assert parse(*recipe(f"common: {{skip_bad_images: {word}}}")).skip_bad_images is True
+    assert complaint(*recipe("common: {skip_bad_images: 1}")).endswith(
+        "line 1: 'skip_bad_images' must be true or false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("common: {seed: 1, resolution: 8, seed: 2}", "'seed' is written twice, also in line 1"),
+        ("common: {seed: 1}\nautoencoder: {}\ncommon: {seed: 2}", "'common' is written twice, also in line 3"),
+        ("common: {num_train_epochs: 1, total_epochs: 2}", "'num_train_epochs' and 'total_epochs' are one flag"),
+        ("latent_diffusion: {snr_gamma: 1, snr_gamma: 2}", "'snr_gamma' is written twice"),
+        ("latent_diffusion: [snr_gamma]", "section 'latent_diffusion' must hold keys and values"),
+        ("common: {5: 1}", "unknown key '5'"),
+        ("5: {seed: 1}", "unknown section '5'"),
+        ("common: {[seed]: 1}", "unknown key '...'"),
+        ("common: {seed: {value: 1}}", "line 1: 'seed' must be one value, none of them nested"),
+        ("common:\n  classes: [[rose]]", "line 2: 'classes' must be values, none of them nested"),
+        ("common: {seed: [1, 2]}", "'seed' takes one value, not a list"),
+        ("common: {classes: [rose, --overwrite_output_dir]}", "'classes' can't hold '--overwrite_output_dir'"),
+        ("common: {classes: []}", "--classes: expected at least one argument"),
+        ("common: {seed: !!int 5}", "'seed' has the tag tag:yaml.org,2002:int"),
+        ("common: {no-skip_bad_images: true}", "unknown key 'no-skip_bad_images'"),
+        ("common: {seed: 0o17}", "--seed: invalid int value: '0o17'"),
+        ("common: {seed: 2024-99-99}", "--seed: invalid int value: '2024-99-99'"),
+        ("a: " + "[" * 5000, "is not YAML"),
+    ],
+)
+def test_what_a_recipe_cannot_mean(recipe, text, said):
+    assert said in complaint(*recipe(text))
+
+
+def test_a_section_may_unset_what_is_common_by_either_spelling(recipe):
+    config = recipe(
+        "common: {max_train_steps: 5, num_train_epochs: 7}\nautoencoder: {max_train_steps: , total_epochs: 3}"
+    )
+    args = parse(*config)
+    assert (args.max_train_steps, args.num_train_epochs) == (None, 3)
+
+
+def test_an_alias_is_read_and_a_mark_of_the_encoding_too(recipe):
+    config = recipe("common: &both {seed: &five 5, resolution: *five}\nlatent_diffusion: *both\n".encode("utf-16"))
+    args = parse(*config)
+    assert (args.seed, args.resolution) == (5, 5)
+
+
+def test_args_yaml_gives_back_the_names_it_was_given():
+    names = ["001", "1.10", "yes", "No", "null", "~", "1:30", "=", "a: b", "rose "]
+    assert yaml.safe_load(yaml.safe_dump({"classes": names}))["classes"] == names
+
+
+# Paths
+
+
+def test_a_recipes_paths_know_the_home_folder(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = recipe("common: {data_dir: ~/photos, model_config: ~/model.json, output_dir: '~/out'}")
+    args = parse(*config)
+    home = f"{tmp_path}/home"
+    assert (args.data_dir, args.model_config, args.output_dir) == (
+        f"{home}/photos",
+        f"{home}/model.json",
+        f"{home}/out",
+    )
+    assert parse(*recipe("common: {model_config: model.json}")).model_config == f"{tmp_path}/model.json"
+    assert parse(*recipe("common: {data_dir: ~}")).data_dir is None  # YAML's word for nothing
+
+
+PATH_FLAGS = {
+    train_autoencoder.parse_args: "config data_dir dataset output_dir model_config resume_from_checkpoint vgg_weights",
+    train_latent_diffusion.parse_args: "autoencoder latent_cache_dir checkpoint_path",
+    evaluation.parse_args: "pipeline output cache_dir dataset data_dir features vgg_weights",
+    sample.parse_args: "pipeline guide image mask output",
+    visualization.parse_args: "pipeline autoencoder dataset data_dir output",
+    app.parse_args: "pipeline space",
+}
+
+
+@pytest.mark.parametrize(
+    ("parse_args", "flag"),
+    [(parse_args, flag) for parse_args, flags in PATH_FLAGS.items() for flag in flags.split()],
+)
+def test_every_path_flag_knows_the_home_folder(monkeypatch, tmp_path, parse_args, flag):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").write_text("")  # of --config
+    words = [f"--{flag}=~/x"]
+    if flag not in ("pipeline", "autoencoder") and "pipeline" in PATH_FLAGS[parse_args].split():
+        words += ["--pipeline", "run"]
+    args = parse_args(words)
+    assert str(getattr(args, {"checkpoint_path": "resume_from_checkpoint"}.get(flag, flag))) == f"{tmp_path}/x"
+
+
+@pytest.mark.parametrize("command", [hub.main, report.main])
+def test_the_folder_of_a_run_may_be_at_home(monkeypatch, tmp_path, command):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", "a token")
+    with pytest.raises(InputError, match=f"{tmp_path}/run"):
+        command(["~/run"])
+
+
+def test_paths_that_cannot_be_meant():
+    assert complaint("--output_dir=").endswith("'' is no path: name one, or leave the flag out")
+    line = complaint("--data_dir", "~nobody-of-this-name/x")
+    assert line.endswith("there is no such home folder; a file of this name is ./~nobody-of-this-name/x")

@@ -1,11 +1,15 @@
 """The parts of `flower_ldm.training` that need no training: models from a file, the clock, the loss log."""
 
+import argparse
 import errno
 import io
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from accelerate import Accelerator
 
 from flower_ldm import training
 from flower_ldm.checkpoints import Progress
+from flower_ldm.data import load_datasets
 from flower_ldm.errors import InputError
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 from flower_ldm.training import Clock, LossLog
@@ -258,3 +263,68 @@ def test_after_the_last_update_a_signal_ends_the_run(log, number):
     with pytest.raises(SystemExit) as end:
         signal.raise_signal(number)
     assert end.value.code == 128 + number
+
+
+# Workers
+
+
+@pytest.fixture
+def flowers():
+    train, _ = load_datasets("synthetic", resolution=16, classes=[0, 1], images_per_class=20, show_progress=False)
+    train.noise_shape = (2, 4, 4)
+    return train
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_are_left_out_where_shared_memory_is_too_small(flowers, monkeypatch, tmp_path, capsys, method):
+    """Else they end in "unable to allocate shared memory" or a bus error, as in a container with 64 MB of it."""
+    args = argparse.Namespace(train_batch_size=4, dataloader_num_workers=2)
+    sample = flowers[0, 0]
+    batches = 6 * 4 * sum(value.nbytes for value in sample.values())
+    data_set = flowers.labels.nbytes + sum(3 * height * width for height, width, _ in flowers._layout.tolist())
+    needed = batches + (0 if method == "fork" else data_set)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    monkeypatch.setattr(training, "SHARED_MEMORY", str(tmp_path))
+    workers = []
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
+        workers.append(training.workers_that_fit(Accelerator(cpu=True), args, flowers))
+    assert workers == [2, 0]
+    assert capsys.readouterr().out.startswith("--dataloader_num_workers 2 needs 0 MiB of shared memory")
+    monkeypatch.setattr(training, "SHARED_MEMORY", str(tmp_path / "nowhere"))  # not on macOS and Windows
+    assert training.workers_that_fit(Accelerator(cpu=True), args, flowers) == 2
+
+
+def test_a_worker_of_another_parent_ends_when_it_is_told_to():
+    """As that of a forkserver, whose parent is a server and not the process that ends it."""
+    ready = multiprocessing.get_context("fork").Event()
+
+    def work():
+        os.getppid = lambda: 1
+        training.leave_signals_to_parent(0)
+        ready.set()
+        time.sleep(20)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    assert ready.wait(10)
+    process.terminate()
+    process.join(10)
+    exit_code = process.exitcode
+    process.kill()
+    assert exit_code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_started_anew_deliver_the_same_batches(flowers, monkeypatch, method):
+    options = {"train_batch_size": 4, "gradient_accumulation_steps": 1, "seed": 0}
+    batches = []
+    for num_workers in (0, 1):
+        args = argparse.Namespace(dataloader_num_workers=num_workers, **options)
+        loader = training.training_batches(Accelerator(cpu=True), args, flowers, 0, 3)
+        if num_workers:
+            loader.multiprocessing_context = method
+        batches.append(list(loader))
+    for one, two in zip(*batches, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
