@@ -185,7 +185,7 @@ def own_files(run_dir: Path, allowed: tuple[str, ...]) -> Iterator[tuple[str, Pa
         name = path.relative_to(run_dir).as_posix()
         target = Path(os.path.realpath(path))
         if name in folders and target != root / name:
-            raise InputError(f"{path} is a symbolic link: only what lies in {run_dir} itself goes to the Hub; copy it there")
+            raise InputError(f"{path} is a symbolic link, which no push follows: put the folder itself there")
         if not is_allowed(name, allowed):
             continue
         inside = target.is_relative_to(root) and is_allowed(target.relative_to(root).as_posix(), allowed)
