@@ -48,6 +48,7 @@ from flower_ldm.report import write_report
 from flower_ldm.visualization import (
     AUTOENCODER_CURVES,
     encode_for_map,
+    pictures_may_fail,
     save_latent_maps,
     save_loss_curves,
     save_reconstructions,
@@ -201,10 +202,11 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
     metrics = validate(accelerator, args, vae, perceptual, batches)
     log.append(step, metrics)
     if accelerator.is_main_process:
-        curves = Path(args.output_dir) / "autoencoder_losses.png"
-        save_loss_curves(training.read_log(log.path), AUTOENCODER_CURVES, curves)
-        rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
-        log.show(step, {"reconstructions": rows, "autoencoder_losses": curves})
+        with pictures_may_fail():
+            curves = Path(args.output_dir) / "autoencoder_losses.png"
+            save_loss_curves(training.read_log(log.path), AUTOENCODER_CURVES, curves)
+            rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
+            log.show(step, {"reconstructions": rows, "autoencoder_losses": curves})
     score = metrics["val_pixel_loss"] + metrics.get("val_perceptual_loss", 0.0)
     best_dir = Path(args.output_dir) / "best"
     if score < progress.best_score or not best_dir.is_dir():
@@ -396,7 +398,8 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             save_results(accelerator, args, vae, train_images, results)
             if args.final_pictures:
-                draw_latent_maps(accelerator, args, vae, train_images, val_images, log)
+                with pictures_may_fail():
+                    draw_latent_maps(accelerator, args, vae, train_images, val_images, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()

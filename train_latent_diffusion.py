@@ -47,6 +47,7 @@ from flower_ldm.visualization import (
     MAP_SETS,
     LatentSet,
     named_classes,
+    pictures_may_fail,
     save_class_grid,
     save_denoising,
     save_diffusion_loss,
@@ -228,19 +229,21 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
     return LatentDataset(cache, latents_mean, latents_std, args.seed)
 
 
-def save_results(
-    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, results: dict, log: training.LossLog
-) -> LatentSet:
-    """The pipeline with the weights that `unet` holds now, its class grid, the metrics and the loss curves.
-
-    Returns the grid's latents.
-    """
+def save_results(args, pipeline: FlowerLDMPipeline, results: dict) -> None:
+    """The pipeline with the weights that `unet` holds now, and the metrics."""
     output_dir = Path(args.output_dir)
     pipeline.save_pretrained(output_dir)
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    generated = draw_preview(accelerator, args, pipeline, results["step"], log)
-    grid = shutil.copy(samples_path(args, results["step"]), output_dir / "vae_samples_grid_subset.png")
-    print(f"pipeline in {output_dir}, samples in {grid}")
+    print(f"pipeline in {output_dir}")
+
+
+def draw_last_preview(
+    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
+) -> LatentSet:
+    """`draw_preview`, its class grid as `vae_samples_grid_subset.png` too. Returns the grid's latents."""
+    generated = draw_preview(accelerator, args, pipeline, step, log)
+    grid = shutil.copy(samples_path(args, step), Path(args.output_dir) / "vae_samples_grid_subset.png")
+    print(f"samples in {grid}")
     return generated
 
 
@@ -361,7 +364,8 @@ def main(argv: list[str] | None = None) -> None:
             with training.ema_weights(ema, unet), clock.paused():
                 log.append(step, validate(accelerator, args, unet, noise_scheduler, val_batches))
                 if accelerator.is_main_process:
-                    draw_preview(accelerator, args, pipeline, step, log)
+                    with pictures_may_fail():
+                        draw_preview(accelerator, args, pipeline, step, log)
                 accelerator.wait_for_everyone()
         stopping = stop.agreed(step, 1 if at_end else args.logging_steps)
         if step % args.checkpointing_steps == 0 or at_end or stopping:
@@ -379,10 +383,15 @@ def main(argv: list[str] | None = None) -> None:
         results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
         results |= {"dataset": train_images.name, "splits": val_images.splits}
         if accelerator.is_main_process:
-            generated = save_results(accelerator, args, pipeline, results, log)
-            if args.final_pictures:
-                draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
-                draw_comparisons(accelerator, args, pipeline, val_images, generated, log)
+            save_results(args, pipeline, results)
+            generated = None
+            with pictures_may_fail():
+                generated = draw_last_preview(accelerator, args, pipeline, last_step, log)
+            if args.final_pictures and generated is not None:
+                with pictures_may_fail():
+                    draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
+                with pictures_may_fail():
+                    draw_comparisons(accelerator, args, pipeline, val_images, generated, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     accelerator.end_training()

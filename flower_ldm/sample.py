@@ -6,19 +6,21 @@ one PNG per image and `grid.png`.
 
 import argparse
 import textwrap
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import diffusers
 import torch
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import file_safe_name, to_rgb
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from flower_ldm.files import check_writable
+from flower_ldm.lettering import drawable, pillow_font
 
 DEFAULT_NUM_LABELS = 10
 
@@ -162,8 +164,7 @@ def label_grid(columns: list[list[Image.Image]], names: list[str], min_cell: int
     width, height = columns[0][0].size
     scale = -(-min_cell // width)
     cell = (width * scale, height * scale)
-    font = ImageFont.load_default(size=12)
-    captions = ["\n".join(textwrap.wrap(name, max(1, cell[0] // 7))) for name in names]
+    captions = [wrap_caption(drawable(name), cell[0]) for name in names]
     caption_height = 16 * max(caption.count("\n") + 1 for caption in captions)
     grid_size = (
         len(columns) * (cell[0] + gap) + gap,
@@ -176,8 +177,15 @@ def label_grid(columns: list[list[Image.Image]], names: list[str], min_cell: int
         for row, image in enumerate(images):
             grid.paste(image.resize(cell, Image.Resampling.BICUBIC), (left, gap + row * (cell[1] + gap)))
         top = gap + len(images) * (cell[1] + gap)
+        font = pillow_font(caption, 12)
         draw.multiline_text((left + cell[0] / 2, top), caption, "black", font, anchor="ma", align="center")
     return grid
+
+
+def wrap_caption(name: str, width: int) -> str:
+    """A name on lines of about `width` pixels, at 12 pixels a Chinese letter and the like, 7 any other."""
+    wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in name)
+    return "\n".join(textwrap.wrap(name, max(1, width // (12 if wide else 7))))
 
 
 def main(argv: list[str] | None = None) -> None:
