@@ -178,9 +178,12 @@ def use(run: Run, repo_id: str) -> str:
     blocks = [
         "## Use it",
         "With [diffusers](https://github.com/huggingface/diffusers) alone; the code in this repository, which "
-        "`trust_remote_code` allows to run, is short:" if travels else "",
+        "`trust_remote_code` allows to run, is short. Read it, and put the commit that you have read in place of "
+        f"`COMMIT` ([list](https://huggingface.co/{repo_id}/commits/main)), so that no later one runs:"
+        if travels else "",
         _code(f"from diffusers import {library}", "",
-              f'{load} = {library}.from_pretrained("{repo_id}", trust_remote_code=True)', *lines) if travels else "",
+              f'{load} = {library}.from_pretrained("{repo_id}", revision="COMMIT", trust_remote_code=True)', *lines)
+        if travels else "",
         "With the package `flower_ldm` installed" + (", no trust is needed:" if travels else ":"),
         _code(f"from flower_ldm import {kind}", "", f'{load} = {kind}.from_pretrained("{repo_id}")', *lines),
     ]  # fmt: skip

@@ -23,6 +23,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import tiny_stages
+from diffusers import AutoModel, DiffusionPipeline
 from huggingface_hub import HfApi
 from loopback_hub import TOKEN, Blob, LoopbackHub, Repository, Request
 
@@ -179,6 +180,22 @@ def test_the_command_pushes_too(finished_runs, hub_server, capsys):
     repository = hub_server.repositories["gardener/flowers"]
     assert repository.private and set(repository.files) == AUTOENCODER_FILES
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{hub_server.url}/gardener/flowers/commit/")
+
+
+def test_a_commit_that_is_pinned_keeps_its_code(finished_runs, hub_server):
+    """As the card and README show it: what somebody pushes later doesn't run."""
+    for folder, name, code, kind in (
+        (finished_runs.flower_ldm, "flower-ldm", "pipeline_flower_ldm.py", DiffusionPipeline),
+        (finished_runs.autoencoder, "autoencoder", "autoencoder_flower.py", AutoModel),
+    ):
+        commit = hub.push_run(folder, f"gardener/{name}").split("/")[-1]
+        repository = hub_server.repositories[f"gardener/{name}"]
+        later = repository.find("main")[1] | {code: Blob(b"raise SystemExit('later code')", False)}
+        repository.commit("main", later, "later")
+        loaded = kind.from_pretrained(f"gardener/{name}", revision=commit, trust_remote_code=True)
+        assert type(loaded).__name__ in ("FlowerLDMPipeline", "FlowerAutoencoderKL")
+        with pytest.raises(SystemExit, match="later code"):
+            kind.from_pretrained(f"gardener/{name}", trust_remote_code=True)
 
 
 # What ends in one line
