@@ -165,7 +165,7 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
         for entries in (metrics, metrics.get("evaluation", {}), flags):
             if "dataset" in entries:
                 entries["dataset"] = public_dataset(entries["dataset"])
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # damaged, or none of ours
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:  # damaged
         raise InputError(f"{run_dir} is no finished run of flower_ldm: {one_line(error)}") from error
     files["metrics.json"] = (json.dumps(metrics, indent=2) + "\n").encode()
     files["args.yaml"] = yaml.safe_dump(flags, sort_keys=True).encode()
