@@ -11,8 +11,10 @@ import argparse
 import base64
 import html
 import io
+import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -123,8 +125,8 @@ def is_number(value: object) -> bool:
 
 
 def refusal(message: str) -> Exception:
-    """What the page shows as one line; nothing of it is logged."""
-    return gr.Error(message, print_exception=False)
+    """What the page shows as one line of text, though gradio would take it for HTML; nothing of it is logged."""
+    return gr.Error(html.escape(message, quote=False), print_exception=False)
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -236,8 +238,7 @@ class Studio:
                 callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=("denoised_latents",),
             ).images  # fmt: skip
         except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise refusal(f"{wish.sampler} draws nothing in {wish.steps} steps: {reason}.") from None
+            raise refusal(f"{wish.sampler} draws nothing in {wish.steps} steps: {one_line(error)}.") from None
         steps = len(pipe.scheduler.timesteps)
         return Preview(steps, steps, images)
 
@@ -344,9 +345,9 @@ def build_page(studio: Studio, name: str) -> "gr.Blocks":
         return [one for one in chosen if one != flower] if flower in chosen else [*chosen, flower]
 
     with gr.Blocks(title=f"{name} – flower_ldm", analytics_enabled=False, delete_cache=FILES_KEPT) as page:
-        gr.Markdown(
-            f"# {html.escape(name)}\nA latent diffusion model of {len(names)} classes. Every picture here, "
-            "thumbnails too, is drawn by it; none is a photograph.", elem_id="title",
+        gr.HTML(
+            f"<h1>{html.escape(name)}</h1><p>A latent diffusion model of {len(names)} classes. Every picture here, "
+            "thumbnails too, is drawn by it; none is a photograph.</p>", elem_id="title", js_on_load=None,
         )  # fmt: skip
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -428,26 +429,31 @@ A demo of [{pipeline}](https://huggingface.co/{pipeline}), written by `python ap
 Every picture it shows is drawn by the model; none is a photograph. The code is Apache-2.0; what may be done with the
 weights, the model's card says.
 """
-SPACE_APP = '''"""The Space's entry; the page itself is in demo.py. It runs the code of the model's repository."""
+SPACE_APP = '''"""The Space's entry; the page itself is in demo.py.
+
+It runs the code of the model's repository as it was at one commit. For a later one, read its code first.
+"""
 
 from demo import main
 
-main(["--pipeline", "{pipeline}", "--trust_remote_code", "--host", "0.0.0.0"])
+revision = "{revision}"
+main(["--pipeline", "{pipeline}", "--revision", revision, "--trust_remote_code", "--host", "0.0.0.0"])
 '''
 SPACE_REQUIREMENTS = "torch>=2.6\ndiffusers>=0.41\naccelerate>=1.10\n"
 
 
-def write_space(folder: Path, pipeline: str) -> None:
+def write_space(folder: Path, pipeline: str, revision: str) -> None:
     """A folder to push as a Space: this file, an entry that names the pipeline, a card and the requirements.
 
     Args:
         pipeline: an id on the Hub: a Space can't see the folders of this machine.
+        revision: the commit whose code and weights the Space may run.
     """
     folder.mkdir(parents=True)
     shutil.copyfile(__file__, folder / "demo.py")
-    (folder / "app.py").write_text(SPACE_APP.format(pipeline=pipeline))
+    (folder / "app.py").write_text(SPACE_APP.format(pipeline=pipeline, revision=revision))
     (folder / "requirements.txt").write_text(SPACE_REQUIREMENTS)
-    card = SPACE_CARD.format(pipeline=pipeline, title=pipeline.split("/")[1], gradio=gr.__version__)
+    card = SPACE_CARD.format(pipeline=pipeline, title=json.dumps(pipeline.split("/")[1]), gradio=gr.__version__)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -460,6 +466,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--pipeline", type=os.path.expanduser, default=DEFAULT_PIPELINE,
          help="folder of a pipeline, or its id on the Hub")  # fmt: skip
+    flag("--revision", help="commit or branch of the repository; where its code is trusted, a commit you have read")
     flag("--trust_remote_code", action="store_true", help="run the code that a repository brings along")
     flag("--host", default="127.0.0.1", help="0.0.0.0: everybody in the network can use it")
     flag("--port", type=int, default=7860)
@@ -474,24 +481,33 @@ def home_path(text: str) -> Path:
 
 
 def fail(message: str) -> None:
-    """One line, and the exit code of bad input."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """One line, and the exit code of bad input; what steers a terminal is written as an escape."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def load_pipeline(name: str, device: str, trust_remote_code: bool) -> DiffusionPipeline:
+def one_line(error: Exception) -> str:
+    """What an error says, on one line, without torch's advice to run the code in a file."""
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", str(error))
+    advice = re.compile(r"weights_only|safe_globals|arbitrary code|\btrust(ed)? (the |this )?(source|class)", re.I)
+    return " ".join(" ".join(one for one in sentences if not advice.search(one)).split())
+
+
+def load_pipeline(name: str, device: str, trust_remote_code: bool, revision: str | None = None) -> DiffusionPipeline:
     """A pipeline that draws classes, from a folder or the Hub; exits with one line where there is none."""
     if os.path.exists(name) and not (Path(name) / "model_index.json").is_file():
         fail(f"--pipeline {name} is not the folder of a pipeline: it has no model_index.json")
     loader = DiffusionPipeline if FlowerLDMPipeline is None else FlowerLDMPipeline
     options = {"trust_remote_code": True} if trust_remote_code else {}
+    options |= {"revision": revision} if revision else {}
     try:
         pipe = loader.from_pretrained(name, **options)
         pipe.class_names, pipe.make_scheduler  # noqa: B018  (what the page needs of it)
         pipe.check_inputs(num_labels=1)
     except Exception as error:  # of files, of the network, of the Hub: they have no common base
-        reason = " ".join(str(error).split())
-        fail(f"--pipeline {name} is no folder or Hub id of a pipeline that draws classes: {reason}")
+        name = f"{name} --revision {revision}" if revision else name
+        fail(f"--pipeline {name} is no folder or Hub id of a pipeline that draws classes: {one_line(error)}")
     try:
         return pipe.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
@@ -505,15 +521,20 @@ def main(argv: list[str] | None = None) -> None:
     if gr is None:
         fail("the page needs gradio: pip install 'gradio>=6.0' (or, in a clone, pip install -e '.[app]')")
     if args.space:
-        owner, _, name = args.pipeline.partition("/")
-        if not owner or not name or "/" in name or args.pipeline == DEFAULT_PIPELINE or Path(args.pipeline).exists():
+        is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.pipeline, re.ASCII)
+        if not is_id or args.pipeline == DEFAULT_PIPELINE or Path(args.pipeline).exists():
             fail(f"--space needs --pipeline by its id on the Hub, such as user/flower-ldm, not {args.pipeline}")
+        if not re.fullmatch("[0-9a-f]{40}", args.revision or ""):
+            fail(
+                "--space needs --revision, the commit whose code the Space may run: 40 hexadecimal digits, as "
+                f"https://huggingface.co/{args.pipeline}/commits/main lists them"
+            )
         if args.space.exists():
             fail(f"--space {args.space} is there already: name a new folder")
-        write_space(args.space, args.pipeline)
+        write_space(args.space, args.pipeline, args.revision)
         print(f"a Space in {args.space}; to push it: hf upload USER/NAME {args.space} --repo-type space")
         return
-    pipe = load_pipeline(args.pipeline, args.device, args.trust_remote_code)
+    pipe = load_pipeline(args.pipeline, args.device, args.trust_remote_code, args.revision)
     page = build_page(Studio(pipe), Path(args.pipeline).resolve().name)
     try:
         address = launch(page, args.host, args.port, block=False)

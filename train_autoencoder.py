@@ -13,7 +13,6 @@ are in `flower_ldm/autoencoder_losses.py`.
 import json
 import math
 from argparse import BooleanOptionalAction
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,7 +202,9 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
     metrics = validate(accelerator, args, vae, perceptual, batches)
     log.append(step, metrics)
     if accelerator.is_main_process:
-        with training.optional("pictures of this validation") if step < args.max_train_steps else nullcontext():
+        # The last ones are promised: a disk that refuses them ends the run with a line.
+        but = InputError if step == args.max_train_steps else ()
+        with training.optional("pictures of this validation", but=but):
             curves = Path(args.output_dir) / "autoencoder_losses.png"
             save_loss_curves(training.read_log(log.path), AUTOENCODER_CURVES, curves)
             rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
@@ -421,7 +422,8 @@ def train(args) -> None:
         if accelerator.is_main_process:
             save_results(accelerator, args, vae, train_images, results)
             if args.final_pictures:
-                draw_latent_maps(accelerator, args, vae, train_images, val_images, log)
+                with training.optional("the maps of the latents", but=InputError):
+                    draw_latent_maps(accelerator, args, vae, train_images, val_images, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     training.end_trackers(accelerator)

@@ -230,21 +230,23 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
     return LatentDataset(cache, latents_mean, latents_std, args.seed)
 
 
-def save_results(
-    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, results: dict, log: training.LossLog
-) -> LatentSet:
-    """The pipeline with the weights that `unet` holds now, its class grid, the metrics and the loss curves.
-
-    Returns the grid's latents.
-    """
+def save_results(args, pipeline: FlowerLDMPipeline, results: dict) -> None:
+    """The pipeline with the weights that `unet` holds now, and the metrics."""
     output_dir = Path(args.output_dir)
     replace_files(output_dir, output_dir / "unfinished-export", pipeline.save_pretrained, index="model_index.json")
     metrics = json.dumps(results, indent=2) + "\n"
     write_whole(output_dir / "metrics.json", lambda unfinished: unfinished.write_text(metrics))
-    generated = draw_preview(accelerator, args, pipeline, results["step"], log)
-    drawn, grid = samples_path(args, results["step"]), output_dir / "vae_samples_grid_subset.png"
+    print(f"pipeline in {output_dir}")
+
+
+def draw_last_preview(
+    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
+) -> LatentSet:
+    """`draw_preview`, its class grid as `vae_samples_grid_subset.png` too. Returns the grid's latents."""
+    generated = draw_preview(accelerator, args, pipeline, step, log)
+    drawn, grid = samples_path(args, step), Path(args.output_dir) / "vae_samples_grid_subset.png"
     write_whole(grid, lambda unfinished: shutil.copy(drawn, unfinished))
-    print(f"pipeline in {output_dir}, samples in {grid}")
+    print(f"samples in {grid}")
     return generated
 
 
@@ -390,10 +392,15 @@ def train(args) -> None:
         results |= {"dataset": train_images.name, "splits": val_images.splits}
         log.close()
         if accelerator.is_main_process:
-            generated = save_results(accelerator, args, pipeline, results, log)
-            if args.final_pictures:
-                draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
-                draw_comparisons(accelerator, args, pipeline, val_images, generated, log)
+            save_results(args, pipeline, results)
+            generated = None
+            with training.optional("the last class grid", but=InputError):
+                generated = draw_last_preview(accelerator, args, pipeline, last_step, log)
+            if args.final_pictures and generated is not None:
+                with training.optional("the maps of the latents", but=InputError):
+                    draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
+                with training.optional("the last comparisons", but=InputError):
+                    draw_comparisons(accelerator, args, pipeline, val_images, generated, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     training.end_trackers(accelerator)

@@ -3,20 +3,45 @@
 import argparse
 import errno
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+# What steers a terminal, breaks a line, turns the direction of reading, or is half a character.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# In sentences of torch, numpy, diffusers and datasets that say how to run the code in a file: never our advice.
+UNSAFE_ADVICE = re.compile(
+    r"weights_only|safe_globals|allow_pickle|trust_remote_code|arbitrary code|\btrust(ed)? (the|this|it\b|source)",
+    re.IGNORECASE,
+)
+
 
 class InputError(ValueError):
     """Bad input from outside. Its message is one line: the flag, file or label, and what would be right."""
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: object) -> str:
+    """Text of others, such as a name or a message, as a terminal may show it: what it mustn't is written as an escape.
+
+    An escape code comes out as `\\x1b`, a new line as `\\n`.
+    """
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
 
 def one_line(error: BaseException, width: int | None = None) -> str:
-    """What an error says, on one line of at most `width` characters; its kind where it says nothing."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    """What an error says, on one line of at most `width` characters; its kind where it says nothing.
+
+    Advice of libraries to run the code in a file is left out.
+    """
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", str(error))
+    line = " ".join(" ".join(one for one in sentences if not UNSAFE_ADVICE.search(one)).split())
+    line = printable(line or type(error).__name__)
     return textwrap.shorten(line, width, placeholder=" ...") if width else line
 
 

@@ -3,9 +3,6 @@
 Both training scripts do the same with `--push_to_hub`. What goes is listed here, file by file: the model with its
 code, the card, generated pictures and curves, the metrics, the flags that aren't paths. All else stays, such as
 checkpoints, logs, and pictures that show photographs of the data set.
-
-Its neighbours: both training scripts, which call it; `model_card`, which writes the card for the repository's name;
-`FlowerLDMPipeline.save_pretrained`, which makes the folder loadable.
 """
 
 import argparse
@@ -13,6 +10,7 @@ import json
 import os
 import shlex
 import signal
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -154,18 +152,14 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
     """Patterns of what may go to the Hub, and what there is of it, by its path in the repository.
 
     Raises:
-        InputError: where the folder is no finished run.
+        InputError: where the folder is no finished run, or what would go isn't a file of its own.
     """
     for name in ("metrics.json", "args.yaml"):
         if not (run_dir / name).is_file():
             raise InputError(f"{run_dir} is no finished run of flower_ldm: it has no {name}")
     is_pipeline = (run_dir / "model_index.json").is_file()
     allowed = ("README.md", "metrics.json", "args.yaml", *(PIPELINE_FILES if is_pipeline else AUTOENCODER_FILES))
-    files: dict[str, Path | bytes] = {}
-    for path in sorted(run_dir.rglob("*")):
-        name = path.relative_to(run_dir).as_posix()
-        if is_allowed(name, allowed) and path.is_file():
-            files[name] = path
+    files: dict[str, Path | bytes] = dict(own_files(run_dir, allowed))
     try:
         metrics = without_paths(json.loads((run_dir / "metrics.json").read_text()))
         metrics.get("evaluation", {}).pop("command", None)  # its words are paths, among others
@@ -173,11 +167,34 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
         for entries in (metrics, metrics.get("evaluation", {}), flags):
             if "dataset" in entries:
                 entries["dataset"] = public_dataset(entries["dataset"])
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:  # damaged, or none of ours
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:  # damaged
         raise InputError(f"{run_dir} is no finished run of flower_ldm: {one_line(error)}") from error
     files["metrics.json"] = (json.dumps(metrics, indent=2) + "\n").encode()
     files["args.yaml"] = yaml.safe_dump(flags, sort_keys=True).encode()
     return allowed, files
+
+
+def own_files(run_dir: Path, allowed: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    """What may go, by name: regular files that lie in the run's folder themselves.
+
+    Raises:
+        InputError: where a symbolic link, of a file or a folder, leads to what may not go; at a pipe, a device and the
+            like. To leave one out in silence would take away what an earlier push uploaded.
+    """
+    root = Path(os.path.realpath(run_dir))
+    folders = {os.path.dirname(pattern) for pattern in allowed} - {""}
+    for path in sorted(run_dir.rglob("*")):
+        name = path.relative_to(run_dir).as_posix()
+        target = Path(os.path.realpath(path))
+        if name in folders and target != root / name:
+            raise InputError(f"{path} is a symbolic link, which no push follows: put the folder itself there")
+        if not is_allowed(name, allowed):
+            continue
+        inside = target.is_relative_to(root) and is_allowed(target.relative_to(root).as_posix(), allowed)
+        if not (inside and target.is_file()):
+            what = "a symbolic link to what may not go" if path.is_symlink() else "no regular file"
+            raise InputError(f"{path} is {what} to the Hub: put a copy in its place, or take it away")
+        yield name, target
 
 
 def is_allowed(name: str, patterns: tuple[str, ...]) -> bool:

@@ -9,11 +9,12 @@ import html
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .files import write_whole
 from .report import (
     DATASETS,
@@ -92,8 +93,8 @@ def write_model_card(run_dir: Path, repo_id: str | None = None) -> Path:
         if path.is_file() and MARK not in path.read_text("utf-8"):
             return path
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read: {error}") from error
-    write_whole(path, ModelCard(render(run, repo_id or run.args.get("hub_model_id"))).save)
+        raise InputError(f"{path} can't be read: {one_line(error)}") from error
+    write_whole(path, ModelCard(render(run, repo_id or repository(run.args.get("hub_model_id")))).save)
     return path
 
 
@@ -113,7 +114,8 @@ def render(run: Run, repo_id: str | None = None) -> str:
         MARK,
     ]
     body = "\n\n".join(filter(None, sections))
-    return f"---\n{metadata(run, name).to_yaml()}\n---\n\n{body}\n"
+    card = f"---\n{metadata(run, name).to_yaml()}\n---\n\n{body}\n"
+    return card.encode("utf-8", "backslashreplace").decode("utf-8")  # names of classes may be in no encoding
 
 
 # --- what may be said ------------------------------------------------------------------------------------------------
@@ -121,7 +123,15 @@ def render(run: Run, repo_id: str | None = None) -> str:
 
 def plain(text: object) -> str:
     """Text on one line that neither Markdown nor HTML reads as anything else, names of classes among it."""
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+    line = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+    line = re.sub(r"^([-+=]|[0-9]+(?=[.)]))", lambda start: f"{start[0][:-1]}&#{ord(start[0][-1])};", line)  # lists
+    return line.replace("://", "&#58;//").replace("www.", "www&#46;")  # no address becomes a link
+
+
+def repository(name: object) -> str | None:
+    """The name where it can be one of a repository, and so stand in code; `None` where it can't."""
+    is_one = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)
+    return name if is_one else None
 
 
 def hub_id(name: object) -> str | None:
@@ -178,9 +188,12 @@ def use(run: Run, repo_id: str) -> str:
     blocks = [
         "## Use it",
         "With [diffusers](https://github.com/huggingface/diffusers) alone; the code in this repository, which "
-        "`trust_remote_code` allows to run, is short:" if travels else "",
+        "`trust_remote_code` allows to run, is short. Read it, and put the commit that you have read in place of "
+        f"`COMMIT` ([list](https://huggingface.co/{repo_id}/commits/main)), so that no later one runs:"
+        if travels else "",
         _code(f"from diffusers import {library}", "",
-              f'{load} = {library}.from_pretrained("{repo_id}", trust_remote_code=True)', *lines) if travels else "",
+              f'{load} = {library}.from_pretrained("{repo_id}", revision="COMMIT", trust_remote_code=True)', *lines)
+        if travels else "",
         "With the package `flower_ldm` installed" + (", no trust is needed:" if travels else ":"),
         _code(f"from flower_ldm import {kind}", "", f'{load} = {kind}.from_pretrained("{repo_id}")', *lines),
     ]  # fmt: skip
@@ -199,7 +212,10 @@ def _labels(run: Run) -> str:
 
 
 def _code(*lines: str, language: str = "python") -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
+    """A block of code between fences that are longer than any within: no name of a class gets out of it."""
+    longest = max((len(run) for run in re.findall("`+", "\n".join(lines))), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([f"{fence}{language}", *lines, fence])
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -268,7 +284,7 @@ def protocol(run: Run) -> str:
     sentence += f" (split {plain(words(splits['held_out']))})" if splits.get("held_out") else ""
     if features.get("name"):
         sentence += f", by {number(features.get('num_features'))} features of {plain(features['name'])}"
-        sentence += f" on images of {features['input_size']} pixels" if features.get("input_size") else ""
+        sentence += f" on images of {number(features['input_size'])} pixels" if features.get("input_size") else ""
     drawn = sampling_words({"sampling": part(evaluation, "sampling")})
     return f"{sentence}. Drawn with {plain(drawn)}." if drawn else f"{sentence}."
 
@@ -347,7 +363,7 @@ def licence(run: Run) -> str:
 def autoencoder_run(run: Run) -> Run | None:
     """The run of stage 1 that this pipeline's autoencoder is from, where it is still there and still the same."""
     folder = run.args.get("autoencoder")
-    if run.stage != "latent_diffusion" or not folder or not (Path(folder) / "args.yaml").is_file():
+    if run.stage != "latent_diffusion" or not folder or not os.path.isfile(os.path.join(folder, "args.yaml")):
         return None
     try:
         stage1 = read_run(Path(folder))
@@ -403,7 +419,11 @@ def _evaluation_command(run: Run, sampling: dict) -> str:
     flags = {name: sampling.get(name) for name in ("num_samples", "seed", "num_inference_steps", "guidance_scale")}
     flags["features"] = part(run.evaluation, "features").get("name")
     line = "python -m flower_ldm.evaluation --pipeline results/flower-ldm"
-    return line + " \\\n    " + " ".join(f"--{name} {value}" for name, value in flags.items() if value is not None)
+    return (
+        line
+        + " \\\n    "
+        + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
+    )
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------
@@ -430,6 +450,7 @@ def eval_results(run: Run) -> list[EvalResult]:
     """Each measured number with what one needs to know to compare it."""
     dataset, evaluation = public_run(run).args["dataset"], run.evaluation
     splits = part(evaluation, "splits").get("held_out") or run.metrics.get("splits")
+    splits = list(map(str, splits)) if isinstance(splits, list) else None
     task_type, task_name = TASKS[run.stage]
     size = run.args.get("resolution")
     shared = {

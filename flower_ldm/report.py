@@ -13,6 +13,8 @@ import io
 import itertools
 import json
 import math
+import os
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,7 @@ from .training import read_log
 FILE_NAME = "report.html"
 PICTURES_BYTES = 9_000_000  # all data URIs together; with the page's text it stays below 10 MB
 PICTURE_BYTES = 500_000  # above it a picture is compressed further
+MOST_PIXELS = 50_000_000  # of a picture that is opened
 PICTURE_PIXELS = 2400  # the longest side that is kept
 TEMPLATES = Path(__file__).parent / "report_page"
 
@@ -89,6 +92,37 @@ METRICS = {  # name: (title, which way is better, decimals, how to read it)
 }  # fmt: skip
 
 
+# What must be what, by the file that says it; `None` stands for what isn't known. What else is there, and not as
+# the page wants it, is left out.
+CHECKED = {
+    "args": {
+        "a number": "resolution images_per_class max_train_steps train_batch_size gradient_accumulation_steps "
+        "learning_rate lr_warmup_steps ema_decay perceptual_weight guidance_scale",
+        "a text": "dataset data_dir image_column label_column config output_dir autoencoder vgg_weights hub_model_id "
+        "mixed_precision lr_scheduler prediction_type beta_schedule model_config",
+        "a list of names": "train_splits val_splits classes",
+    },
+    "metrics": {
+        "a number": "step training_seconds num_images",
+        "a text": "dataset device vgg_weights",
+        "a list of names": "splits",
+        "a mapping": "evaluation versions",
+    },
+    "evaluation": {
+        "a list of names": "remarks",
+        "a text or a list of names": "command",
+        "a list of mappings of numbers": "sweep",
+        "a mapping": "sampling features splits reconstruction against_held_out memorisation versions",
+    },
+    "index": {"a mapping of labels to names": "id2label"},
+    "config": {
+        "a number": "in_channels latent_channels num_classes",
+        "a text": "_class_name _diffusers_version prediction_type beta_schedule",
+        "a number or a list of them": "sample_size",
+    },
+}
+
+
 # --- reading a run ---------------------------------------------------------------------------------------------------
 
 
@@ -122,19 +156,16 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read all that a page shows, except for the pictures.
+    """Read all that a page shows, except for the pictures. What it gives has the types that `CHECKED` says.
 
     Raises:
         InputError: where `folder` is no run of either stage, or one of its files can't be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name the --output_dir of a training run")
-    args, metrics = _read_mapping(folder / "args.yaml"), _read_mapping(folder / "metrics.json")
-    try:
-        log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else []
-    except (KeyError, TypeError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / 'log.jsonl'} is not the log of a training run") from error
-    index = _read_mapping(folder / "model_index.json")
+    args, metrics, log = read_args(folder), read_mapping(folder / "metrics.json", "metrics"), _read_log(folder)
+    _check(folder / "metrics.json", part(metrics, "evaluation"), "evaluation")
+    index = read_mapping(folder / "model_index.json", "index")
     names = set().union(args, metrics, *log)
     if not names:
         raise InputError(f"{folder} is no training run: it has no args.yaml, log.jsonl or metrics.json")
@@ -145,24 +176,111 @@ def read_run(folder: Path) -> Run:
     else:
         raise InputError(f"{folder} is a run of neither train_autoencoder.py nor train_latent_diffusion.py")
     class_names = [str(name) for _, name in sorted(part(index, "id2label").items(), key=lambda item: int(item[0]))]
-    configs = {name: _read_mapping(path / "config.json") for name, path in parts.items()}
+    configs = {name: read_mapping(path / "config.json", "config") for name, path in parts.items()}
     if stage == "latent_diffusion":
-        configs["scheduler"] = _read_mapping(folder / "scheduler" / "scheduler_config.json")
+        configs["scheduler"] = read_mapping(folder / "scheduler" / "scheduler_config.json", "config")
     num_parameters = {name: _count_parameters(path) for name, path in parts.items()}
     return Run(folder, stage, args, log, metrics, configs, num_parameters, class_names)
 
 
-def _read_mapping(path: Path) -> dict:
-    """A JSON or YAML file that holds one mapping; empty where there is no such file."""
+def read_args(folder: Path) -> dict:
+    """The flags of a run, each a number, a text, or a list of such; empty where there is no `args.yaml`.
+
+    Raises:
+        InputError: where the file can't be read, or holds something else.
+    """
+    path = folder / "args.yaml"
+    args = read_mapping(path, "args")
+    for name, value in args.items():
+        if not (isinstance(name, str) and re.fullmatch(r"\w+", name, re.ASCII)):
+            raise InputError(f"{path}: {name!s:.40} is no flag")
+        if not (value is None or _is_scalar(value) or _is_words(value)):
+            raise InputError(f"{path}: {name} must be a number, a text, or a list of such, not {_kind(value)}")
+    return args
+
+
+def read_mapping(path: Path, kind: str) -> dict:
+    """A JSON or YAML file that holds one mapping; empty where there is no such file.
+
+    Raises:
+        InputError: where it can't be read, or something in it is not what `CHECKED` says of this kind of file.
+    """
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = path.read_text("utf-8")
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:  # of YAML, an unhashable key is a TypeError
         raise InputError(f"{path} can't be read: {one_line(error)}") from error
+    except RecursionError:
+        raise InputError(f"{path} can't be read: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold names and values")
+    _check(path, content, kind)
     return content
+
+
+def _check(path: Path, content: dict, kind: str) -> None:
+    for what, names in CHECKED[kind].items():
+        for name in names.split():
+            if content.get(name) is not None and not TYPES[what](content[name]):
+                raise InputError(f"{path}: {name} must be {what}, not {_kind(content[name])}")
+
+
+def _kind(value: object) -> str:
+    names = {dict: "a mapping", list: "a list", str: "a text", bool: "yes or no", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, (int, float, str))
+
+
+def _is_words(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_scalar, value))
+
+
+def _is_point(value: object) -> bool:
+    """Of a sweep: what was measured at one guidance scale and number of steps."""
+    return isinstance(value, dict) and all(one is None or _is_number(one) for one in value.values())
+
+
+LABEL = re.compile("[0-9]{1,9}")
+TYPES = {
+    "a number": _is_number,
+    "a text": lambda value: isinstance(value, str),
+    "a mapping": lambda value: isinstance(value, dict),
+    "a list of names": _is_words,
+    "a text or a list of names": lambda value: isinstance(value, str) or _is_words(value),
+    "a number or a list of them": lambda value: all(map(_is_number, value if isinstance(value, list) else [value])),
+    "a list of mappings of numbers": lambda value: isinstance(value, list) and all(map(_is_point, value)),
+    "a mapping of labels to names": lambda value: isinstance(value, dict) and all(map(LABEL.fullmatch, value)),
+}
+
+
+def _read_log(folder: Path) -> list[dict]:
+    path = folder / "log.jsonl"
+    try:
+        log = read_log(path) if path.is_file() else []
+    except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is not the log of a training run") from error
+    for line in log:
+        if not is_finite(line["step"]):
+            raise InputError(f"{path} is not the log of a training run: each line's step must be a number")
+        bins = line.get("loss_by_timestep")
+        if bins is not None and not (isinstance(bins, list) and all(map(_is_bin, bins))):
+            raise InputError(f"{path}: loss_by_timestep of step {number(line['step'])} must be a list of "
+                             "[first timestep, last timestep, loss]")  # fmt: skip
+    return log
+
+
+def _is_bin(value: object) -> bool:
+    """A range of timesteps and the mean loss there, `None` where there was none."""
+    return isinstance(value, list) and len(value) == 3 and is_finite(value[0]) and is_finite(value[1])
 
 
 def part(mapping: dict, *names: str) -> dict:
@@ -175,7 +293,7 @@ def part(mapping: dict, *names: str) -> dict:
 def _count_parameters(folder: Path) -> int:
     """Numbers in a model's safetensors files, from their headers alone; 0 where there are none."""
     count = 0
-    for path in folder.glob("diffusion_pytorch_model*.safetensors"):
+    for path in filter(Path.is_file, folder.glob("diffusion_pytorch_model*.safetensors")):
         try:
             with safe_open(path, framework="numpy") as file:
                 count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
@@ -374,22 +492,28 @@ class Album:
         """A still picture, compressed; `None` where there is none, where it is damaged, or there is no room left."""
         if not path.is_file():
             return None
+        if reason := self._not_shown(path):
+            return self._leave_out(path, reason)
         try:
             with open_image(path) as image:
                 image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.LANCZOS)
                 size, content = image.size, _webp(image, path.stat().st_size < 2 * PICTURE_BYTES)
-        except (OSError, ValueError, SyntaxError):  # what Pillow has for damaged files
+        except Exception:  # for what is damaged Pillow has no common base
             return self._leave_out(path, "damaged")
         return self._add(path, _data_uri(content, "webp"), size, alt, caption)
 
     def animation(self, path: Path, alt: str, caption: str = "") -> dict | None:
         """A GIF as it is, with its last frame for those who want no motion."""
+        if not path.is_file():
+            return None
+        if reason := self._not_shown(path):
+            return self._leave_out(path, reason)
         try:
             with open_image(path) as image:
                 size = image.size
                 for frame in ImageSequence.Iterator(image):
                     still = frame.convert("RGB")
-        except (OSError, ValueError, SyntaxError):
+        except Exception:  # as above
             return self._leave_out(path, "damaged")
         uri = _data_uri(path.read_bytes(), "gif")
         return self._add(path, uri, size, alt, caption, still=_data_uri(_webp(still, try_lossless=False), "webp"))
@@ -401,6 +525,17 @@ class Album:
             return self._leave_out(path, "the page would weigh more than 10 MB")
         self.room -= len(uri) + len(still)
         return {"src": uri, "width": size[0], "height": size[1], "alt": alt, "caption": caption, "still": still}
+
+    def _not_shown(self, path: Path) -> str | None:
+        """Why a file isn't opened: pages are passed on, so they hold what lies in the run itself; and no bombs."""
+        if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.folder), "")):
+            return "a symbolic link out of the run"
+        try:
+            with Image.open(path, formats=["PNG", "GIF"]) as image:
+                too_large = image.width * image.height > MOST_PIXELS
+        except Exception:
+            return "damaged"
+        return f"more than {number(MOST_PIXELS)} pixels" if too_large else None
 
     def _leave_out(self, path: Path, reason: str) -> None:
         self.left_out.append(f"{path.relative_to(self.folder)} ({reason})")
@@ -425,9 +560,8 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     """The pictures `step-<update>.png` of a folder, by update."""
-    found = [(int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.png")
-             if path.stem.removeprefix("step-").isdigit()]  # fmt: skip
-    return sorted(found)
+    names = [(re.fullmatch(r"step-([0-9]+)\.png", path.name), path) for path in folder.glob("step-*.png")]
+    return sorted((int(name[1]), path) for name, path in names if name and path.is_file())
 
 
 def _spoken(path: Path, prefix: str) -> str:
@@ -719,7 +853,7 @@ def render(run: Run) -> str:
     album = Album(run.folder)
     hero = hero_picture(run, album)  # before all others: it is sure to have room
     planned = run.args.get("max_train_steps")
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         run=run,
         title=title(run),
         lede=lede(run),
@@ -734,6 +868,7 @@ def render(run: Run) -> str:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be in no encoding
 
 
 def write_report(run_dir: Path) -> Path:

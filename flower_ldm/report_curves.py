@@ -1,7 +1,7 @@
 """The curves of a report: from log lines and sweeps to what the page's template draws and its script reads.
 
-Its neighbours: `report` asks for the charts; `report_page/` stretches them to the width of a screen and lets them be
-hovered over. Ticks are chosen by matplotlib, nothing is drawn by it.
+`report_page/` stretches them to the width of a screen and lets them be hovered over. Ticks are chosen by matplotlib,
+nothing is drawn by it.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
+LARGEST = 1e100  # of all numbers that are shown
 MAX_POINTS = 600  # of a curve; of a longer log, the lowest and the highest of each stretch are drawn
 LOG_SCALE_RATIO = 8  # of the highest to the lowest value, above which a loss is drawn on a log scale
 # What else a log line holds beside losses: how the optimizer fared.
@@ -34,7 +35,7 @@ SWEPT = {
 
 def number(value: object, decimals: int | None = None) -> str:
     """A number for people: thousands apart, four digits that count unless `decimals` are asked for; else a dash."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_finite(value):
         return "–"
     if isinstance(value, int):
         return f"{value:,}"
@@ -45,7 +46,8 @@ def number(value: object, decimals: int | None = None) -> str:
 
 
 def is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether it is a number, and one that can be drawn: beyond `LARGEST` nothing is measured, and axes overflow."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 class Series(NamedTuple):
@@ -92,7 +94,7 @@ def chart(
     left, right = x_range or (min(xs), max(xs))
     if left == right:
         left, right = left - 1, right + 1
-    log_scale = may_be_log and min(ys) > 0 and max(ys) / min(ys) > LOG_SCALE_RATIO
+    log_scale = may_be_log and min(ys) > 1 / LARGEST and max(ys) / min(ys) > LOG_SCALE_RATIO
     bottom, top, ticks = _y_axis(min(ys), max(ys), log_scale)
     scale = math.log if log_scale else float
 

@@ -435,10 +435,16 @@ def end_trackers(accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def optional(what: str) -> Iterator[None]:
-    """Around what a run can do without until its end, such as a preview: where it fails, a line says so."""
+def optional(what: str, but: type[Exception] | tuple = ()) -> Iterator[None]:
+    """Around what a run can do without, such as a preview: where it fails, a line says so and the run goes on.
+
+    Args:
+        but: errors that are raised all the same.
+    """
     try:
         yield
+    except but:
+        raise
     except Exception as error:  # of matplotlib, of a tracker's network: whatever it is, the weights are worth more
         print(f"left out {what}: {one_line(error, 300)}", file=sys.stderr, flush=True)
 

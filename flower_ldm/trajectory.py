@@ -23,6 +23,7 @@ from sklearn.decomposition import PCA
 
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.files import write_whole
+from flower_ldm.lettering import drawable, pillow_font, spell_out
 
 PANEL = 192  # pixels a side of an image in an animation
 MAX_GIF_BYTES = 2_000_000
@@ -238,7 +239,7 @@ def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) 
     strip = (side + gap) * len(states) - gap
     width = 0.7 + strip + 0.85 + 4.2 + 0.15
     figure = Figure(figsize=(width, height))
-    figure.text(0.7 / width, 0.92, f"{trajectory.name}: from noise to image", fontsize=12)
+    figure.text(0.7 / width, 0.92, f"{drawable(trajectory.name)}: from noise to image", fontsize=12)
     box = (strip / width, side / height)
     upper, lower = (figure.add_axes((0.7 / width, bottom / height, *box)) for bottom in (0.35 + side + gap, 0.35))
     centres = draw_strip(upper, trajectory.noisy_images[states], gap / side)
@@ -250,6 +251,7 @@ def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) 
     lower.set_ylabel("predicted\nclean image", fontsize=9)
     left = 0.7 + strip + 0.85
     draw_way(figure.add_axes((left / width, 0.45 / height, 4.2 / width, 2.4 / height)), trajectory, plane)
+    spell_out(figure)
     write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
 
 
@@ -274,7 +276,7 @@ def draw_way(axis: Axes, trajectory: Trajectory, plane: LatentPlane) -> None:
     """A trajectory, and what was predicted along it, over the clouds of the classes."""
     own = plane.labels == trajectory.label
     axis.scatter(*plane.points[~own].T, s=5, color="#d3d3d3", linewidths=0, label="other classes")
-    axis.scatter(*plane.points[own].T, s=12, color="#44AA99", linewidths=0, label=trajectory.name)
+    axis.scatter(*plane.points[own].T, s=12, color="#44AA99", linewidths=0, label=drawable(trajectory.name, 24))
     for latents, colour, label in (
         (trajectory.denoised_latents, "#CC6677", "predicted clean latents"),
         (trajectory.noisy_latents, "#332288", "noisy latents"),
@@ -299,18 +301,19 @@ def animation_frames(trajectory: Trajectory) -> list[np.ndarray]:
     states = np.unique(np.linspace(0, len(trajectory) - 1, MAX_FRAMES).round().astype(int))
     margin, gap = 4, 8
     width, bar = 2 * PANEL + gap + 2 * margin, PANEL + margin + 20
-    font = ImageFont.load_default(size=12)
+    name = drawable(trajectory.name, 32)
+    font, font_of_name = ImageFont.load_default(size=12), pillow_font(name, 12)
     frames = []
     for state in states:
         frame = Image.new("RGB", (width, 240), "white")
         draw = ImageDraw.Draw(frame)
-        for left, images, caption in (
-            (margin, trajectory.noisy_images, trajectory.name),
-            (margin + PANEL + gap, trajectory.denoised_images, "predicted clean image"),
+        for left, images, caption, its_font in (
+            (margin, trajectory.noisy_images, name, font_of_name),
+            (margin + PANEL + gap, trajectory.denoised_images, "predicted clean image", font),
         ):
             image = Image.fromarray(images[state]).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
             frame.paste(image, (left, margin))
-            draw.text((left + PANEL / 2, margin + PANEL + 2), caption[:32], "black", font, anchor="ma")
+            draw.text((left + PANEL / 2, margin + PANEL + 2), caption, "black", its_font, anchor="ma")
         level = float(trajectory.noise_levels[state])
         right = width - margin - 84
         draw.rectangle((margin, bar, right, bar + 8), fill="#e4e4e4")

@@ -2,13 +2,11 @@
 
     python -m flower_ldm.visualization --pipeline results/flower-ldm --output pictures
 
-draws all that can be drawn from a pipeline, or with `--autoencoder` from stage 1's folder. Its neighbours: both
-training scripts call it; it reads images as `(B, 3, H, W)` in [-1, 1] and logs as `training.read_log` gives them; what
-a pipeline does on its way from noise to image is in `trajectory`.
+draws all that can be drawn from a pipeline, or with `--autoencoder` from stage 1's folder. Images are `(B, 3, H, W)`
+in [-1, 1], logs as `training.read_log` gives them. What a pipeline does on its way to an image is in `trajectory`.
 """
 
 import argparse
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
 from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from flower_ldm.files import file_path, path_text, write_whole
+from flower_ldm.lettering import drawable, spell_out
 from flower_ldm.memorisation import TrainingNeighbours, memorised
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.training import read_log
@@ -118,7 +117,8 @@ def picture_table(
 
 
 def _two_lines(name: str, width: int = 14) -> str:
-    """Break a class name at the space or hyphen nearest its middle, where it's too wide for a column."""
+    """A class name as it is drawn, broken at the blank or hyphen nearest its middle where it's too wide."""
+    name = drawable(name)
     breaks = [index for index, letter in enumerate(name) if letter in " -"]
     if len(name) <= width or not breaks:
         return name
@@ -164,7 +164,7 @@ def save_nearest_neighbours(
         grid = np.asarray(image_grid(np.concatenate(rows), num_columns, gap=4, min_pixels=96))
         axis.imshow(grid)
         width, height = grid.shape[1] / num_columns, grid.shape[0] / len(rows)
-        captions = [f"{textwrap.shorten(names[i], 20, placeholder='…')}\nratio {ratios[i]:.2f}" for i in suspects]
+        captions = [f"{drawable(names[i], 20)}\nratio {ratios[i]:.2f}" for i in suspects]
         axis.set_xticks([(column + 0.5) * width for column in range(num_columns)], captions, fontsize=8)
         row_names = ("sample", "nearest\ntraining\nimage", "second\nnearest")
         axis.set_yticks([(row + 0.5) * height for row in range(len(rows))], row_names, fontsize=9)
@@ -183,6 +183,7 @@ def save_nearest_neighbours(
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write a figure and let go of it; the folder is made where there is none."""
+    spell_out(figure)
     try:
         write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
     finally:
@@ -322,7 +323,7 @@ def latent_map(
         named = np.isin(labels[name], list(colour_of))
         axis.scatter(*of_set[~named].T, color=OTHERS, **(style | {"s": area / 2, "linewidths": 0}))
         axis.scatter(*of_set[named].T, c=[colour_of[label] for label in labels[name][named].tolist()], **style)
-    handles = [plt.Line2D([], [], marker="s", linestyle="", color=c, label=class_names[k].strip())
+    handles = [plt.Line2D([], [], marker="s", linestyle="", color=c, label=drawable(class_names[k]))
                for k, c in colour_of.items()]  # fmt: skip
     if len(class_names) > len(colour_of):
         rest = len(class_names) - len(colour_of)
@@ -501,7 +502,9 @@ def save_interpolations(
     between = save_picture_table(
         np.stack(rows),
         folder / "interpolation_classes.png",
-        row_names=[f"{pipe.class_names[start]} to {pipe.class_names[end]}" for start, end in pairs],
+        row_names=[
+            f"{drawable(pipe.class_names[start], 20)} to {drawable(pipe.class_names[end], 20)}" for start, end in pairs
+        ],
         title="from class to class, each row from the same noise",
     )
     return [*written, between]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from loopback_hub import Blob
 from PIL import Image
 
 pytest.importorskip("gradio", reason="pip install -e '.[app]'")
@@ -30,6 +32,7 @@ import app
 from flower_ldm import FlowerLDMPipeline, hub
 
 ROOT = Path(__file__).parent.parent
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 def free_port() -> int:
@@ -309,6 +312,17 @@ def change(path: Path, **entries) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
+def test_advice_to_trust_a_file_is_left_out():
+    file = io.BytesIO()
+    torch.save(SimpleNamespace(a=1), file)
+    file.seek(0)
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        torch.load(file, weights_only=True)
+    line = app.one_line(caught.value)
+    assert line.startswith("Weights only load failed. ") and "SimpleNamespace" in line
+    assert not any(word in line for word in ("trust", "weights_only", "False", "\n"))
+
+
 def test_without_gradio_it_says_how_to_install_it(capsys, monkeypatch):
     monkeypatch.setattr(app, "gr", None)
     with pytest.raises(SystemExit) as end:
@@ -324,7 +338,7 @@ def test_port_that_is_taken(served, finished_runs, capsys):
 
 def test_space_is_whole(tmp_path, capsys):
     space = tmp_path / "space"
-    app.main(["--pipeline", "someone/flowers", "--space", str(space)])
+    app.main(["--pipeline", "someone/flowers", "--space", str(space), "--revision", COMMIT])
     assert sorted(path.name for path in space.iterdir()) == ["README.md", "app.py", "demo.py", "requirements.txt"]
     assert "hf upload USER/NAME" in capsys.readouterr().out
     card = yaml.safe_load((space / "README.md").read_text("utf-8").split("---")[1])
@@ -335,26 +349,47 @@ def test_space_is_whole(tmp_path, capsys):
     assert len(card["short_description"]) <= 60
     ours = {line.split()[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert set((space / "requirements.txt").read_text().split()) <= ours
+    assert f'revision = "{COMMIT}"' in (space / "app.py").read_text()
     with pytest.raises(SystemExit):
-        app.main(["--pipeline", "someone/flowers", "--space", str(space)])
+        app.main(["--pipeline", "someone/flowers", "--space", str(space), "--revision", COMMIT])
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("revision", [[], ["--revision", "main"], ["--revision", COMMIT[:7]]])
+def test_a_space_trusts_one_commit(tmp_path, capsys, revision):
+    with pytest.raises(SystemExit):
+        app.main(["--pipeline", "someone/flowers", "--space", str(tmp_path / "space"), *revision])
+    assert "--space needs --revision, the commit whose code" in capsys.readouterr().err
+    assert not (tmp_path / "space").exists()
+
+
+def test_names_cannot_write_code_into_a_space(tmp_path, capsys):
+    for name in ('a/b"); import os; ("', "a/b\nmodels: []", "a/b: c", "a/\x1b[31m"):
+        with pytest.raises(SystemExit):
+            app.main(["--pipeline", name, "--space", str(tmp_path / "space"), "--revision", COMMIT])
+        said = capsys.readouterr().err
+        assert "--space needs --pipeline by its id on the Hub" in said and said.count("\n") == 1 and "\x1b" not in said
 
 
 @pytest.mark.slow
 def test_space_needs_no_package(tmp_path):
     """Where neither the package nor the network is, its entry gets as far as the download."""
-    app.write_space(tmp_path / "space", "someone/flowers")
+    app.write_space(tmp_path / "space", "someone/flowers", COMMIT)
     environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PYTHONNOUSERSITE": "1"}
     code = "import sys; sys.modules['flower_ldm'] = None; sys.path.insert(0, '.'); import app"
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "space", env=environment, capture_output=True,
                            text=True)  # fmt: skip
-    assert ended.returncode == 2 and "error: --pipeline someone/flowers is no folder or Hub id" in ended.stderr
+    assert ended.returncode == 2 and f"--pipeline someone/flowers --revision {COMMIT} is no folder" in ended.stderr
 
 
 @pytest.mark.slow
 def test_space_draws_what_the_hub_holds(finished_runs, hub_server, tmp_path):
     """Its entry as a Space starts it, without the package: by the code of the model's repository, to the bit."""
-    hub.push_run(finished_runs.flower_ldm, "gardener/flower-ldm")
-    app.write_space(tmp_path / "space", "gardener/flower-ldm")
+    commit = hub.push_run(finished_runs.flower_ldm, "gardener/flower-ldm").split("/")[-1]
+    repository = hub_server.repositories["gardener/flower-ldm"]
+    code = Blob(b"raise SystemExit('not what was read')", False)
+    repository.commit("main", repository.find("main")[1] | {"pipeline_flower_ldm.py": code}, "by somebody else")
+    app.write_space(tmp_path / "space", "gardener/flower-ldm", commit)
     code = "import sys; sys.modules['flower_ldm'] = None; sys.path.insert(0, '.'); import demo; "
     port = free_port()  # a Space has the default one for itself
     code += f"launch = demo.launch; demo.launch = lambda page, host, _, **more: launch(page, host, {port}, **more); "
@@ -426,6 +461,51 @@ def test_page_in_a_browser(browser, served, width, dark, request):
     assert browser.complaints() == []
     here = (served.address, "data:", "blob:")
     assert [address for address in browser.requests() if not address.startswith(here)] == []
+
+
+ELSEWHERE = "http://127.0.0.1:9/elsewhere"
+HOSTILE = [f'<img src={ELSEWHERE}> "\'', f"![x]({ELSEWHERE}) **rose** ${{fetch('{ELSEWHERE}')}} {{{{x}}}}",
+           f"</script><script>fetch('{ELSEWHERE}')</script>", "[a](javascript:fetch('x')) `b` $c$"]  # fmt: skip
+
+
+def test_text_of_data_flags_and_visitors_stays_text(browser, served):
+    """Names of classes, of the pipeline's folder and of a flower that isn't there ask for nothing elsewhere."""
+    parts = served.pipe.components
+    pipe = FlowerLDMPipeline(**parts, id2label=dict(enumerate(HOSTILE)))
+    name = " ".join(HOSTILE)
+    page = app.build_page(app.Studio(pipe), name)
+    address = app.launch(page, "127.0.0.1", free_port(), block=False)
+    words = "document.body.innerText"
+    try:
+        browser.open(address)
+        until(browser, "document.querySelectorAll('#flowers img').length === 4")
+        assert browser.evaluate("document.querySelector('#title h1').innerText") == " ".join(name.split())
+        assert browser.evaluate("document.title").startswith(" ".join(name.split())[:40])
+        captions = "[...document.querySelectorAll('{} .caption-label')].map(c => c.innerText.trim())"
+        assert browser.evaluate(captions.format("#flowers")) == HOSTILE
+        browser.evaluate("document.querySelectorAll('#flowers button:has(img)')[1].click()")
+        until(browser, "document.querySelectorAll('.token').length === 2")
+        press(browser, "Blend two flowers")
+        until(browser, "document.querySelector('#easel .loop')?.naturalWidth === 256")
+        alternative = browser.evaluate("document.querySelector('#easel .loop').alt")
+        assert alternative == f"from {HOSTILE[0]} to {HOSTILE[1]} and back"
+        press(browser, "Draw")
+        until(browser, "document.querySelectorAll('#pictures button img').length === 8")
+        assert set(browser.evaluate(captions.format("#pictures"))) == set(HOSTILE[:2])
+        browser.evaluate("document.querySelector('#pictures button:has(img)').click()")  # one of them, enlarged
+        browser.evaluate("document.querySelector('[aria-label^=Flowers]').focus()")
+        browser.call("Input.insertText", text=HOSTILE[0] + "?")
+        browser.press("Enter")
+        until(browser, "document.querySelectorAll('.token').length === 3")
+        press(browser, "Draw")
+        until(browser, f"{words}.includes('Unknown label')")
+        toast = browser.evaluate("document.querySelector('.toast-body').innerText")
+        assert "Unknown label" in toast and "<img src=" in toast
+        assert browser.evaluate("document.querySelectorAll('.toast-body img, #title img, #title strong').length") == 0
+        assert [at for at in browser.requests() if not at.startswith((address, "data:", "blob:"))] == []
+        assert browser.complaints() == []
+    finally:
+        page.close(verbose=False)
 
 
 # --- many visitors ---------------------------------------------------------------------------------------------------

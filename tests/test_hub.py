@@ -23,6 +23,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import tiny_stages
+from diffusers import AutoModel, DiffusionPipeline
 from huggingface_hub import HfApi
 from loopback_hub import TOKEN, Blob, LoopbackHub, Repository, Request
 
@@ -181,6 +182,22 @@ def test_the_command_pushes_too(finished_runs, hub_server, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{hub_server.url}/gardener/flowers/commit/")
 
 
+def test_a_commit_that_is_pinned_keeps_its_code(finished_runs, hub_server):
+    """As the card and README show it: what somebody pushes later doesn't run."""
+    for folder, name, code, kind in (
+        (finished_runs.flower_ldm, "flower-ldm", "pipeline_flower_ldm.py", DiffusionPipeline),
+        (finished_runs.autoencoder, "autoencoder", "autoencoder_flower.py", AutoModel),
+    ):
+        commit = hub.push_run(folder, f"gardener/{name}").split("/")[-1]
+        repository = hub_server.repositories[f"gardener/{name}"]
+        later = repository.find("main")[1] | {code: Blob(b"raise SystemExit('later code')", False)}
+        repository.commit("main", later, "later")
+        loaded = kind.from_pretrained(f"gardener/{name}", revision=commit, trust_remote_code=True)
+        assert type(loaded).__name__ in ("FlowerLDMPipeline", "FlowerAutoencoderKL")
+        with pytest.raises(SystemExit, match="later code"):
+            kind.from_pretrained(f"gardener/{name}", trust_remote_code=True)
+
+
 # What ends in one line
 
 
@@ -231,6 +248,74 @@ def test_name_of_a_folder_with_the_data_stays_here(finished_runs, tmp_path):
     sent = hub.run_files(tmp_path / "run")[1]
     assert json.loads(sent["metrics.json"])["evaluation"]["dataset"] == "imagefolder"
     assert b"planted" not in sent["metrics.json"] + sent["args.yaml"]
+
+
+def link(path: Path, target: Path) -> None:
+    """A symbolic link in place of whatever is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+@pytest.fixture
+def secrets(tmp_path) -> Path:
+    """A folder beside the run, with files that nobody is to see."""
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    for name in ("config.json", "step-00000004.png", "diffusion_pytorch_model.safetensors"):
+        (folder / name).write_text("secret")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("diffusion_loss.png", "secrets/config.json"),
+        ("args.yaml", "secrets/config.json"),
+        ("metrics.json", "secrets/config.json"),
+        ("README.md", "secrets/config.json"),
+        ("unet/config.json", "secrets/config.json"),
+        ("samples/new.png", "secrets/step-00000004.png"),
+        ("samples", "secrets"),
+        ("vae", "secrets"),
+        ("guide", "secrets"),
+        ("latent_space_tsne.png", "run/original_reconstructed_generated.png"),
+        ("diffusion_loss.png", "secrets/nowhere"),
+        ("diffusion_loss.png", "run/diffusion_loss.png"),
+    ],
+)
+def test_a_push_follows_no_link_out_of_the_run(finished_runs, hub_server, tmp_path, secrets, name, target):
+    run = tmp_path / "run"
+    shutil.copytree(finished_runs.flower_ldm, run, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+    link(run / name, tmp_path / target)
+    with pytest.raises(InputError, match=f"/{name} is a symbolic link") as caught:
+        hub.main([str(run), "--hub_model_id", "flowers"])
+    assert "\n" not in str(caught.value)
+    assert not hub_server.requests and not hub_server.repositories
+
+
+@pytest.mark.parametrize("name", ["diffusion_loss.png", "samples/step-00000008.png"])
+def test_a_pipe_is_no_picture(finished_runs, hub_server, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(finished_runs.flower_ldm, run, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(InputError, match=f"/{name} is no regular file"):
+        hub.main([str(run), "--hub_model_id", "flowers"])
+    assert not hub_server.requests
+
+
+def test_links_within_a_run_and_to_a_run_are_followed(finished_runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_runs.flower_ldm, run, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+    newest = max((run / "samples").glob("*.png"))
+    (run / "samples" / "newest.png").symlink_to(newest.name)
+    (run / "checkpoint-latest").symlink_to(tmp_path)  # not among what goes
+    link(tmp_path / "link", run)
+    files = hub.run_files(tmp_path / "link")[1]
+    assert files["samples/newest.png"].read_bytes() == newest.read_bytes()
+    assert files.keys() == hub.run_files(run)[1].keys()
 
 
 def test_sigterm_during_the_upload_ends_it_with_the_line_that_says_how_to_go_on(finished_runs, hub_server):

@@ -197,6 +197,15 @@ def test_examples_of_an_autoencoder_run(runs):
         assert names["reconstruction"].shape == (2, 3, 32, 32)
 
 
+def test_remote_code_is_pinned_wherever_it_is_shown(runs):
+    readme = Path(__file__).parent.parent / "README.md"
+    cards = [write_model_card(folder, "me/flowers") for folder in runs.values()]
+    for path, count in zip((readme, *cards), (2, 1, 1), strict=True):
+        code = "\n".join(blocks(path.read_text("utf-8"), "python"))
+        lines = [line for line in code.splitlines() if "trust_remote_code" in line]
+        assert len(lines) == count and all('revision="' in line for line in lines), path
+
+
 def test_commands_train_the_same_again(runs, tmp_path, monkeypatch):
     """Each flag as it was, except for paths; the models' configs come from the repository itself."""
     [code] = blocks(write_model_card(runs["flower_ldm"], "me/flowers").read_text(), "sh")

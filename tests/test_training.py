@@ -230,6 +230,15 @@ def test_a_tracker_that_fails_costs_nothing(log, monkeypatch, capsys):
     assert capsys.readouterr().err.count("no route to host") == 2
 
 
+def test_what_may_be_left_out_and_what_not(capsys):
+    with training.optional("a picture"):
+        raise RuntimeError("no such font")
+    assert capsys.readouterr().err == "left out a picture: no such font\n"
+    for error in (InputError("--flag is wrong"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), training.optional("a picture", but=InputError):
+            raise error
+
+
 # Signals
 
 

@@ -1,6 +1,7 @@
 """`flower_ldm.visualization`: every picture shows what it was given, where it should."""
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from diffusers import UNet2DModel
 from matplotlib import pyplot as plt
 from PIL import Image
 
+import train_autoencoder
+import train_latent_diffusion
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import load_datasets, to_uint8
 from flower_ldm.errors import InputError
@@ -377,3 +380,26 @@ def test_as_a_command_bad_input_is_exit_code_2(monkeypatch, capsys):
         runpy.run_module("flower_ldm.visualization", run_name="__main__")
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: give either --pipeline")
+
+
+# Pictures that can't be drawn
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "flower_ldm"])
+def test_a_picture_that_cannot_be_drawn_costs_no_checkpoint(finished_runs, run_script, tmp_path, capsys, stage):
+    """Folders lie where pictures of validation and of the end should go; the weights are those of a run without."""
+    script, flags, pictures, kept = {
+        "autoencoder": (train_autoencoder, finished_runs.stage1, "reconstructions", "."),
+        "flower_ldm": (train_latent_diffusion, finished_runs.stage2, "samples", "unet"),
+    }[stage]
+    finished, run = getattr(finished_runs, stage), tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoint-6")
+    (run / pictures / "step-00000005.png").mkdir()  # a picture can't take its place
+    more = ["--validation_steps", "1", "--resume_from_checkpoint", "latest", "--no-final_pictures"]
+    run_script(script.main, [*flags, "--output_dir", run, *more])
+    said = capsys.readouterr().err
+    assert said.count("left out pictures of this validation: ") == 1
+    assert (run / "checkpoint-6").is_dir() and (run / "report.html").is_file()
+    name = f"{kept}/diffusion_pytorch_model.safetensors"
+    assert (run / name).read_bytes() == (finished / name).read_bytes()
