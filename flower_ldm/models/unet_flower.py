@@ -1,11 +1,12 @@
 """FlowerUNet2DModel, the denoiser: a U-shaped transformer over latent positions.
 
-Its neighbours: `autoencoder_flower` gives the latents, `diffusion` the targets, `pipeline_flower_ldm` calls it when
-sampling. The file travels to the Hub beside the weights, so it imports torch and diffusers only.
+Travels to the Hub beside its weights, so it imports the standard library, torch and diffusers only.
 
 Shapes: B batch, C channels, H W latent height and width, P patch_size, N tokens = (H/P)(W/P), S hidden_size,
 A num_attention_heads, D head dimension = S/A, M width of the MLP.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -255,6 +256,11 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
             nn.init.normal_(block.mlp.to_out.weight, std=0.02)
             if block.skip is not None:
                 nn.init.eye_(block.skip.weight)  # the identity on the stream, zero on the skip
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
+        # The entry for `AutoModel` is no argument of the model: diffusers would warn that it doesn't know it.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def forward(
         self,
