@@ -49,6 +49,11 @@ HARMLESS_OPTIONS = {
 }
 # So do these step by the noise that is predicted, and multiply its error by as much.
 STEPS_BY_NOISE = {"algorithm_type": ("dpmsolver", "sde-dpmsolver"), "predict_x0": (False,)}
+# What no model or scheduler exceeds; a config that does is a mistake, or made to eat the memory of who loads it.
+MOST_LAYERS = 1001
+LARGEST_SIZE = 2**13  # of latents
+LARGEST_NUMBERS = {"sample_size": 2**16, "num_train_timesteps": 10**5}  # the first is an autoencoder's, in pixels
+LARGEST_NUMBER = 10**6
 _DRAWING: set[int] = set()  # the ids of pipelines and schedulers in the middle of a call
 _DRAWING_LOCK = threading.Lock()
 
@@ -118,6 +123,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
     ):
         super().__init__()
         _check_models(vae, unet, guide)
+        for name, model in {"vae": vae, "unet": unet, "guide": guide}.items():
+            _check_weights(name, model)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
         if id2label is not None:
             names = {int(label): str(name) for label, name in id2label.items()}
@@ -277,6 +284,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self.decode_latents(latents, "pt", original)
         self.maybe_free_model_hooks()
         if not images.isfinite().all():  # as pictures they would be black
+            _check_finite(vae=self.vae, unet=self.unet, guide=self.guide)
             raise ValueError(
                 f"{_kind(self.scheduler)} gave numbers that are not finite in {num_inference_steps} steps: take "
                 "another number of steps, another scheduler, or a wider dtype"
@@ -702,7 +710,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
             raise ValueError(f"{kind} can't follow the noise schedule of training: take another scheduler")
         levels, most = self.scheduler.alphas_cumprod, config.num_train_timesteps
         falls = levels[1:] <= levels[:-1] + 1e-6  # some schedulers put such a number in the place of a last 0
-        if len(levels) != most or not ((levels >= 0) & (levels <= 1)).all() or not falls.all():
+        if not 0 < len(levels) == most or not ((levels >= 0) & (levels <= 1)).all() or not falls.all():
             raise ValueError(
                 f"{kind} has no noise schedule of {most} betas from 0 to 1: check trained_betas and the others"
             )
@@ -722,7 +730,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         if not (hasattr(self.scheduler, "step") and hasattr(self.scheduler, "order")):
             return False
         parameters = inspect.signature(self.scheduler.step).parameters.values()
-        return sum(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in parameters) == 3
+        return sum(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in parameters) <= 3
 
     def _check_prediction_type(self) -> None:
         kind, config = _kind(self.scheduler), self.scheduler.config
@@ -799,6 +807,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
         """The stock one, but a class that the installed `flower_ldm` has is taken from there, and needs no trust."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if args and os.path.isdir(args[0]):  # where a repository is on this machine, none of its parts built yet
+            _check_configs(Path(args[0]), index)
         for name, entry in index.items():
             if isinstance(entry, list) and len(entry) == 2 and entry[0] not in (None, "diffusers"):
                 installed = getattr(sys.modules.get("flower_ldm"), str(entry[1]), None)
@@ -846,7 +856,7 @@ def _null_label(unet: torch.nn.Module) -> int:
 
 def _latents_shape(unet: torch.nn.Module) -> tuple[int, int, int]:
     size = unet.config.sample_size
-    return (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    return (unet.config.in_channels, *(size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)))
 
 
 def _check_not_wrapped(name: str, model: torch.nn.Module) -> None:
@@ -858,6 +868,10 @@ def _check_not_wrapped(name: str, model: torch.nn.Module) -> None:
 def _check_models(vae: torch.nn.Module, unet: torch.nn.Module, guide: torch.nn.Module | None) -> None:
     for name, model in {"vae": vae, "unet": unet, "guide": guide}.items():
         _check_not_wrapped(name, model)
+    shape = _latents_shape(unet)
+    if not all(isinstance(size, int) and 1 <= size <= LARGEST_SIZE for size in shape):
+        raise ValueError(f"the unet's in_channels and sample_size must be from 1 to {LARGEST_SIZE:,}, got {shape}")
+    check_statistics(vae)
     if guide is None:
         return
     if not (isinstance(guide, torch.nn.Module) and hasattr(guide, "config")):
@@ -867,6 +881,74 @@ def _check_models(vae: torch.nn.Module, unet: torch.nn.Module, guide: torch.nn.M
     for own, others in (classes, latents):
         if own != others:
             raise ValueError(f"guide must be for {own} as the unet is, but is for {others}")
+
+
+def _check_weights(name: str, model: torch.nn.Module | None) -> None:
+    """Refuse a model some of whose weights were in none of its files: diffusers leaves them without any numbers."""
+    for prefix, module in () if model is None else model.named_modules():
+        if hasattr(module, "_hf_hook"):  # accelerate brings them when they are used
+            continue
+        for parameter, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                raise ValueError(
+                    f"the weights of {name} lack {prefix}.{parameter}: its file is damaged or not its own"
+                )
+
+
+def _check_finite(**models: torch.nn.Module | None) -> None:
+    for name, model in models.items():
+        for parameter, weight in () if model is None else model.named_parameters():
+            if not weight.is_meta and not weight.isfinite().all():
+                raise ValueError(f"the weights of {name} are damaged: {parameter} holds numbers that are not finite")
+
+
+def check_statistics(vae: torch.nn.Module) -> None:
+    """Refuse an autoencoder whose latents can't be brought to unit variance: null, 0 or no number would draw nothing.
+
+    Raises:
+        ValueError: for the entry of its config.
+    """
+    config = getattr(vae, "config", {})
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        factor = config.get("scaling_factor", 1.0)
+        if not _is_finite(factor) or factor == 0:
+            raise ValueError(f"the vae's scaling_factor must be a number other than 0, got {factor!r}")
+        return
+    for name, values in {"latents_mean": mean, "latents_std": std}.items():
+        if (
+            not isinstance(values, (list, tuple))
+            or len(values) != config.get("latent_channels", len(values))
+            or not all(_is_finite(value) and (name == "latents_mean" or value > 0) for value in values)
+        ):
+            what = "numbers" if name == "latents_mean" else "numbers above 0"
+            raise ValueError(f"the vae's {name} must be finite {what}, one a channel, got {values!r:.60}")
+
+
+def _check_configs(folder: Path, index: dict) -> None:
+    """Refuse what no model or scheduler has before it is built: its memory, or its time, would have no bound."""
+    for name in (name for name, entry in index.items() if isinstance(entry, list)):
+        for file in sorted((folder / name).glob("*config.json")):
+            try:
+                config = _read_json(file)
+            except (ValueError, RecursionError):
+                config = None
+            if not isinstance(config, dict):
+                raise ValueError(f"{name}/{file.name} is damaged: it must hold one JSON object")
+            for key, value in config.items():
+                most = MOST_LAYERS if "layers" in key else LARGEST_NUMBERS.get(key, LARGEST_NUMBER)
+                if not _is_bounded(value, most):
+                    raise ValueError(f"{name}/{file.name} is damaged: {key} must hold numbers, none above {most:,}")
+            timesteps = config.get("num_train_timesteps")  # None in diffusers' unet
+            if timesteps is not None and (type(timesteps) is not int or timesteps < 1):
+                raise ValueError(f"{name}/{file.name} is damaged: num_train_timesteps must be a whole number above 0")
+
+
+def _is_bounded(value: Any, most: int) -> bool:
+    """Whether each number of a config's entry is one, and no whole one is above `most`, nor any list as long."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= most and all(_is_bounded(one, most) for one in value)
+    return not (isinstance(value, float) and math.isnan(value)) and not (isinstance(value, int) and abs(value) > most)
 
 
 def _run(

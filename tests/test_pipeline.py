@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 from huggingface_hub import constants, create_branch, create_repo, upload_folder
+from safetensors.torch import load_file, save_file
 
 from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel
 from pipelines.pipeline_flower_ldm import FlowerLDMPipeline
@@ -691,6 +693,77 @@ def test_compiled_parts_draw_the_same_and_are_saved_as_they_were(pipe, tmp_path)
     torch.testing.assert_close(sample(pipe, **options), plain)
     pipe.save_pretrained(tmp_path)
     torch.testing.assert_close(sample(FlowerLDMPipeline.from_pretrained(tmp_path), **options), plain)
+
+
+# What is loaded
+
+
+def damage_config(part: str, **entries):
+    def damage(folder):
+        file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+    return damage
+
+
+def damage_weights(part: str, change):
+    def damage(folder):
+        file = folder / part / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        change(weights, sorted(weights)[0])
+        save_file(weights, file)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("parts", "damage", "message"),
+    [
+        (stock_parts, damage_config("unet", sample_size=10**6), "unet/config.json is damaged: sample_size must hold"),
+        (stock_parts, damage_config("unet", layers_per_block=10**9), "damaged: layers_per_block must hold numbers,"),
+        (stock_parts, damage_config("unet", num_class_embeds=10**12), "damaged: num_class_embeds must hold numbers,"),
+        (stock_parts, damage_config("unet", sample_size=None), "the unet's in_channels and sample_size must be from"),
+        (stock_parts, damage_config("unet", sample_size=[8, "8"]), "the unet's in_channels and sample_size must be"),
+        (stock_parts, damage_config("vae", block_out_channels=[8] * 10**7), "damaged: block_out_channels must hold"),
+        (stock_parts, damage_config("vae", scaling_factor=0), "the vae's scaling_factor must be a number other than"),
+        (stock_parts, damage_config("vae", latents_std=[1.0] * 4), "the vae's latents_mean must be finite numbers"),
+        (
+            stock_parts,
+            damage_config("vae", latents_mean=[0] * 4, latents_std=[0] * 4),
+            "the vae's latents_std must be finite numbers above 0, one a channel",
+        ),
+        (flower_parts, damage_config("vae", latents_std=None), "latents_mean and latents_std must have 4 values each"),
+        (flower_parts, damage_config("vae", latents_std=[float("nan")] * 4), "vae/config.json is damaged: latents_s"),
+        (flower_parts, damage_config("unet", num_layers=10**9 + 1), "damaged: num_layers must hold numbers, none ab"),
+        (flower_parts, damage_config("scheduler", num_train_timesteps=10**10), "damaged: num_train_timesteps must h"),
+        (flower_parts, damage_config("scheduler", num_train_timesteps="9"), "num_train_timesteps must be a whole nu"),
+        (flower_parts, damage_config("scheduler", trained_betas=[float("nan")]), "damaged: trained_betas must hold"),
+        (flower_parts, lambda folder: (folder / "vae" / "config.json").write_text("[]"), "must hold one JSON object"),
+        (stock_parts, damage_weights("unet", lambda weights, name: weights.pop(name)), "the weights of unet lack cl"),
+        (stock_parts, damage_weights("vae", lambda weights, name: weights.pop(name)), "the weights of vae lack deco"),
+        (flower_parts, damage_weights("unet", lambda weights, name: weights.pop(name)), "FlowerUNet2DModel: 1 are m"),
+        (flower_parts, damage_weights("vae", lambda weights, name: weights.pop(name)), "FlowerAutoencoderKL: 1 are"),
+        (
+            flower_parts,
+            damage_weights("unet", lambda weights, name: weights.update(more=torch.ones(1))),
+            "the weights don't fit the config of FlowerUNet2DModel: 1 are unexpected, such as more",
+        ),
+    ],
+)
+def test_a_damaged_part_is_one_clear_line_when_it_is_loaded(tmp_path, parts, damage, message):
+    make_pipeline(parts).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        FlowerLDMPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("part", ["vae", "unet"])
+def test_weights_that_are_no_numbers_are_blamed_when_images_are_not_finite(pipe, tmp_path, part):
+    pipe.save_pretrained(tmp_path)
+    damage_weights(part, lambda weights, name: weights[name].fill_(torch.nan))(tmp_path)
+    with pytest.raises(ValueError, match=f"^the weights of {part} are damaged: .* holds numbers that are not finite$"):
+        sample(FlowerLDMPipeline.from_pretrained(tmp_path), output_type="pt")
 
 
 # Wrappers and threads
