@@ -57,6 +57,7 @@ from flower_ldm.visualization import (
     save_side_by_side,
     spread_over_classes,
 )
+from pipelines.pipeline_flower_ldm import check_statistics
 
 PATH_CLASSES = 3  # whose denoising is drawn at the end of a run
 
@@ -175,7 +176,10 @@ def load_autoencoder(name: str) -> nn.Module:
         model_class = AutoencoderKL if config.get("_class_name") == "AutoencoderKL" else FlowerAutoencoderKL
         if config.get("_class_name") != model_class.__name__:
             raise InputError(f"--autoencoder {name} is a {config.get('_class_name')}, not a FlowerAutoencoderKL")
-        vae = model_class.from_pretrained(name)
+        vae, info = model_class.from_pretrained(name, output_loading_info=True)
+        if info["missing_keys"]:  # diffusers makes them up
+            raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
+        check_statistics(vae)
     except InputError:
         raise
     except Exception as error:  # diffusers looks at little before it reads: a damaged file ends it anyhow

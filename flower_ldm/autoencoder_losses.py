@@ -1,7 +1,6 @@
 """The losses of stage 1, each unweighted, each a pure function or a small module, and how close a reconstruction is.
 
-Its neighbours: `train_autoencoder.py` weighs and adds them; `FlowerAutoencoderKL` and `PatchDiscriminator` give what
-they judge. Each is a mean over pixels, latent elements, patches or images, so that weights mean the same at any size.
+Each is a mean over pixels, latent elements, patches or images, so that weights mean the same at any size.
 `evaluation` measures reconstructions by the same `fidelity`.
 
 Shapes: B images, (H, W) pixels, (h, w) latent positions, Z latent channels, F class features, K classes.
@@ -164,6 +163,8 @@ def load_vgg16_features(vgg_weights: str | Path | None) -> nn.Sequential:
             ) from error
     else:
         state_dict = _read_state_dict(Path(vgg_weights))
+    if not isinstance(state_dict, dict):
+        raise InputError(f"--vgg_weights {vgg_weights} holds no weights by name: it must be torchvision's VGG16")
     wanted = [f"features.{layer}.{name}" for layer in VGG16_CONV_LAYERS for name in ("weight", "bias")]
     missing = [name for name in wanted if name not in state_dict]
     if missing:
@@ -171,6 +172,10 @@ def load_vgg16_features(vgg_weights: str | Path | None) -> nn.Sequential:
             f"--vgg_weights {vgg_weights} lacks {missing[0]}: it must hold torchvision's VGG16, at least features.0 "
             "to features.14 (or train without the perceptual loss by --perceptual_weight 0)"
         )
+    for name in wanted:
+        weight = state_dict[name]
+        if not (isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.isfinite().all()):
+            raise InputError(f"--vgg_weights {vgg_weights} is damaged: {name} must hold finite numbers")
     features = make_layers(cfgs["D"][:9])
     try:
         features.load_state_dict({name.removeprefix("features."): state_dict[name].float() for name in wanted})

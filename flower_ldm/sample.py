@@ -5,6 +5,7 @@ one PNG per image and `grid.png`.
 """
 
 import argparse
+import itertools
 import os
 import textwrap
 import unicodedata
@@ -115,10 +116,25 @@ def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
     try:
         return FlowerLDMPipeline.from_pretrained(name)
     except Exception as error:  # of files, of the network, of the Hub: they have no common base
-        reason = one_line(error)
+        reason = one_line(error, 300)
         if isinstance(error, RemoteEntryNotFoundError) and FlowerLDMPipeline.config_name in reason:
             raise InputError(f"{flag} {name} is no pipeline: there is no model_index.json on the Hub") from error
+        if Path(name).is_dir():
+            raise InputError(f"{flag} {name} can't be loaded: {missing_file(Path(name)) or reason}") from error
         raise InputError(f"{flag} {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error
+
+
+def missing_file(folder: Path) -> str | None:
+    """What a pipeline's folder lacks, in words: diffusers names the last of several files that it has looked for."""
+    try:
+        index = FlowerLDMPipeline.load_config(folder)
+    except Exception:  # it has a message of its own
+        return None
+    parts = [name for name in ("vae", "unet", "guide") if isinstance(index.get(name), list) and index[name][0]]
+    for part, file in itertools.product(parts, ("config.json", "diffusion_pytorch_model*.safetensors")):
+        if not any((folder / part).glob(file)) and not any((folder / part).glob("*.bin")):
+            return f"{part}/{file.replace('*', '')} is missing"
+    return None
 
 
 def open_picture(flag: str, file: Path, max_pixels: int, background: str = "white") -> Image.Image:

@@ -52,8 +52,8 @@ def read_model_config(path: str | None) -> dict:
         return {}
     try:
         config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model_config {path} can't be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--model_config {path} can't be read: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"--model_config {path} must be one JSON object with arguments of the model")
     return config
@@ -72,7 +72,7 @@ def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module
     for key, value in config.items():
         if key not in known:
             raise InputError(f"--model_config {path}: {model_class.__name__} has no '{key}'")
-        if value is not None and value != of_this_run.get(key, value):
+        if value is not None and key in of_this_run and value != of_this_run[key]:
             raise InputError(f"--model_config {path}: '{key}' must be {of_this_run[key]} in this run, or be left out")
     try:
         return model_class(**(config | of_this_run))

@@ -556,9 +556,13 @@ def load_autoencoder(name: str, device: str) -> FlowerAutoencoderKL:
         InputError: where there is none, or no such device.
     """
     try:
-        return FlowerAutoencoderKL.from_pretrained(name).eval().to(torch.device(device))
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise InputError(f"--autoencoder {name} can't be loaded to --device {device}: {one_line(error)}") from error
+        vae = FlowerAutoencoderKL.from_pretrained(name).eval()
+    except Exception as error:  # of files, of the network, of the Hub: they have no common base
+        raise InputError(f"--autoencoder {name} can't be loaded: {one_line(error)}") from error
+    try:
+        return vae.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise InputError(f"--device {device} can't be used: {one_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> None:

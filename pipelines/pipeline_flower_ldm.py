@@ -19,6 +19,7 @@ import operator
 import os
 import re
 import sys
+import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,6 +37,32 @@ from PIL import Image, ImageChops, ImageCms, ImageOps
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # What these multiply in their first step has no bound where it is from pure noise: they start one step below it.
 STARTS_BELOW_PURE_NOISE = ("HeunDiscreteScheduler", "PNDMScheduler")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+UNABLE_TO_PREDICT_SAMPLES = (
+    "PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"
+)  # fmt: skip
+# What these options of schedulers must be for latents to be drawn from the distribution that the unet has learned: all
+# else clips them, leaves training's noise schedule, or asks for a unet of another kind (tests/test_schedulers.py).
+HARMLESS_OPTIONS = {
+    "use_flow_sigmas": (False,),
+    "clip_sample": (False,),
+    "thresholding": (False,),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "snr_shift_scale": (1.0,),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None),
+}
+# So do these step by the noise that is predicted, and multiply its error by as much.
+STEPS_BY_NOISE = {"algorithm_type": ("dpmsolver", "sde-dpmsolver"), "predict_x0": (False,)}
+# What no model or scheduler exceeds; a config that does is a mistake, or made to eat the memory of who loads it.
+MOST_LAYERS = 1001
+LARGEST_SIZE = 2**13  # of latents
+LARGEST_NUMBERS = {"sample_size": 2**16, "num_train_timesteps": 10**5}  # the first is an autoencoder's, in pixels
+LARGEST_NUMBER = 10**6
+_DRAWING: set[int] = set()  # the ids of pipelines and schedulers in the middle of a call
+_DRAWING_LOCK = threading.Lock()
 
 UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -57,6 +84,30 @@ class Original(NamedTuple):
     latents: torch.Tensor  # (B, Z, h, w), normalised
     mask: torch.Tensor | None  # (B, 1, H, W) bool, True where it is drawn anew
     latents_mask: torch.Tensor | None  # (B, 1, h, w) bool, True wherever a pixel is
+
+
+def _one_at_a_time(call: Callable) -> Callable:
+    """Refuses a call in the middle of another one that has the same pipeline or scheduler: both remember where they
+    are, so that each would spoil the other's images.
+    """
+
+    @functools.wraps(call)
+    def alone(self, *args: Any, **kwargs: Any) -> Any:
+        holders = {id(self), id(self.scheduler)}
+        with _DRAWING_LOCK:
+            if holders & _DRAWING:
+                raise ValueError(
+                    "this pipeline, or another with its scheduler, is drawing already: give each thread its own by "
+                    "FlowerLDMPipeline.from_pipe(pipe, scheduler=pipe.make_scheduler(type(pipe.scheduler)))"
+                )
+            _DRAWING.update(holders)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            with _DRAWING_LOCK:
+                _DRAWING.difference_update(holders)
+
+    return alone
 
 
 class FlowerLDMPipeline(DiffusionPipeline):
@@ -90,13 +141,16 @@ class FlowerLDMPipeline(DiffusionPipeline):
         guide: torch.nn.Module | None = None,
     ):
         super().__init__()
-        _check_guide(unet, guide)
+        _check_models(vae, unet, guide)
+        for name, model in {"vae": vae, "unet": unet, "guide": guide}.items():
+            _check_weights(name, model)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
         if id2label is not None:
             id2label = _check_names(id2label, self.num_classes)
         self.register_to_config(id2label=id2label)
         self._interrupt = False
         self._num_timesteps = 0
+        self._guidance_scale = 1
 
     @property
     def null_label(self) -> int:
@@ -119,6 +173,13 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return self._interrupt
 
     @property
+    def guidance_scale(self) -> float:
+        """The scale of the steps to come: a callback changes it by `pipe._guidance_scale = 2.0`. 1 turns guidance off,
+        not 0 as in pipelines for prompts; each call begins with its own argument.
+        """
+        return self._guidance_scale
+
+    @property
     def num_timesteps(self) -> int:
         """Through how many timesteps the latest call goes: over an image, through the scheduler's last ones only."""
         return self._num_timesteps
@@ -136,6 +197,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return factor * height, factor * width
 
     @torch.no_grad()
+    @_one_at_a_time
     def __call__(
         self,
         labels: str | int | dict | Sequence[str | int | dict] | torch.Tensor,
@@ -178,7 +240,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
             guidance_rescale: how far the spread of a guided prediction is brought back to the unguided one's, which
                 high scales exceed (Lin et al. 2023, eq. 15 and 16): 0 not at all, 1 wholly, 0.7 in that paper.
             image: one to draw over, or one for each label. PIL images of any kind and size, upright and in sRGB by
-                `upright_srgb`, the middle of which is taken; or what this call returns as "np" and "pt".
+                `upright_srgb`, the middle of which is taken; or what this call returns as "np" and "pt", whole or in
+                a list of such batches.
             strength: how much of the way from pure noise is gone again, in (0, 1]: near 0 the image stays as it is,
                 with 1 nothing stays (but what a mask keeps).
             mask_image: white where the image is drawn anew, black or transparent where it stays, pixel for pixel; of
@@ -188,7 +251,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
             `ImagePipelineOutput` with `images`, or `(images,)` where `return_dict=False`.
 
         Raises:
-            ValueError: for each argument that can't be right, before anything is computed.
+            ValueError: for each argument that can't be right, before anything is computed; and where this pipeline or
+                its scheduler is in the middle of another call, in another thread or around a callback.
         """
         class_labels = self.prepare_class_labels(labels)  # (L,) or (L, K + 1)
         self.check_inputs(
@@ -210,13 +274,14 @@ class FlowerLDMPipeline(DiffusionPipeline):
         num_skipped = len(self.scheduler.timesteps) - len(timesteps)
         self._num_timesteps = len(timesteps)
         self._interrupt = False
+        self._guidance_scale = guidance_scale
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step_index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
                 progress = (num_skipped + step_index) / len(self.scheduler.timesteps)
-                scale = guidance_scale if begin <= progress < end else 1
+                scale = self.guidance_scale if begin <= progress < end else 1
                 prediction = self.predict(latents, timestep, class_labels, scale, guidance_rescale)
                 given = {}
                 if callback_on_step_end is not None and "denoised_latents" in callback_on_step_end_tensor_inputs:
@@ -233,6 +298,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self.decode_latents(latents, "pt", original)
         self.maybe_free_model_hooks()
         if not images.isfinite().all():  # as pictures they would be black
+            _check_finite(vae=self.vae, unet=self.unet, guide=self.guide)
             raise ValueError(
                 f"{_kind(self.scheduler)} gave numbers that are not finite in {num_inference_steps} steps: take "
                 "another number of steps, another scheduler, or a wider dtype"
@@ -327,11 +393,9 @@ class FlowerLDMPipeline(DiffusionPipeline):
     def prepare_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> torch.Tensor:
         """The scheduler's timesteps, of an image that is drawn over the last `strength` of them, one at least."""
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        if strength == 1:
-            return self.scheduler.timesteps
         begin = num_inference_steps - max(1, round(strength * num_inference_steps))
         begin *= self.scheduler.order  # a step of Heun's method is two of its timesteps
-        if hasattr(self.scheduler, "set_begin_index"):
+        if hasattr(self.scheduler, "set_begin_index"):  # else it looks its place up by the timestep, which may repeat
             self.scheduler.set_begin_index(begin)
         return self.scheduler.timesteps[begin:]
 
@@ -544,28 +608,13 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
         On the way the scheduler's timesteps are set, as only it knows which it can take.
         """
-        _check_guide(self.unet, self.guide)
+        _check_models(self.vae, self.unet, self.guide)
         self._check_scheduler()
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, value in counts.items():
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        most = self.scheduler.config.num_train_timesteps
-        if num_inference_steps > most:
-            raise ValueError(
-                f"num_inference_steps must be at most {most}, as many as training has, got {num_inference_steps}"
-            )
-        try:
-            self.scheduler.set_timesteps(num_inference_steps)
-        except ValueError as error:  # some need a few to begin, some know a few only
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{_kind(self.scheduler)} can't take {num_inference_steps} steps: {reason}") from None
-        first = int(self.scheduler.timesteps[0])
-        if _kind(self.scheduler) in STARTS_BELOW_PURE_NOISE and self.scheduler.alphas_cumprod[first] > 0.1:
-            raise ValueError(
-                f"{_kind(self.scheduler)} can't take {num_inference_steps} steps: with so few it starts at timestep "
-                f"{first}, far below pure noise"
-            )
+        self._check_timesteps(num_inference_steps)
         if not _is_finite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number (1 means off), got {guidance_scale!r}")
         if not _is_finite(guidance_rescale) or not 0 <= guidance_rescale <= 1:
@@ -625,20 +674,79 @@ class FlowerLDMPipeline(DiffusionPipeline):
             if (given := _upright_size(mask)) != size:
                 raise ValueError(f"mask_image must have the image's size, {size} in width and height, got {given}")
 
+    def _check_timesteps(self, num_inference_steps: int) -> None:
+        """Set the scheduler's timesteps, and refuse those that don't lead down from pure noise."""
+        kind, most = _kind(self.scheduler), self.scheduler.config.num_train_timesteps
+        if num_inference_steps > most:
+            raise ValueError(
+                f"num_inference_steps must be at most {most}, as many as training has, got {num_inference_steps}"
+            )
+        try:
+            self.scheduler.set_timesteps(num_inference_steps)
+        except ValueError as error:  # some need a few to begin, some know a few only
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{kind} can't take {num_inference_steps} steps: {reason}") from None
+        first, highest = int(self.scheduler.timesteps[0]), int(self.scheduler.timesteps.max())
+        if highest >= most:
+            raise ValueError(f"{kind} goes to timestep {highest}, beyond training's {most - 1}: check steps_offset")
+        signal = self.scheduler.alphas_cumprod[first]  # its share of the variance
+        # "leading" timesteps are one step below the end, but far more where their number doesn't divide training's
+        if signal > 0.1 or (signal > 0.01 and most - 1 - first > 2 * most / num_inference_steps):
+            raise ValueError(
+                f"{kind} can't take {num_inference_steps} steps: with so many it starts at timestep {first}, far "
+                "below pure noise"
+            )
+
     def _check_scheduler(self) -> None:
         """Refuse what diffusers' schedulers get wrong in silence, or refuse in the middle of the way."""
         kind, config = _kind(self.scheduler), self.scheduler.config
-        if not hasattr(self.scheduler, "alphas_cumprod"):  # it has noise levels of its own
+        if (
+            not hasattr(self.scheduler, "alphas_cumprod")  # it has noise levels of its own
+            or kind.endswith("InverseScheduler")  # from images to noise
+            or not self._can_step()
+        ):
             raise ValueError(f"{kind} can't follow the noise schedule of training: take another scheduler")
+        levels, most = self.scheduler.alphas_cumprod, config.num_train_timesteps
+        falls = levels[1:] <= levels[:-1] + 1e-6  # some schedulers put such a number in the place of a last 0
+        if not 0 < len(levels) == most or not ((levels >= 0) & (levels <= 1)).all() or not falls.all():
+            raise ValueError(
+                f"{kind} has no noise schedule of {most} betas from 0 to 1: check trained_betas and the others"
+            )
+        known = inspect.signature(type(self.scheduler).__init__).parameters  # `from_config` keeps what isn't, too
+        for name, harmless in HARMLESS_OPTIONS.items():
+            if name in known and config.get(name) not in harmless:
+                raise ValueError(
+                    f"{kind} with {name}={config.get(name)!r} doesn't follow the noise schedule of training: take "
+                    f"{name}={harmless[0]!r}"
+                )
+        if "use_beta_sigmas" in known and config.use_beta_sigmas and levels[-1] < 1e-3:
+            raise ValueError(f"{kind} with use_beta_sigmas=True spends its steps on nearly pure noise: take False")
+        self._check_prediction_type()
+
+    def _can_step(self) -> bool:
+        """Whether the scheduler's step needs no more than the prediction, the timestep and the latents."""
+        if not (hasattr(self.scheduler, "step") and hasattr(self.scheduler, "order")):
+            return False
+        parameters = inspect.signature(self.scheduler.step).parameters.values()
+        return sum(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in parameters) <= 3
+
+    def _check_prediction_type(self) -> None:
+        kind, config = _kind(self.scheduler), self.scheduler.config
         prediction_type = config.get("prediction_type")
-        if prediction_type == "sample" and kind in ("PNDMScheduler", "EulerAncestralDiscreteScheduler"):
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+        if prediction_type == "sample" and kind in UNABLE_TO_PREDICT_SAMPLES:
             raise ValueError(f"{kind} can't follow a unet that predicts the sample: take another scheduler")
+        from_pure_noise = self.scheduler.alphas_cumprod[-1] < 1e-6  # the signal's share of the variance
         if (
             (kind == "HeunDiscreteScheduler" or (kind == "PNDMScheduler" and prediction_type == "epsilon"))
             and config.timestep_spacing != "leading"
-            and self.scheduler.alphas_cumprod[-1] < 1e-6  # the signal's share of the variance
+            and from_pure_noise
         ):
             raise ValueError(f"{kind} can't start from pure noise: take pipe.make_scheduler({kind})")
+        for name, steps_by_noise in STEPS_BY_NOISE.items():
+            if config.get(name) in steps_by_noise and from_pure_noise:
+                raise ValueError(f"{kind} with {name}={config[name]!r} can't start from pure noise: take its default")
         if not config.get("rescale_betas_zero_snr"):  # kept by `from_config` even where the scheduler doesn't know it
             return
         if "rescale_betas_zero_snr" not in inspect.signature(type(self.scheduler).__init__).parameters:
@@ -673,10 +781,14 @@ class FlowerLDMPipeline(DiffusionPipeline):
         index["_class_name"] = _copy_source(type(self), folder)
         for name, component in self.components.items():
             component_class = _class_of(component)
-            if index[name][0] == component_class.__module__:  # else the entry is a library, such as "diffusers"
+            brings_source = index[name][0] == component_class.__module__  # else a library, such as "diffusers"
+            if brings_source:
                 index[name] = _copy_source(component_class, folder / name)
             for config_file in (folder / name).glob("*config.json"):
-                _write_json(config_file, _read_json(config_file))
+                config = _read_json(config_file)
+                if brings_source and isinstance(component, torch.nn.Module):  # `AutoModel` finds it by this
+                    config["auto_map"] = {"AutoModel": ".".join(index[name])}
+                _write_json(config_file, config)
         _write_json(folder / self.config_name, index)
         if push_to_hub:
             repo_id = hub_options.pop("repo_id", folder.name)
@@ -693,6 +805,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
         """The stock one, but a class that the installed `flower_ldm` has is taken from there, and needs no trust."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if args and os.path.isdir(args[0]):  # where a repository is on this machine, none of its parts built yet
+            _check_configs(Path(args[0]), index)
         for name, entry in index.items():
             if isinstance(entry, list) and len(entry) == 2 and entry[0] not in (None, "diffusers"):
                 installed = getattr(sys.modules.get("flower_ldm"), str(entry[1]), None)
@@ -918,12 +1032,14 @@ def _kind(value: Any) -> str:
     return _class_of(value).__name__
 
 
-def _as_list(values: Any) -> Sequence[Any]:
-    """Several things as they are (a batch, as a tensor or an array, has 4 dimensions), one thing in a list."""
-    return values if isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) == 4 else [values]
+def _as_list(values: Any) -> list[Any]:
+    """One thing or several, or batches of them (tensors and arrays of 4 dimensions), in a list."""
+    values = values if isinstance(values, (list, tuple)) else [values]
+    return [one for value in values for one in (value if getattr(value, "ndim", 0) == 4 else [value])]
 
 
 def _null_label(unet: torch.nn.Module) -> int:
+    _check_not_wrapped("unet", unet)
     if unet.config.get("num_classes") is not None:
         return unet.config.num_classes
     if unet.config.get("num_class_embeds") is not None:
@@ -933,10 +1049,22 @@ def _null_label(unet: torch.nn.Module) -> int:
 
 def _latents_shape(unet: torch.nn.Module) -> tuple[int, int, int]:
     size = unet.config.sample_size
-    return (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    return (unet.config.in_channels, *(size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)))
 
 
-def _check_guide(unet: torch.nn.Module, guide: torch.nn.Module | None) -> None:
+def _check_not_wrapped(name: str, model: torch.nn.Module) -> None:
+    """Refuse what hides a model's config, as `DataParallel` and `DistributedDataParallel` do."""
+    if not hasattr(model, "config") and hasattr(getattr(model, "module", None), "config"):
+        raise ValueError(f"{name} is wrapped in {_kind(model)}: give {name}.module, the model itself")
+
+
+def _check_models(vae: torch.nn.Module, unet: torch.nn.Module, guide: torch.nn.Module | None) -> None:
+    for name, model in {"vae": vae, "unet": unet, "guide": guide}.items():
+        _check_not_wrapped(name, model)
+    shape = _latents_shape(unet)
+    if not all(isinstance(size, int) and 1 <= size <= LARGEST_SIZE for size in shape):
+        raise ValueError(f"the unet's in_channels and sample_size must be from 1 to {LARGEST_SIZE:,}, got {shape}")
+    check_statistics(vae)
     if guide is None:
         return
     if not (isinstance(guide, torch.nn.Module) and hasattr(guide, "config")):
@@ -946,6 +1074,74 @@ def _check_guide(unet: torch.nn.Module, guide: torch.nn.Module | None) -> None:
     for own, others in (classes, latents):
         if own != others:
             raise ValueError(f"guide must be for {own} as the unet is, but is for {others}")
+
+
+def _check_weights(name: str, model: torch.nn.Module | None) -> None:
+    """Refuse a model some of whose weights were in none of its files: diffusers leaves them without any numbers."""
+    for prefix, module in () if model is None else model.named_modules():
+        if hasattr(module, "_hf_hook"):  # accelerate brings them when they are used
+            continue
+        for parameter, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                raise ValueError(
+                    f"the weights of {name} lack {prefix}.{parameter}: its file is damaged or not its own"
+                )
+
+
+def _check_finite(**models: torch.nn.Module | None) -> None:
+    for name, model in models.items():
+        for parameter, weight in () if model is None else model.named_parameters():
+            if not weight.is_meta and not weight.isfinite().all():
+                raise ValueError(f"the weights of {name} are damaged: {parameter} holds numbers that are not finite")
+
+
+def check_statistics(vae: torch.nn.Module) -> None:
+    """Refuse an autoencoder whose latents can't be brought to unit variance: null, 0 or no number would draw nothing.
+
+    Raises:
+        ValueError: for the entry of its config.
+    """
+    config = getattr(vae, "config", {})
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        factor = config.get("scaling_factor", 1.0)
+        if not _is_finite(factor) or factor == 0:
+            raise ValueError(f"the vae's scaling_factor must be a number other than 0, got {factor!r}")
+        return
+    for name, values in {"latents_mean": mean, "latents_std": std}.items():
+        if (
+            not isinstance(values, (list, tuple))
+            or len(values) != config.get("latent_channels", len(values))
+            or not all(_is_finite(value) and (name == "latents_mean" or value > 0) for value in values)
+        ):
+            what = "numbers" if name == "latents_mean" else "numbers above 0"
+            raise ValueError(f"the vae's {name} must be finite {what}, one a channel, got {values!r:.60}")
+
+
+def _check_configs(folder: Path, index: dict) -> None:
+    """Refuse what no model or scheduler has before it is built: its memory, or its time, would have no bound."""
+    for name in (name for name, entry in index.items() if isinstance(entry, list)):
+        for file in sorted((folder / name).glob("*config.json")):
+            try:
+                config = _read_json(file)
+            except (ValueError, RecursionError):
+                config = None
+            if not isinstance(config, dict):
+                raise ValueError(f"{name}/{file.name} is damaged: it must hold one JSON object")
+            for key, value in config.items():
+                most = MOST_LAYERS if "layers" in key else LARGEST_NUMBERS.get(key, LARGEST_NUMBER)
+                if not _is_bounded(value, most):
+                    raise ValueError(f"{name}/{file.name} is damaged: {key} must hold numbers, none above {most:,}")
+            timesteps = config.get("num_train_timesteps")  # None in diffusers' unet
+            if timesteps is not None and (type(timesteps) is not int or timesteps < 1):
+                raise ValueError(f"{name}/{file.name} is damaged: num_train_timesteps must be a whole number above 0")
+
+
+def _is_bounded(value: Any, most: int) -> bool:
+    """Whether each number of a config's entry is one, and no whole one is above `most`, nor any list as long."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= most and all(_is_bounded(one, most) for one in value)
+    return not (isinstance(value, float) and math.isnan(value)) and not (isinstance(value, int) and abs(value) > most)
 
 
 def _run(

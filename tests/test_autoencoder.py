@@ -169,6 +169,18 @@ def test_size_that_cannot_be_halved_is_refused(vae, size):
         ({"block_out_channels": [8, 4]}, "block_out_channels"),
         ({"patch_size": 0}, "patch_size"),
         ({"latents_mean": [0.0], "latents_std": [1.0]}, "must have 4 values"),
+        ({"latents_mean": [0.0] * 4}, "must have 4 values"),
+        ({"latents_mean": [0.0] * 4, "latents_std": "1111"}, "must have 4 values"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "must hold numbers above 0, got 0"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [float("nan")] * 4}, "must hold finite numbers"),
+        ({"latents_mean": [10**400] * 4, "latents_std": [1.0] * 4}, "must hold finite numbers"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [None] * 4}, "must hold finite numbers"),
+        ({"layers_per_block": 10**9}, "layers_per_block must be a whole number from 0 to 100, got 1000000000"),
+        ({"num_classes": 10**12}, "num_classes must be a whole number from 0 to 1,000,000"),
+        ({"sample_size": None}, "sample_size must be a whole number"),
+        ({"latent_channels": True}, "latent_channels must be a whole number"),
+        ({"block_out_channels": [8] * 10**5}, "block_out_channels must be 1 to 12 numbers"),
+        ({"block_out_channels": [2**14] * 12, "layers_per_block": 100}, "asks for 6e[+]12 weights, more than 1e[+]11"),
     ],
 )
 def test_numbers_that_cannot_be_built_are_refused(config, complaint):

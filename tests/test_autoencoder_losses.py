@@ -301,6 +301,28 @@ def test_missing_vgg_file(tmp_path):
     assert_says(caught.value, "--vgg_weights", "nowhere.pth", "--perceptual_weight 0")
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda weights: dict.fromkeys(weights, "flower"), "features.0.weight must hold finite numbers"),
+        (
+            lambda weights: {name: value * torch.nan for name, value in weights.items()},
+            "is damaged: features.0.weight",
+        ),
+        (lambda weights: {name: value.long() for name, value in weights.items()}, "is damaged: features.0.weight"),
+        (lambda weights: {name: value[:1] for name, value in weights.items()}, "has other shapes"),
+        (lambda weights: list(weights.values()), "holds no weights by name"),
+        (lambda weights: torch.zeros(3), "holds no weights by name"),
+        (lambda weights: "flower", "holds no weights by name"),
+    ],
+)
+def test_vgg_file_of_something_else(random_vgg, tmp_path, change, complaint):
+    torch.save(change(load_file(random_vgg)), tmp_path / "vgg16.pth")
+    with pytest.raises(InputError) as caught:
+        PerceptualLoss(tmp_path / "vgg16.pth")
+    assert_says(caught.value, "--vgg_weights", complaint)
+
+
 def test_vgg_file_that_lacks_a_layer(random_vgg, tmp_path):
     weights = load_file(random_vgg)
     del weights["features.12.weight"]

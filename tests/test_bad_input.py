@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_autoencoder
 import train_latent_diffusion
@@ -326,6 +326,23 @@ def torn(folder: Path) -> Path:
     return folder / "autoencoder"
 
 
+def lacks_a_weight(folder: Path) -> Path:
+    file = folder / "autoencoder" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights[min(weights)]
+    save_file(weights, file)
+    return folder / "autoencoder"
+
+
+def with_statistics(**statistics):
+    def make(folder: Path) -> Path:
+        file = folder / "autoencoder" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | statistics))
+        return folder / "autoencoder"
+
+    return make
+
+
 def text_file(folder: Path) -> Path:
     (folder / "autoencoder.txt").write_text("dear flower")
     return folder / "autoencoder.txt"
@@ -342,6 +359,11 @@ def text_file(folder: Path) -> Path:
         (unfinished, "can't be loaded: give train_autoencoder.py's output folder"),
         (not_measured, "has no latents_mean and latents_std: its training has not ended"),
         (torn, "can't be loaded: give train_autoencoder.py's output folder"),
+        (lacks_a_weight, "the weights don't fit the config of FlowerAutoencoderKL: 1 are missing"),
+        (with_statistics(latents_std=None), "latents_mean and latents_std must have 4 values each"),
+        (with_statistics(latents_std=[0, 1, 1, 1]), "latents_std must hold numbers above 0, got 0"),
+        (with_statistics(latents_std=[float("nan")] * 4), "latents_mean and latents_std must hold finite numbers"),
+        (with_statistics(layers_per_block=10**9), "layers_per_block must be a whole number from 0 to 100"),
     ],
 )
 def test_autoencoder_path_that_is_none(refusal, earlier_runs, make, said):

@@ -419,6 +419,9 @@ for name, (repository, options) in elsewhere.items():
     images = pipe([0, 1], num_inference_steps=3, generator=generator, output_type="pt").images
     torch.save(images, name + ".pt")
 assert len(list(Path("parts", "unet").glob("*.fp16-*.safetensors"))) > 1 and any(Path("cache").iterdir())
+for part in ("vae", "unet"):
+    found = AutoModel.from_pretrained(f"parts/{part}", variant="fp16", trust_remote_code=True)
+    assert type(found).__name__ == type(getattr(pipe, part)).__name__
 for name, again in (("autoencoder", "autoencoder-again"), ("autoencoder-again", "autoencoder-and-again")):
     vae = AutoModel.from_pretrained(f"gardener/{name}", trust_remote_code=True)
     torch.save(vae.state_dict(), f"{name}.pt")

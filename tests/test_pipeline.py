@@ -4,8 +4,11 @@ import inspect
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 from huggingface_hub import constants, create_branch, create_repo, upload_folder
+from safetensors.torch import load_file, save_file
 
 from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel
 from pipelines.pipeline_flower_ldm import FlowerLDMPipeline, find_classes, plain_name
@@ -504,7 +508,7 @@ def test_output_types_agree(pipe):
 
 
 def test_default_output_is_pil_and_tuple_on_request(pipe):
-    images = pipe("rose", num_inference_steps=1, return_dict=False)
+    images = pipe("rose", num_inference_steps=2, return_dict=False)
     assert isinstance(images, tuple) and isinstance(images[0][0], PIL.Image.Image)
 
 
@@ -610,8 +614,12 @@ def test_an_image_may_be_what_the_pipeline_returns(pipe):
     expected = sample(pipe, image=drawn, **options)
     array = np.asarray(drawn, dtype=np.float32) / 255
     tensor = torch.as_tensor(array).movedim(-1, 0)
-    for image in ([drawn], array, array[None], tensor, tensor[None], [tensor]):
+    for image in ([drawn], array, array[None], tensor, tensor[None], [tensor], [tensor[None]], [array[None]]):
         assert torch.equal(sample(pipe, image=image, **options), expected)
+    labels, options = ["rose", 3], {"strength": 0.5, "latents": torch.randn(2, *pipe.latents_shape)}
+    several = sample(pipe, labels, image=tensor.expand(2, -1, -1, -1), mask_image=half_mask(), **options)
+    mask = torch.as_tensor(np.asarray(half_mask(), dtype=np.float32) / 255)[None, None]
+    assert torch.equal(sample(pipe, labels, image=[tensor[None]] * 2, mask_image=[mask] * 2, **options), several)
     mask = np.asarray(half_mask(), dtype=np.float32) / 255
     for given in (mask, mask[..., None], torch.as_tensor(mask), torch.as_tensor(mask)[None, None]):
         assert torch.equal(sample(pipe, image=drawn, strength=0.5, mask_image=given), expected)
@@ -755,6 +763,7 @@ def test_pictures_whose_range_is_unknown_are_refused(pipe):
             r"the image's size, \(16, 16\) in width and height, got \(8, 16\)",
         ),
         ({"image": torch.zeros(3, 16, 16), "mask_image": half_mask((8, 16))}, "must have the image's size"),
+        ({"image": [torch.zeros(2, 3, 16, 16)] * 2}, "image must be one or one for each of 2 labels, got 4"),
         ({"image": [picture()] * 3}, "image must be one or one for each of 2 labels, got 3"),
         ({"image": []}, "image must be one or one for each of 2 labels, got 0"),
         ({"mask_image": [half_mask()] * 3}, "mask_image must be one or one for each of 2 labels, got 3"),
@@ -802,7 +811,151 @@ def test_compiled_parts_draw_the_same_and_are_saved_as_they_were(pipe, tmp_path)
     torch.testing.assert_close(sample(FlowerLDMPipeline.from_pretrained(tmp_path), **options), plain)
 
 
+# What is loaded
+
+
+def damage_config(part: str, **entries):
+    def damage(folder):
+        file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+    return damage
+
+
+def damage_weights(part: str, change):
+    def damage(folder):
+        file = folder / part / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        change(weights, sorted(weights)[0])
+        save_file(weights, file)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("parts", "damage", "message"),
+    [
+        (stock_parts, damage_config("unet", sample_size=10**6), "unet/config.json is damaged: sample_size must hold"),
+        (stock_parts, damage_config("unet", layers_per_block=10**9), "damaged: layers_per_block must hold numbers,"),
+        (stock_parts, damage_config("unet", num_class_embeds=10**12), "damaged: num_class_embeds must hold numbers,"),
+        (stock_parts, damage_config("unet", sample_size=None), "the unet's in_channels and sample_size must be from"),
+        (stock_parts, damage_config("unet", sample_size=[8, "8"]), "the unet's in_channels and sample_size must be"),
+        (stock_parts, damage_config("vae", block_out_channels=[8] * 10**7), "damaged: block_out_channels must hold"),
+        (stock_parts, damage_config("vae", scaling_factor=0), "the vae's scaling_factor must be a number other than"),
+        (stock_parts, damage_config("vae", latents_std=[1.0] * 4), "the vae's latents_mean must be finite numbers"),
+        (
+            stock_parts,
+            damage_config("vae", latents_mean=[0] * 4, latents_std=[0] * 4),
+            "the vae's latents_std must be finite numbers above 0, one a channel",
+        ),
+        (flower_parts, damage_config("vae", latents_std=None), "latents_mean and latents_std must have 4 values each"),
+        (flower_parts, damage_config("vae", latents_std=[float("nan")] * 4), "vae/config.json is damaged: latents_s"),
+        (flower_parts, damage_config("unet", num_layers=10**9 + 1), "damaged: num_layers must hold numbers, none ab"),
+        (flower_parts, damage_config("scheduler", num_train_timesteps=10**10), "damaged: num_train_timesteps must h"),
+        (flower_parts, damage_config("scheduler", num_train_timesteps="9"), "num_train_timesteps must be a whole nu"),
+        (flower_parts, damage_config("scheduler", trained_betas=[float("nan")]), "damaged: trained_betas must hold"),
+        (flower_parts, lambda folder: (folder / "vae" / "config.json").write_text("[]"), "must hold one JSON object"),
+        (stock_parts, damage_weights("unet", lambda weights, name: weights.pop(name)), "the weights of unet lack cl"),
+        (stock_parts, damage_weights("vae", lambda weights, name: weights.pop(name)), "the weights of vae lack deco"),
+        (flower_parts, damage_weights("unet", lambda weights, name: weights.pop(name)), "FlowerUNet2DModel: 1 are m"),
+        (flower_parts, damage_weights("vae", lambda weights, name: weights.pop(name)), "FlowerAutoencoderKL: 1 are"),
+        (
+            flower_parts,
+            damage_weights("unet", lambda weights, name: weights.update(more=torch.ones(1))),
+            "the weights don't fit the config of FlowerUNet2DModel: 1 are unexpected, such as more",
+        ),
+    ],
+)
+def test_a_damaged_part_is_one_clear_line_when_it_is_loaded(tmp_path, parts, damage, message):
+    make_pipeline(parts).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        FlowerLDMPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("part", ["vae", "unet"])
+def test_weights_that_are_no_numbers_are_blamed_when_images_are_not_finite(pipe, tmp_path, part):
+    pipe.save_pretrained(tmp_path)
+    damage_weights(part, lambda weights, name: weights[name].fill_(torch.nan))(tmp_path)
+    with pytest.raises(ValueError, match=f"^the weights of {part} are damaged: .* holds numbers that are not finite$"):
+        sample(FlowerLDMPipeline.from_pretrained(tmp_path), output_type="pt")
+
+
+# Wrappers and threads
+
+
+@pytest.mark.parametrize("name", ["vae", "unet", "guide"])
+def test_a_wrapped_model_is_one_clear_line(pipe, name):
+    parts = {"guide": pipe.unet, **pipe.components}
+    parts[name] = torch.nn.DataParallel(parts[name] or pipe.unet)
+    line = f"^{name} is wrapped in DataParallel: give {name}.module, the model itself$"
+    for id2label in (None, NAMES):
+        with pytest.raises(ValueError, match=line):
+            FlowerLDMPipeline(**parts, id2label=id2label)
+    setattr(pipe, name, parts[name])
+    with pytest.raises(ValueError, match=line):
+        sample(pipe)
+
+
+def test_a_pipeline_at_work_refuses_another_thread_and_a_call_from_its_callback(pipe):
+    expected = sample(pipe)
+    shares_the_scheduler = FlowerLDMPipeline.from_pipe(pipe)
+    refused = []
+
+    def call_again(*_):
+        for other in (pipe, shares_the_scheduler):
+            with pytest.raises(ValueError, match="^this pipeline, or another with its scheduler, is drawing already"):
+                sample(other)
+        with ThreadPoolExecutor() as executor:
+            refused.append(executor.submit(sample, pipe).exception())
+        return {}
+
+    assert torch.equal(sample(pipe, callback_on_step_end=call_again), expected)
+    assert [type(error) for error in refused] == [ValueError] * STEPS
+    with pytest.raises(ZeroDivisionError):
+        sample(pipe, callback_on_step_end=lambda *_: 1 / 0)
+    assert torch.equal(sample(pipe), expected)  # an error leaves it free
+
+
+def test_threads_with_a_pipeline_and_scheduler_of_their_own_draw_what_each_draws_alone(pipe):
+    pipes = [pipe, FlowerLDMPipeline.from_pipe(pipe, scheduler=pipe.make_scheduler(type(pipe.scheduler)))]
+    pipes[1].set_progress_bar_config(disable=True)
+    expected = sample(pipe, num_inference_steps=20), sample(pipe, num_inference_steps=30)
+    in_step = threading.Barrier(2, timeout=30)  # both are in the middle of a call at once
+
+    def wait_for_both(given_pipe, step_index, *_):
+        if step_index == 10:
+            in_step.wait()
+        return {}
+
+    with ThreadPoolExecutor(2) as executor:
+        drawn = [
+            executor.submit(sample, one, num_inference_steps=steps, callback_on_step_end=wait_for_both)
+            for one, steps in zip(pipes, (20, 30), strict=True)
+        ]
+    for latents, alone in zip(drawn, expected, strict=True):
+        torch.testing.assert_close(latents.result(), alone)
+
+
 # Callback, interrupt, progress bar
+
+
+def test_a_callback_changes_the_guidance_of_the_steps_to_come(pipe):
+    calls, scales = record_forwards(pipe), []
+
+    def turn_off(pipe, step_index, timestep, given):
+        scales.append(pipe.guidance_scale)
+        if step_index == 1:
+            pipe._guidance_scale = 1
+        return {}
+
+    changed = sample(pipe, guidance_scale=5.0, callback_on_step_end=turn_off)
+    assert scales == [5.0, 5.0, 1, 1] and [len(labels) for labels in calls] == [2, 2, 1, 1]
+    assert torch.equal(changed, sample(pipe, guidance_scale=5.0, guidance_interval=(0.0, 0.5)))
+    assert pipe.guidance_scale == 5.0  # the latest call's
+    with pytest.raises(AttributeError):  # a value that the next call replaces would do nothing, in silence
+        pipe.guidance_scale = 2.0
 
 
 def test_callback_sees_each_step_and_may_replace_the_latents(pipe):

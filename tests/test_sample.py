@@ -1,5 +1,6 @@
 """flower_ldm/sample.py: what it writes, that it writes over nothing, and what it says about bad input."""
 
+import itertools
 import runpy
 import shutil
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel
 from flower_ldm.errors import InputError
@@ -27,7 +29,7 @@ def pipeline_folder(tmp_path_factory):
     for parameter in [*unet.parameters(), *vae.decoder.parameters()]:  # untrained it predicts zero
         torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("pipeline")
-    FlowerLDMPipeline(vae, unet, DDIMScheduler(), dict(enumerate(NAMES))).save_pretrained(folder)
+    FlowerLDMPipeline(vae, unet, DDIMScheduler(clip_sample=False), dict(enumerate(NAMES))).save_pretrained(folder)
     return folder
 
 
@@ -118,13 +120,34 @@ def test_pictures_that_are_no_numbers_are_one_line(pipeline_folder, tmp_path):
     pipe = FlowerLDMPipeline.from_pretrained(pipeline_folder)
     next(pipe.unet.parameters()).data.fill_(torch.nan)
     pipe.save_pretrained(tmp_path / "pipeline")
-    with pytest.raises(InputError, match="^DDIMScheduler gave numbers that are not finite in 2 steps: take another"):
+    with pytest.raises(InputError, match="^the weights of unet are damaged: patch_embed.weight holds numbers"):
         run(tmp_path / "pipeline", tmp_path / "out")
 
 
 def test_folder_without_a_pipeline(tmp_path):
     with pytest.raises(InputError, match="is not the folder of a pipeline: it has no model_index.json"):
         run(tmp_path, tmp_path / "out")
+
+
+def test_folder_without_a_file_of_its_weights(pipeline_folder, tmp_path):
+    for part, file in itertools.product(("vae", "unet"), ("config.json", "diffusion_pytorch_model.safetensors")):
+        folder = shutil.copytree(pipeline_folder, tmp_path / f"{part}-{file}")
+        (folder / part / file).unlink()
+        with pytest.raises(InputError, match=f"^--pipeline {folder} can't be loaded: {part}/{file} is missing$"):
+            run(folder, tmp_path / "out")
+        with pytest.raises(InputError, match=f"^--guide {folder} can't be loaded: {part}/{file} is missing$"):
+            run(pipeline_folder, tmp_path / "out", "--guide", str(folder))
+
+
+@pytest.mark.parametrize("part", ["vae", "unet"])
+def test_folder_whose_weights_lack_one_is_not_blamed_on_the_device(pipeline_folder, tmp_path, part):
+    folder = shutil.copytree(pipeline_folder, tmp_path / "pipeline")
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights[min(weights)]
+    save_file(weights, file)
+    with pytest.raises(InputError, match=f"^--pipeline {folder} can't be loaded: the weights .*1 are missing"):
+        run(folder, tmp_path / "out")
 
 
 def test_unknown_hub_id(tmp_path, monkeypatch):
@@ -150,7 +173,7 @@ def test_truncated_file(pipeline_folder, tmp_path, file):
     shutil.copytree(pipeline_folder, tmp_path / "copy")
     content = (tmp_path / "copy" / file).read_bytes()
     (tmp_path / "copy" / file).write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=f"--pipeline .* that can be loaded: .*{file}") as error:
+    with pytest.raises(InputError, match=f"--pipeline .* can.t be loaded: .*{file}") as error:
         run(tmp_path / "copy", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 

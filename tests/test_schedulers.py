@@ -1,7 +1,8 @@
-"""pipelines/pipeline_flower_ldm.py with eight of diffusers' schedulers, each prediction type, and zero terminal SNR:
+"""pipelines/pipeline_flower_ldm.py with diffusers' schedulers and their options, prediction types, zero terminal SNR:
 what they draw through an exact denoiser has the distribution that it was made for, or one line says why not.
 """
 
+import inspect
 import itertools
 import re
 
@@ -61,7 +62,11 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         self.register_buffer("signal_variances", torch.tensor(alphas_cumprod))
 
     def forward(self, sample, timestep, class_labels):
-        variance = self.signal_variances[timestep.round().long()].view(-1, 1, 1, 1)
+        # Between two timesteps the logarithm of noise over signal is interpolated, as the schedulers themselves do.
+        levels = torch.logit(self.signal_variances.double(), eps=1e-12)
+        lower = timestep.floor().long()
+        level = torch.lerp(levels[lower], levels[(lower + 1).clamp(max=len(levels) - 1)], (timestep - lower).double())
+        variance = level.sigmoid().float().view(-1, 1, 1, 1)
         alpha, sigma = variance.sqrt(), (1 - variance).sqrt()
         mean = self.class_means[class_labels].view(-1, 1, 1, 1)
         noisy_variance = alpha**2 * self.config.std**2 + sigma**2
@@ -197,6 +202,157 @@ def test_denoised_latents_of_known_data(scheduler):
     expected = torch.tensor(MEANS).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     for latents in denoised:
         torch.testing.assert_close(latents, expected, rtol=0, atol=0.05)
+
+
+# All of diffusers' schedulers, and their options
+
+# Each option's values, the default left out, that could change what is drawn.
+OPTIONS = {
+    "use_karras_sigmas": [True], "use_exponential_sigmas": [True], "use_beta_sigmas": [True],
+    "use_flow_sigmas": [True], "use_lu_lambdas": [True], "use_dynamic_shifting": [True], "flow_shift": [3.0],
+    "thresholding": [True], "clip_sample": [True], "sigma_min": [0.5], "sigma_max": [1.0], "shift_terminal": [0.1],
+    "lambda_min_clipped": [-5.1, -1.0], "snr_shift_scale": [3.0], "final_sigmas_type": ["sigma_min"],
+    "solver_order": [1, 3], "predictor_order": [1, 3], "corrector_order": [1], "solver_type": ["heun", "bh1"],
+    "algorithm_type": ["dpmsolver", "sde-dpmsolver", "sde-dpmsolver++", "noise_prediction"], "predict_x0": [False],
+    "disable_corrector": [[0, 1]], "lower_order_final": [False, True], "euler_at_final": [True],
+    "skip_prk_steps": [True], "interpolation_type": ["log_linear"], "timestep_type": ["continuous"],
+    "variance_type": ["fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"],
+    "timestep_spacing": ["linspace", "leading", "trailing"], "set_alpha_to_one": [True, False], "steps_offset": [1],
+}  # fmt: skip
+FINAL = {"final_sigmas_type": "sigma_min"}
+MORE_OPTIONS = [
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", **FINAL}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver", **FINAL}),
+    ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver", **FINAL}),
+    ("UniPCMultistepScheduler", {"predict_x0": False, **FINAL}),
+    ("UniPCMultistepScheduler", {"solver_type": "bh1", **FINAL}),
+]
+DISTILLED = ("LCMScheduler", "TCDScheduler")  # made for unets that predict clean latents in few steps
+
+
+def schedulers_of_diffusers() -> list[str]:
+    """Those that can be made by their defaults; the others want what isn't installed, or aren't of diffusion."""
+    names = []
+    for name, kind in inspect.getmembers(diffusers.schedulers, inspect.isclass):
+        if issubclass(kind, diffusers.SchedulerMixin) and kind is not diffusers.SchedulerMixin:
+            parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+            if all(one.default is not one.empty or one.kind is one.VAR_KEYWORD for one in parameters):
+                names.append(name)
+    return names
+
+
+def with_options(name: str, beta_schedule: str = "squaredcos_cap_v2", **options) -> FlowerLDMPipeline:
+    pipe = make_pipeline("dpm++", beta_schedule=beta_schedule)
+    kind = getattr(diffusers.schedulers, name)
+    if name in ("HeunDiscreteScheduler", "PNDMScheduler"):
+        options = {"timestep_spacing": "leading", **options}
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+    return pipe
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("sigmas", ["karras", "exponential"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
+                                  "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler"])  # fmt: skip
+def test_sigmas_of_another_spacing_draw_the_distribution(name, sigmas, beta_schedule):
+    """Some fall on the same timestep, by which the scheduler couldn't tell where it is."""
+    pipe = with_options(name, beta_schedule, **{f"use_{sigmas}_sigmas": True})
+    assert_gaussian(draw(pipe, "dpm++", num_inference_steps=200 if name.startswith("Euler") else 60))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}),
+        ("DPMSolverMultistepScheduler", {"use_beta_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"variance_type": "learned"}),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -1.0}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}),
+        ("DDIMScheduler", {"thresholding": True}),
+        ("DDIMScheduler", {"clip_sample": True}),
+        ("DDPMScheduler", {"clip_sample": True}),
+        ("DDPMScheduler", {"variance_type": "learned_range"}),
+        ("DDPMScheduler", {"variance_type": "fixed_large_log"}),
+        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_max": 1.0}),
+        ("DDIMInverseScheduler", {}),
+        ("DPMSolverMultistepInverseScheduler", {}),
+        ("RePaintScheduler", {}),
+        ("UnCLIPScheduler", {}),
+        ("CogVideoXDDIMScheduler", {}),
+        ("CogVideoXDPMScheduler", {}),
+    ],
+)
+def test_what_changes_the_process_is_refused_before_anything_is_computed(name, options):
+    pipe = with_options(name, **options)
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("it was computed first"))
+    with pytest.raises(ValueError, match=f"^{name} ") as error:
+        draw(pipe, "dpm++")
+    assert "\n" not in str(error.value)
+
+
+def test_steps_that_leave_out_the_noisiest_timesteps_are_refused():
+    """1000 // 400 = 2, and 400 times 2 is 800."""
+    pipe = with_options("DDIMScheduler", timestep_spacing="leading")
+    with pytest.raises(
+        ValueError, match="^DDIMScheduler can't take 400 steps: .* timestep 798, far below pure noise$"
+    ):
+        draw(pipe, "ddim", num_inference_steps=400)
+    assert_gaussian(draw(pipe, "ddim", num_inference_steps=500))
+
+
+@pytest.mark.parametrize(
+    "betas",
+    [[float("nan")] * 1000, [0.01] * 999 + [float("inf")], [-0.01] * 1000, [2.0] * 1000, [0.01] * 10],
+    ids=["nan", "inf", "negative", "above 1", "too few"],
+)
+def test_betas_that_are_no_noise_schedule_are_refused(betas):
+    pipe = make_pipeline("dpm++")
+    pipe.scheduler = DDPMScheduler(trained_betas=betas, clip_sample=False)
+    with pytest.raises(ValueError, match="^DDPMScheduler has no noise schedule of 1000 betas from 0 to 1: check .*$"):
+        draw(pipe, "ddpm")
+
+
+def test_timesteps_beyond_training_and_foreign_predictions_are_refused():
+    pipe = with_options("DDIMScheduler", timestep_spacing="leading", steps_offset=500)
+    with pytest.raises(ValueError, match="^DDIMScheduler goes to timestep 1495, beyond training's 999"):
+        draw(pipe, "ddim")
+    pipe.scheduler = DDPMScheduler(clip_sample=False, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="^prediction_type must be one of epsilon, sample, v_prediction, got 'flow_"):
+        draw(pipe, "ddpm")
+
+
+@pytest.mark.slow  # a minute and a half: some 500 combinations
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+def test_every_scheduler_with_every_option_draws_the_distribution_or_is_refused(beta_schedule):
+    combinations = list(MORE_OPTIONS)
+    for name in schedulers_of_diffusers():
+        known = inspect.signature(getattr(diffusers.schedulers, name).__init__).parameters
+        combinations += [(name, {})]
+        combinations += [(name, {key: value}) for key, values in OPTIONS.items() if key in known for value in values]
+    drawn, refused, wrong = 0, 0, []
+    for name, options in combinations:
+        try:
+            pipe = with_options(name, beta_schedule, **options)
+        except (ValueError, NotImplementedError):  # by diffusers
+            continue
+        try:
+            latents = draw(pipe, "ddim", 60, num_inference_steps=25 if name in DISTILLED else 200)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        drawn += 1
+        errors = [abs(part.mean() - mean) for part, mean in zip(latents.chunk(2), MEANS, strict=True)]
+        errors += [abs(part.std() - STD) for part in latents.chunk(2)]
+        if max(errors) > (0.25 if name in DISTILLED else 0.06):
+            wrong.append((name, options, max(errors).item()))
+    print(f"{beta_schedule}: {drawn} combinations draw the distribution, {refused} are refused")
+    assert not wrong
+    assert drawn > 150 and refused > 80
 
 
 # Images drawn over

@@ -25,6 +25,14 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+# Beyond these a config is no model but a mistake, or an attack: they keep it from eating all memory when it is built.
+BOUNDS = {
+    "in_channels": (1, 2**10), "latent_channels": (1, 2**14), "patch_size": (1, 2**6), "layers_per_block": (0, 100),
+    "decoder_layers_per_block": (0, 100), "num_classes": (0, 10**6), "head_channels": (1, 2**16),
+    "sample_size": (1, 2**16),
+}  # fmt: skip
+MOST_WEIGHTS = 1e11
+
 
 @dataclass
 class FlowerAutoencoderOutput(BaseOutput):
@@ -188,6 +196,10 @@ class ClassifierHead(nn.Module):
         return features, self.classifier(features)                                        # (B, K)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
     """A convolutional variational autoencoder with spatial latents (Kingma & Welling 2014; Rombach et al. 2022).
 
@@ -229,22 +241,39 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
     ):
         super().__init__()
         self.use_slicing = False  # `enable_slicing()`: one image after the other, which takes less memory
+        self._check_config()
         block_out_channels = tuple(block_out_channels)
-        if not block_out_channels or any(channels < 8 for channels in block_out_channels):
-            raise ValueError(f"block_out_channels must be one or more numbers of at least 8, got {block_out_channels}")
-        if min(in_channels, latent_channels, patch_size) < 1:
-            raise ValueError(
-                f"in_channels, latent_channels and patch_size must be at least 1, got {in_channels}, "
-                f"{latent_channels} and {patch_size}"
-            )
         shape = (latent_channels, patch_size, block_out_channels)
         self.encoder = Encoder(in_channels, *shape, layers_per_block)
         self.decoder = Decoder(in_channels, *shape, decoder_layers_per_block)
         self.head = ClassifierHead(latent_channels, head_channels, num_classes) if num_classes > 0 else None
         self.register_buffer("channel_mean", torch.zeros(1, latent_channels, 1, 1), persistent=False)
         self.register_buffer("channel_std", torch.ones(1, latent_channels, 1, 1), persistent=False)
-        if latents_mean is not None and latents_std is not None:
+        if latents_mean is not None or latents_std is not None:
             self.set_latents_statistics(latents_mean, latents_std)
+
+    def _check_config(self) -> None:
+        config = self.config
+        for name, (least, most) in BOUNDS.items():
+            value = config[name]
+            if not _is_whole(value) or not least <= value <= most:
+                raise ValueError(f"{name} must be a whole number from {least} to {most:,}, got {value!r:.40}")
+        blocks = config.block_out_channels
+        if (
+            not isinstance(blocks, (list, tuple))
+            or not 1 <= len(blocks) <= 12
+            or not all(_is_whole(channels) and 8 <= channels <= 2**14 for channels in blocks)
+        ):
+            raise ValueError(
+                f"block_out_channels must be 1 to 12 numbers of at least 8 and at most {2**14:,}, got {blocks!r:.40}"
+            )
+        weights = 18 * sum(channels**2 for channels in blocks)  # of a block's two convolutions
+        weights *= config.layers_per_block + config.decoder_layers_per_block + 1
+        weights += 18 * max(blocks) * config.in_channels * config.patch_size**2
+        if config.num_classes > 0:
+            weights += config.head_channels * (9 * config.latent_channels + config.num_classes)
+        if weights > MOST_WEIGHTS:
+            raise ValueError(f"the config asks for {weights:.0e} weights, more than {MOST_WEIGHTS:.0e}")
 
     @property
     def downsample_factor(self) -> int:
@@ -299,10 +328,21 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         )
 
     def set_latents_statistics(self, latents_mean: list[float], latents_std: list[float]) -> None:
-        """Keep the per-channel mean and standard deviation of the training split's raw latents, in the config too."""
+        """Keep the per-channel mean and standard deviation of the training split's raw latents, in the config too.
+
+        Raises:
+            ValueError: where they aren't one finite number a channel, those of `latents_std` above 0.
+        """
         latent_channels = self.config.latent_channels
-        if len(latents_mean) != latent_channels or len(latents_std) != latent_channels:
-            raise ValueError(f"latents_mean and latents_std must have {latent_channels} values each, one a channel")
+        for values in (latents_mean, latents_std):
+            if not isinstance(values, (list, tuple)) or len(values) != latent_channels:
+                raise ValueError(
+                    f"latents_mean and latents_std must have {latent_channels} values each, one a channel"
+                )
+            if not all(isinstance(value, (int, float)) and -1e30 < value < 1e30 for value in values):
+                raise ValueError("latents_mean and latents_std must hold finite numbers")
+        if min(latents_std) < 1e-30:  # of single precision
+            raise ValueError(f"latents_std must hold numbers above 0, got {min(latents_std)}")
         self.register_to_config(latents_mean=list(latents_mean), latents_std=list(latents_std))
         self.channel_mean.copy_(torch.tensor(latents_mean).view(1, -1, 1, 1))
         self.channel_std.copy_(torch.tensor(latents_std).view(1, -1, 1, 1))
@@ -351,6 +391,21 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         if push_to_hub:
             repo_id = hub_options.pop("repo_id", folder.name)
             self.push_to_hub(repo_id, safe_serialization=safe_serialization, variant=variant, **hub_options)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """The stock one, which makes up weights that are missing and leaves out those that it has no place for.
+
+        Raises:
+            ValueError: where the weights aren't those of the config.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind in ("missing", "unexpected"):
+            if names := sorted(info[f"{kind}_keys"]):
+                raise ValueError(
+                    f"the weights don't fit the config of {cls.__name__}: {len(names)} are {kind}, such as {names[0]}"
+                )
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:

@@ -1,11 +1,12 @@
 """FlowerUNet2DModel, the denoiser: a U-shaped transformer over latent positions.
 
-Its neighbours: `autoencoder_flower` gives the latents, `diffusion` the targets, `pipeline_flower_ldm` calls it when
-sampling. The file travels to the Hub beside the weights, so it imports torch and diffusers only.
+Travels to the Hub beside its weights, so it imports the standard library, torch and diffusers only.
 
 Shapes: B batch, C channels, H W latent height and width, P patch_size, N tokens = (H/P)(W/P), S hidden_size,
 A num_attention_heads, D head dimension = S/A, M width of the MLP.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,13 @@ from torch import nn
 
 NORM_EPS = 1e-6
 TIMESTEP_CHANNELS = 256
+# Beyond these a config is no model but a mistake, or an attack: they keep it from eating all memory when it is built.
+LARGEST = {
+    "in_channels": 2**14, "out_channels": 2**14, "patch_size": 2**8, "hidden_size": 2**16, "num_layers": 1001,
+    "num_attention_heads": 2**12, "num_classes": 10**6,
+}  # fmt: skip
+LARGEST_SAMPLE = 2**13
+MOST_WEIGHTS = 1e11
 # Axial rotary embeddings of images take 100 where language takes 10,000: positions run to tens, not to thousands
 # (Heo et al. 2024, "Rotary Position Embedding for Vision Transformer").
 ROTARY_BASE = 100.0
@@ -218,14 +226,29 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
     def _check_config(self) -> None:
         config = self.config
         sizes = config.sample_size if isinstance(config.sample_size, (tuple, list)) else (config.sample_size,) * 2
-        positive = ("in_channels", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "num_classes")
-        for name in positive:
-            if config[name] < 1:
-                raise ValueError(f"{name} must be at least 1, not {config[name]}.")
-        if len(sizes) != 2 or any(size < 1 or size % config.patch_size for size in sizes):
+        for name, most in LARGEST.items():
+            value = config[name]
+            if name == "out_channels" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name} must be a whole number from 1 to {most:,}, not {value!r:.40}.")
+        for name, low, high in (("mlp_ratio", 0, 64), ("dropout", 0, 1)):
+            value = config[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{name} must be a number from {low} to {high}, not {value!r:.40}.")
+        if len(sizes) != 2 or not all(
+            isinstance(size, int) and 1 <= size <= LARGEST_SAMPLE and size % config.patch_size == 0 for size in sizes
+        ):
             raise ValueError(
-                f"sample_size must be one or two multiples of patch_size={config.patch_size}, "
-                f"not {config.sample_size}."
+                f"sample_size must be one or two multiples of patch_size={config.patch_size} up to "
+                f"{LARGEST_SAMPLE:,}, not {config.sample_size!r:.40}."
+            )
+        weights = config.hidden_size**2 * config.num_layers * (6 + 3 * config.mlp_ratio)
+        weights += config.hidden_size * (config.num_classes + 2 * config.in_channels * config.patch_size**2)
+        if weights > MOST_WEIGHTS:
+            raise ValueError(
+                f"hidden_size, num_layers, num_classes and in_channels ask for {weights:.0e} weights, more than "
+                f"{MOST_WEIGHTS:.0e}."
             )
         if config.num_layers % 2 == 0:
             raise ValueError(
@@ -255,6 +278,26 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
             nn.init.normal_(block.mlp.to_out.weight, std=0.02)
             if block.skip is not None:
                 nn.init.eye_(block.skip.weight)  # the identity on the stream, zero on the skip
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """The stock one, which makes up weights that are missing and leaves out those that it has no place for.
+
+        Raises:
+            ValueError: where the weights aren't those of the config.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind in ("missing", "unexpected"):
+            if names := sorted(info[f"{kind}_keys"]):
+                raise ValueError(
+                    f"the weights don't fit the config of {cls.__name__}: {len(names)} are {kind}, such as {names[0]}"
+                )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
+        # The entry for `AutoModel` is no argument of the model: diffusers would warn that it doesn't know it.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def forward(
         self,
