@@ -504,7 +504,10 @@ def main(argv: list[str] | None = None) -> None:
             fail(f"--space needs --pipeline by its id on the Hub, such as user/flower-ldm, not {args.pipeline}")
         if args.space.exists():
             fail(f"--space {args.space} is there already: name a new folder")
-        write_space(args.space, args.pipeline)
+        try:
+            write_space(args.space, args.pipeline)
+        except OSError as error:
+            fail(f"--space {args.space} can't be written: {error.strerror}; remove what is there of it and try again")
         print(f"a Space in {args.space}; to push it: hf upload USER/NAME {args.space} --repo-type space")
         return
     pipe = load_pipeline(args.pipeline, args.device, args.trust_remote_code)

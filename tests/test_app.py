@@ -1,6 +1,7 @@
 """app.py: the real page on a tiny pipeline, through its endpoints over a socket, by hand, and in a browser."""
 
 import base64
+import errno
 import io
 import json
 import os
@@ -340,6 +341,17 @@ def test_space_is_whole(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_space_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(app.shutil, "copyfile", refuse)
+    with pytest.raises(SystemExit) as end:
+        app.main(["--pipeline", "someone/flowers", "--space", str(tmp_path / "space")])
+    assert end.value.code == 2
+    assert "space can't be written: No space left on device; remove what is there" in capsys.readouterr().err
+
+
 def test_space_needs_no_package(tmp_path):
     """Where neither the package nor the network is, its entry gets as far as the download."""
     app.write_space(tmp_path / "space", "someone/flowers")
