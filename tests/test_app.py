@@ -340,7 +340,6 @@ def test_space_is_whole(tmp_path, capsys):
         app.main(["--pipeline", "someone/flowers", "--space", str(space)])
 
 
-@pytest.mark.slow
 def test_a_space_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -352,6 +351,7 @@ def test_a_space_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsy
     assert "space can't be written: No space left on device; remove what is there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_space_needs_no_package(tmp_path):
     """Where neither the package nor the network is, its entry gets as far as the download."""
     app.write_space(tmp_path / "space", "someone/flowers")
