@@ -531,7 +531,10 @@ def main(argv: list[str] | None = None) -> None:
             )
         if args.space.exists():
             fail(f"--space {args.space} is there already: name a new folder")
-        write_space(args.space, args.pipeline, args.revision)
+        try:
+            write_space(args.space, args.pipeline, args.revision)
+        except OSError as error:
+            fail(f"--space {args.space} can't be written: {error.strerror}; remove what is there of it and try again")
         print(f"a Space in {args.space}; to push it: hf upload USER/NAME {args.space} --repo-type space")
         return
     pipe = load_pipeline(args.pipeline, args.device, args.trust_remote_code, args.revision)

@@ -1,6 +1,7 @@
 """app.py: the real page on a tiny pipeline, through its endpoints over a socket, by hand, and in a browser."""
 
 import base64
+import errno
 import io
 import json
 import os
@@ -369,6 +370,17 @@ def test_names_cannot_write_code_into_a_space(tmp_path, capsys):
             app.main(["--pipeline", name, "--space", str(tmp_path / "space"), "--revision", COMMIT])
         said = capsys.readouterr().err
         assert "--space needs --pipeline by its id on the Hub" in said and said.count("\n") == 1 and "\x1b" not in said
+
+
+def test_a_space_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(app.shutil, "copyfile", refuse)
+    with pytest.raises(SystemExit) as end:
+        app.main(["--pipeline", "someone/flowers", "--space", str(tmp_path / "space")])
+    assert end.value.code == 2
+    assert "space can't be written: No space left on device; remove what is there" in capsys.readouterr().err
 
 
 @pytest.mark.slow

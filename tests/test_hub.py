@@ -318,11 +318,14 @@ def test_links_within_a_run_and_to_a_run_are_followed(finished_runs, tmp_path):
     assert files.keys() == hub.run_files(run)[1].keys()
 
 
-def test_sigterm_during_the_upload_ends_it_with_the_line_that_says_how_to_go_on(finished_runs, hub_server):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_upload_ends_it_with_the_line_that_says_how_to_go_on(finished_runs, hub_server, number):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever these tests were started by
+
     def end(request) -> int | None:
         if "/commit/" not in request.path:
             return None
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         threading.Event().wait(2)
         return -1
 

@@ -7,6 +7,8 @@ Bad input is in `test_bad_input.py`.
 import io
 import itertools
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from flower_ldm.autoencoder_losses import PerceptualLoss
 from flower_ldm.checkpoint_files import load_state
 from flower_ldm.data import load_datasets
 from flower_ldm.discriminator import PatchDiscriminator
+from flower_ldm.files import replace_files
 from flower_ldm.training import choose_precision, read_log
 from train_autoencoder import parse_args
 
@@ -288,6 +291,53 @@ def test_compiled_training_has_the_same_losses(train):
 
 
 # Flags and recipes
+
+
+@pytest.mark.parametrize("left", ["half its weights", "no config"])
+def test_a_torn_best_is_written_anew(finished_runs, run_script, tmp_path, capsys, left):
+    """Also where no better score is to come; it failed at every retry."""
+    run = shutil.copytree(finished_runs.autoencoder, tmp_path / "run")
+    weights = run / "best" / "diffusion_pytorch_model.safetensors"
+    if left == "half its weights":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    else:
+        (run / "best" / "config.json").unlink()
+    words = ["--output_dir", run, "--resume_from_checkpoint", "latest", "--no-final_pictures", "--report_to", "none"]
+    run_script(train_autoencoder.main, [*finished_runs.stage1, *words])
+    assert "best can't be loaded" in capsys.readouterr().out
+    best, last = (FlowerAutoencoderKL.from_pretrained(folder) for folder in (run / "best", run))
+    assert all(map(torch.equal, best.parameters(), last.parameters())) and best.config.latents_std is not None
+
+
+@pytest.mark.parametrize("killed_at", ["rename", "safetensors"])
+def test_an_export_that_breaks_off_leaves_the_one_before_or_none(tmp_path, monkeypatch, killed_at):
+    """Never weights of one run with the statistics of another."""
+    models = [FlowerAutoencoderKL(block_out_channels=(8, 8), latent_channels=2) for _ in range(2)]
+    for number, model in enumerate(models):
+        model.set_latents_statistics([float(number)] * 2, [1.0] * 2)
+    run, unfinished = tmp_path / "run", tmp_path / "run" / "unfinished-export"
+    replace_files(run, unfinished, models[0].save_pretrained, index="config.json")
+    calls = []
+
+    def killed(*args, **_):
+        calls.append(args)
+        if killed_at == "safetensors" or len(calls) == 2:
+            raise KeyboardInterrupt
+        os.rename(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*(("os.replace",) if killed_at == "rename" else ("safetensors.torch.serialize_file",)), killed)
+        replace_files(run, unfinished, models[1].save_pretrained, index="config.json")
+    if killed_at == "rename":
+        assert not (run / "config.json").exists()
+    else:
+        found = FlowerAutoencoderKL.from_pretrained(run)
+        assert all(map(torch.equal, found.parameters(), models[0].parameters()))
+    replace_files(run, unfinished, models[1].save_pretrained, index="config.json")
+    found = FlowerAutoencoderKL.from_pretrained(run)
+    assert found.config.latents_mean == [1.0, 1.0] and not unfinished.exists()
+    assert all(map(torch.equal, found.parameters(), models[1].parameters()))
+
 
 OWN_FLAGS = """
     --pixel_weight 1; --perceptual_weight 1; --kl_weight 1; --adversarial_weight 1; --classification_weight 1
