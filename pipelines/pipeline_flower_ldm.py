@@ -894,13 +894,18 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         raise ValueError(f"pixels of mode {image.mode} are not in the range 0 to {white}")
     if image.mode == "I" and 0 < high < 256:
         raise ValueError(f"pixels of mode I, none above {high}, are of 8 bits or nearly black: store them as uint8")
-    table = [round(min(value, white) * 255 / white) for value in range(65536)]
-    if tags.get(TIFF_PHOTOMETRIC) == 0:  # white is 0, which Pillow minds for 8 bits only
-        table = [255 - value for value in table]
+    white_is_zero = tags.get(TIFF_PHOTOMETRIC) == 0  # which Pillow minds for 8 bits only
     alpha, transparent = None, image.info.get("transparency")
     if isinstance(transparent, int):
         alpha = integers.point([255 * (value != transparent) for value in range(65536)], "L")
-    return integers.point(table, "L"), alpha
+    return integers.point(_to_8_bits(white, white_is_zero), "L"), alpha
+
+
+@functools.cache
+def _to_8_bits(white: int, white_is_zero: bool) -> list[int]:
+    """What each of 65,536 levels of grey becomes."""
+    table = [round(min(value, white) * 255 / white) for value in range(65536)]
+    return [255 - value for value in table] if white_is_zero else table
 
 
 def _from_profile(colors: Image.Image, profile: Any) -> Image.Image:

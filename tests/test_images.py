@@ -250,22 +250,26 @@ def s15(*values: float) -> bytes:
 
 def icc_profile(name: str) -> bytes:
     """A profile of version 2, as in the ICC's specification: a header, a table of tags, the tags."""
-    grey = name not in PRIMARIES
+    primaries = (PRIMARIES | {"another sRGB": SRGB}).get(name)
     gamma = b"curv" + struct.pack(">IIHH", 0, 1, round(GAMMA * 256), 0)
     as_srgb = b"para" + struct.pack(">IHH", 0, 3, 0) + s15(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
-    curve = as_srgb if name == "Display P3" else gamma
+    curve = gamma if name in ("Adobe RGB", "grey") else as_srgb
     tags = {b"wtpt": b"XYZ \0\0\0\0" + s15(0.9642, 1, 0.8249)}
-    if grey:
+    if primaries is None:
         tags[b"kTRC"] = curve
     else:
         tags |= {color + b"TRC": curve for color in (b"r", b"g", b"b")}
-        columns = zip((b"r", b"g", b"b"), PRIMARIES[name].T, strict=True)
+        columns = zip((b"r", b"g", b"b"), primaries.T, strict=True)
         tags |= {color + b"XYZ": b"XYZ \0\0\0\0" + s15(*column) for color, column in columns}
     offset, table, contents = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for tag, content in tags.items():
         table += tag + struct.pack(">II", offset + len(contents), len(content))
         contents += content
-    header = struct.pack(">I4xI", offset + len(contents), 0x02400000) + b"mntr" + (b"GRAY" if grey else b"RGB ")
+    header = (
+        struct.pack(">I4xI", offset + len(contents), 0x02400000)
+        + b"mntr"
+        + (b"RGB " if primaries is not None else b"GRAY")
+    )
     header += b"XYZ " + bytes(12) + b"acsp" + bytes(28) + s15(0.9642, 1, 0.8249) + bytes(48)
     return header + table + contents
 
@@ -316,18 +320,22 @@ def test_a_profile_of_grey(tmp_path: Path) -> None:
     assert abs(upright(path) - expected[..., None]).max() < 1.5
 
 
-def tilted_srgb() -> bytes:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-
-
 @pytest.mark.parametrize(
     "profile",
-    [tilted_srgb(), b"junk", b"", icc_profile("Adobe RGB")[:200], icc_profile("grey")],
-    ids=["sRGB", "junk", "empty", "torn", "of grey"],
+    [
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        icc_profile("another sRGB"),
+        b"junk",
+        b"",
+        icc_profile("Adobe RGB")[:200],
+        icc_profile("grey"),
+    ],
+    ids=["sRGB", "another sRGB", "junk", "empty", "torn", "of grey"],
 )
 def test_a_profile_that_is_srgb_or_of_no_use_changes_no_bit(profile: bytes, tmp_path: Path) -> None:
-    path = saved(Image.fromarray(COLORS), "colors.png", tmp_path, icc_profile=profile)
-    assert np.array_equal(upright(path), COLORS)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = saved(Image.fromarray(noise), "noise.png", tmp_path, icc_profile=profile)
+    assert np.array_equal(upright(path), noise)
 
 
 # --- metadata that are broken ----------------------------------------------------------------------------------------
