@@ -506,7 +506,7 @@ def main(argv: list[str] | None = None) -> None:
         fail("the page needs gradio: pip install 'gradio>=6.0' (or, in a clone, pip install -e '.[app]')")
     if args.space:
         owner, _, name = args.pipeline.partition("/")
-        if not owner or not name or "/" in name or args.pipeline == DEFAULT_PIPELINE or Path(args.pipeline).exists():
+        if not owner or not name or "/" in name or args.pipeline == DEFAULT_PIPELINE or os.path.exists(args.pipeline):
             fail(f"--space needs --pipeline by its id on the Hub, such as user/flower-ldm, not {args.pipeline}")
         if args.space.exists():
             fail(f"--space {args.space} is there already: name a new folder")
