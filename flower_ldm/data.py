@@ -688,7 +688,7 @@ def _hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
         by_class.setdefault(record.label, []).append(record)
     held_out = set()
     for members in by_class.values():
-        members.sort(key=lambda record: hashlib.sha256(record.name.encode()).digest())
+        members.sort(key=lambda record: hashlib.sha256(record.name.encode("utf-8", "surrogatepass")).digest())
         count = max(1, round(len(members) / 10)) if len(members) >= 2 else 0
         held_out.update(record.name for record in members[:count])
     return (
