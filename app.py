@@ -522,7 +522,7 @@ def main(argv: list[str] | None = None) -> None:
         fail("the page needs gradio: pip install 'gradio>=6.0' (or, in a clone, pip install -e '.[app]')")
     if args.space:
         is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.pipeline, re.ASCII)
-        if not is_id or args.pipeline == DEFAULT_PIPELINE or Path(args.pipeline).exists():
+        if not is_id or args.pipeline == DEFAULT_PIPELINE or os.path.exists(args.pipeline):
             fail(f"--space needs --pipeline by its id on the Hub, such as user/flower-ldm, not {args.pipeline}")
         if not re.fullmatch("[0-9a-f]{40}", args.revision or ""):
             fail(

@@ -11,6 +11,7 @@ Shapes: N samples, M reference images; D features; K classes; (H, W) pixels.
 import argparse
 import hashlib
 import json
+import os
 import platform
 import shlex
 import sys
@@ -126,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError(f"--{name} must be at least {MIN_IMAGES} (neighbours are counted), got {value}")
     add_data_flags(args)
     if args.output is None:
-        args.output = Path(args.pipeline if Path(args.pipeline).is_dir() else ".") / "metrics.json"
+        args.output = Path(args.pipeline if os.path.isdir(args.pipeline) else ".") / "metrics.json"
     if args.cache_dir is None:
         args.cache_dir = args.output.parent / "evaluation_cache"
     return args
@@ -539,7 +540,7 @@ def evaluate(
 def describe(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork, real: Real) -> dict:
     """What was measured with what: the first entries of the evaluation."""
     return {
-        "pipeline": Path(args.pipeline).resolve().name if Path(args.pipeline).is_dir() else args.pipeline,
+        "pipeline": Path(args.pipeline).resolve().name if os.path.isdir(args.pipeline) else args.pipeline,
         "dataset": real.train.name,
         "splits": {"train": list(real.train.splits), "held_out": list(real.held_out.splits)},
         "resolution": real.train.resolution,

@@ -210,7 +210,7 @@ def load_feature_network(name: str, device: torch.device | str = "cpu") -> Featu
                 f"--features {name}: its weights are not here and can't be downloaded ({reason}); "
                 f"{DEFAULT_FEATURES} works offline, as does the path of a TorchScript file"
             ) from error
-    elif Path(name).is_file():
+    elif os.path.isfile(name):
         network = torchscript(Path(name))
     else:
         raise InputError(f"--features {name}: choose {', '.join(NETWORKS)}, or the path of a TorchScript file")

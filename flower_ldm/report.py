@@ -531,7 +531,7 @@ class Album:
         if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.folder), "")):
             return "a symbolic link out of the run"
         try:
-            with Image.open(path, formats=["PNG", "GIF"]) as image:
+            with open_image(path) as image:
                 too_large = image.width * image.height > MOST_PIXELS
         except Exception:
             return "damaged"

@@ -145,6 +145,13 @@ def test_stock_parts_draw_but_do_not_blend(served):
 # --- what it refuses -------------------------------------------------------------------------------------------------
 
 
+def test_a_long_name_is_found_whole(served):
+    """Cut to a hundred letters two of them would be one, and neither would be found."""
+    names = ["a" * 150 + "1", "a" * 150 + "2", "b", "c"]
+    pipe = FlowerLDMPipeline(served.pipe.vae, served.pipe.unet, served.pipe.scheduler, dict(enumerate(names)))
+    assert app.check_wish(pipe, [names[1]], 1, 0, 4, 2.0, app.OWN_SAMPLER).labels == [1]
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
