@@ -362,7 +362,7 @@ def test_classes_without_a_held_out_image_are_not_compared(finished_runs, tmp_pa
         ("--pipeline {tmp}", "is not the folder of a pipeline"),
         ("--autoencoder {tmp}", "--autoencoder {tmp} can't be loaded"),
         ("--autoencoder {ae} --dataset none", "say by --dataset what to encode"),
-        ("--autoencoder {ae} --device toaster", "can't be loaded to --device toaster"),
+        ("--autoencoder {ae} --device toaster", "--device toaster can't be used"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(finished_runs, tmp_path, flags, message):
