@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, get_int_from_env
 from torch import nn
 
 from . import runs
@@ -242,9 +242,13 @@ def step_of(path: Path) -> int:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The folders that are called as checkpoints are, valid or not, oldest first. No links: those are somebody's."""
+    return [path for path in all_named(output_dir) if path.is_dir() and not path.is_symlink()]
+
+
+def all_named(output_dir: Path) -> list[Path]:
+    """Whatever is called as checkpoints are, by step."""
     found = output_dir.iterdir() if output_dir.is_dir() else []
-    folders = [path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted((path for path in folders if not path.is_symlink()), key=step_of)
+    return sorted((path for path in found if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -277,8 +281,8 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the main process, as its launcher says; accelerate is not up yet."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this is the main process, as its launcher says, since accelerate is not up yet; by its own list."""
+    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
 
 
 def newest_valid(output_dir: Path) -> Path:
@@ -287,9 +291,9 @@ def newest_valid(output_dir: Path) -> Path:
     Raises:
         InputError: where there is none.
     """
-    passed_over = []
-    for path in reversed(list_checkpoints(output_dir)):
-        reason = why_invalid(path, step_of(path))
+    passed_over, folders = [], list_checkpoints(output_dir)
+    for path in reversed(all_named(output_dir)):
+        reason = why_invalid(path, step_of(path)) if path in folders else "it is a link or a file"
         if reason is None:
             if passed_over and is_first_process():
                 print(f"going on from {path}; passed over: {'; '.join(passed_over)}")

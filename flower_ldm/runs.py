@@ -39,6 +39,8 @@ RUN_FILES = (
       for name in ("*.json", "*.safetensors", "*.py")),
 )  # fmt: skip
 RUN_FOLDERS = {pattern.rsplit("/", depth)[0] for pattern in RUN_FILES for depth in range(1, pattern.count("/") + 1)}
+# A killed process leaves what it hadn't moved to its place: `files.write_whole`'s, and safetensors' own.
+TORN = re.compile(r"(.*\.\d+\.tmp|.+/\.tmp[A-Za-z0-9]{6})")
 LEFT_BY_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
@@ -80,10 +82,9 @@ def is_of_run(path: Path, name: str) -> bool:
             return CARD_MARK in path.read_text("utf-8")
         except (OSError, ValueError):
             return False
-    # A killed process leaves what `files.write_whole` hadn't moved to its place.
-    stem, _, number = name.removesuffix(".tmp").rpartition(".")
-    whole = stem if name.endswith(".tmp") and number.isdigit() else name
-    return path.name in LEFT_BY_DESKTOPS or fits(whole, RUN_FILES)
+    if TORN.fullmatch(name):
+        return path.name.startswith(".tmp") or fits(name.rsplit(".", 2)[0], RUN_FILES)
+    return path.name in LEFT_BY_DESKTOPS or fits(name, RUN_FILES)
 
 
 def fits(name: str, patterns: tuple[str, ...] | set[str]) -> bool:
@@ -99,7 +100,7 @@ def remove(folder: Path, unfinished_only: bool) -> None:
     """
     for path in contents(folder)[0]:
         name = path.relative_to(folder).as_posix()
-        if name in ("args.yaml", LOCK) or (unfinished_only and not re.match(r"unfinished-|.*\.tmp$", name)):
+        if name in ("args.yaml", LOCK) or (unfinished_only and not is_unfinished(name)):
             continue
         if unfinished_only and path.is_symlink():  # somebody's
             continue
@@ -108,6 +109,11 @@ def remove(folder: Path, unfinished_only: bool) -> None:
                 path.rmdir()
         else:
             path.unlink()
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether what is called so within a run's folder is what a killed run was writing."""
+    return name.startswith("unfinished-") or TORN.fullmatch(name) is not None
 
 
 def whose_else(folder: Path) -> str | None:

@@ -6,6 +6,7 @@ children find torch as a new process would.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -45,7 +46,7 @@ def run_server(num_threads: int = 1) -> Iterator[RunServer]:
     try:
         yield server
     finally:
-        server.process.kill()
+        os.killpg(server.process.pid, signal.SIGKILL)  # with a child, if there is one
         server.process.communicate()
 
 

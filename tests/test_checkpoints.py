@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
 from flower_ldm import checkpoints, recipes, run_lock, runs
@@ -453,6 +456,17 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_passed_over(output_dir, ear
     assert f"(checkpoint-7, {reason.strip()}" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_link_or_a_file_called_like_a_checkpoint_is_named_and_passed_over(output_dir, earlier_run, capsys, kind):
+    shutil.copytree(output_dir / "checkpoint-5", output_dir / "kept")
+    if kind == "link":
+        (output_dir / "checkpoint-7").symlink_to(output_dir / "kept")
+    else:
+        (output_dir / "checkpoint-7").write_text("dear flower")
+    assert find(output_dir, "latest", "--seed=1") == output_dir / "checkpoint-5"
+    assert "passed over: checkpoint-7, it is a link or a file\n" in capsys.readouterr().out
+
+
 def test_a_checkpoint_without_fp16s_scale_is_not_resumed_in_fp16(output_dir, earlier_run):
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
@@ -592,6 +606,28 @@ def test_a_full_disk_keeps_what_is_there_and_says_how_to_go_on(save, output_dir,
             f"{output_dir / 'checkpoint-2'} can't be written: no space is left on the device; make room, then {then}"
         )
         assert entries(output_dir) == ({"checkpoint-1"} if earlier else set())
+
+
+def test_fp16s_scale_and_the_generators_go_on(output_dir):
+    """Python's, NumPy's and torch's: as they stood at the save."""
+    args = parse(f"--output_dir={output_dir}", "--report_to=none", "--max_train_steps=9")
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    checkpoints.claim_output_dir(accelerator, args)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    kept = {"ema": EMAModel([parameter]), "lr_scheduler": lr_scheduler, "progress": Progress({})}
+    checkpoint = checkpoints.save_checkpoint(accelerator, args, kept, 1)
+
+    def draw() -> list[float]:
+        return [random.random(), np.random.rand(), random.gauss(0, 1), np.random.randn(), torch.rand(1).item()]
+
+    drawn = draw()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    checkpoints.resume(accelerator, args, checkpoint, kept)
+    assert draw() == drawn != draw()
+    assert accelerator.scaler.get_scale() == 512.0
 
 
 # States

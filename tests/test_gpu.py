@@ -47,9 +47,9 @@ def test_compiled_training_and_gradient_checkpointing(stage_flags, stage: int):
 def test_resuming_goes_on_where_the_run_stopped(stage_flags, tmp_path: Path):
     stage1, _ = stage_flags
     train_autoencoder.main([*stage1, "--mixed_precision", "fp16"])
-    train_autoencoder.main([*stage1, "--mixed_precision", "fp16", "--resume_from_checkpoint",
-                            str(tmp_path / "autoencoder" / "checkpoint-4")])  # fmt: skip
-    assert read_log(tmp_path / "autoencoder" / "log.jsonl")[-1]["step"] == 6
+    train_autoencoder.main([*stage1, "--mixed_precision", "fp16", "--output_dir", str(tmp_path / "rest"),
+                            "--resume_from_checkpoint", str(tmp_path / "autoencoder" / "checkpoint-4")])  # fmt: skip
+    assert read_log(tmp_path / "rest" / "log.jsonl")[-1]["step"] == 6
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ def test_what_a_killed_run_leaves_is_known_and_removed(finished_runs, tmp_path):
     folder = shutil.copytree(finished_runs.autoencoder, tmp_path / "run")
     kept = set(folder.rglob("*"))
     left = ["metrics.json.123.tmp", "samples/step-00000004.png.9.tmp", "unfinished-8/model.safetensors",
+            "unfinished-8/.tmpk5lnhD", "best/.tmpA0z9bC",
             "unfinished-best/config.json", "unfinished-export/vae/diffusion_pytorch_model.safetensors"]  # fmt: skip
     for name in left:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
