@@ -14,7 +14,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -26,6 +25,7 @@ from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, on
 from flower_ldm.files import file_path, path_text, write_whole
 from flower_ldm.lettering import drawable, spell_out
 from flower_ldm.memorisation import TrainingNeighbours, memorised
+from flower_ldm.report import read_args
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.training import read_log
 from flower_ldm.trajectory import LatentPlane
@@ -409,10 +409,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_images(args: argparse.Namespace, folder: str, resolution: int) -> dict[str, ImageDataset]:
     """Training and held-out images, of the flags or of the run that is in `folder`; none where neither names any."""
-    run = Path(folder) / "args.yaml"
     options = {}
-    if args.dataset is None and run.is_file():
-        options = {name: value for name, value in yaml.safe_load(run.read_text()).items() if name in DATA_FLAGS}
+    if args.dataset is None:
+        options = {name: value for name, value in read_args(Path(folder)).items() if name in DATA_FLAGS}
     given = {name: getattr(args, name) for name in DATA_FLAGS if name != "seed"}
     options |= {name: value for name, value in given.items() if value is not None}
     if options.get("dataset", "none") == "none":

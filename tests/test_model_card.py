@@ -247,6 +247,34 @@ def test_hostile_names_stay_text(runs):
     assert card.count("```") == 6 and "pipe([0, 3]" in card
 
 
+def test_names_get_out_of_no_code_block_and_no_metadata(runs):
+    """Fences are longer than any within; addresses and lists stay text; YAML keeps what it is given."""
+    name = "rose\n```\n````\n# Free [prize](javascript:x) <img src=x>\n---\n"
+    index = json.loads((runs["flower_ldm"] / "model_index.json").read_text())
+    index["id2label"] = {"0": "- 1", "1": name, "2": "http://elsewhere", "3": "$x$ ~~y~~ \ud800"}
+    (runs["flower_ldm"] / "model_index.json").write_text(json.dumps(index))
+    change(runs["flower_ldm"], "args.yaml", classes=["0", name], hub_model_id='me/x"); evil(); ("')
+    sampling = EVALUATION["sampling"] | {"scheduler": "x\n---\ny: [", "seed": "0; rm -rf ."}
+    change(runs["flower_ldm"], "metrics.json", evaluation=EVALUATION | {"sampling": sampling})
+    card = write_model_card(runs["flower_ldm"]).read_text("utf-8")
+    outside, fence = [], None
+    for line in card.splitlines():  # as CommonMark reads fences: closed by one that is as long
+        marks = re.match("`*", line)[0]
+        if fence is None and len(marks) >= 3:
+            fence = marks
+        elif fence and line == marks and len(marks) >= len(fence):
+            fence = None
+        elif fence is None:
+            outside.append(line)
+    text = "\n".join(outside)
+    assert fence is None and "# Free" not in outside and "<img" not in text
+    assert r"\[prize\](javascript:x)" in text
+    assert "http://elsewhere" not in text and r"\$x\$ \~\~y\~\~" in text and "evil()" not in card
+    assert "&#45; 1, rose" in text and "--seed '0; rm -rf .'" in card
+    loaded = ModelCard.load(runs["flower_ldm"] / "README.md")
+    assert {result.metric_args.get("scheduler") for result in loaded.data.eval_results} >= {"x\n---\ny: ["}
+
+
 def test_somebodys_own_card_is_left_alone(runs):
     path = runs["autoencoder"] / "README.md"
     own = path.read_text().replace(MARK, "Drawn in spring.")

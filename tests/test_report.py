@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -18,6 +19,7 @@ from PIL import Image
 import train_autoencoder
 import train_latent_diffusion
 from flower_ldm.errors import InputError
+from flower_ldm.model_card import write_model_card
 from flower_ldm.recipes import common_parser
 from flower_ldm.report import Album, fold_command, read_run, training_command, write_report
 from flower_ldm.report_curves import thin
@@ -294,6 +296,123 @@ def test_folder_that_is_no_run_is_one_line_and_stays_as_it_was(tmp_path, files, 
         write_report(tmp_path)
     assert "\n" not in str(error.value)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+DAMAGED = [  # a file of the run, where in it, and what stands there; then what the line says, or nothing: left out
+    ("model_index.json", "id2label", {"²²²": "rose"}, "id2label must be a mapping of labels to names"),
+    ("model_index.json", "id2label", {"x": "rose"}, "id2label must be a mapping of labels to names"),
+    ("model_index.json", "id2label", ["rose"], "id2label must be a mapping of labels to names, not a list"),
+    ("args.yaml", "resolution", [[64]], "resolution must be a number, not a list"),
+    ("args.yaml", "classes", 5, "classes must be a list of names, not a number"),
+    ("args.yaml", "dataset", {"a": 1}, "dataset must be a text, not a mapping"),
+    ("args.yaml", "seed", {"a": 1}, "seed must be a number, a text, or a list of such, not a mapping"),
+    ("args.yaml", "seed; rm -rf .", 1, "seed; rm -rf . is no flag"),
+    ("args.yaml", "gradient_accumulation_steps", "two", "gradient_accumulation_steps must be a number, not a text"),
+    ("args.yaml", "autoencoder", "x" * 5000, None),
+    ("args.yaml", "hub_model_id", 'x"); import os; ("', None),
+    ("metrics.json", "step", 10**400, None),
+    ("metrics.json", "training_seconds", float("inf"), None),
+    ("metrics.json", "splits", 3, "splits must be a list of names, not a number"),
+    ("metrics.json", "dataset", ["a"], "dataset must be a text, not a list"),
+    ("metrics.json", "evaluation", [1], "evaluation must be a mapping, not a list"),
+    ("metrics.json", "evaluation", {"sweep": [3]}, "sweep must be a list of mappings of numbers"),
+    ("metrics.json", "evaluation", {"sweep": [{"kid": "a"}]}, "sweep must be a list of mappings of numbers"),
+    ("metrics.json", "evaluation", {"remarks": 7}, "remarks must be a list of names, not a number"),
+    ("metrics.json", "evaluation", {"command": {"a": 1}}, "command must be a text or a list of names"),
+    ("metrics.json", "evaluation", {"sampling": "x"}, "sampling must be a mapping, not a text"),
+    ("metrics.json", "evaluation", {"against_held_out": {"samples": {"kid": 10**400, "n": [1]}}}, None),
+    ("metrics.json", "evaluation", {"splits": {"held_out": 5}, "memorisation": {"samples": 3}}, None),
+    ("unet/config.json", "sample_size", "8", "sample_size must be a number or a list of them, not a text"),
+    ("unet/config.json", "_class_name", ["a"], "_class_name must be a text, not a list"),
+    ("vae/config.json", "num_classes", "four", "num_classes must be a number, not a text"),
+    ("scheduler/scheduler_config.json", "_diffusers_version", [1], "_diffusers_version must be a text, not a list"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def small_run(finished_runs, tmp_path) -> Path:
+    """A finished run of stage 2 without its pictures, with a page of before."""
+    leave = shutil.ignore_patterns("checkpoint-*", "logs", "*.png", "*.gif", "*.mp4", "latent_cache", "*.safetensors")
+    shutil.copytree(finished_runs.flower_ldm, tmp_path / "run", ignore=leave)
+    (tmp_path / "run" / "report.html").write_text("the old page")
+    return tmp_path / "run"
+
+
+def page_and_card(folder: Path, message: str | None) -> None:
+    """Both are whole, or say in one line what is wrong and leave the old ones."""
+    card = (folder / "README.md").read_text()
+    for write, old, name in ((write_report, "the old page", "report.html"), (write_model_card, card, "README.md")):
+        if message is None:
+            assert write(folder).read_text("utf-8")
+            continue
+        with pytest.raises(InputError) as error:
+            write(folder)
+        assert message in str(error.value) and "\n" not in str(error.value)
+        assert (folder / name).read_text() == old
+
+
+@pytest.mark.parametrize(("name", "key", "value", "message"), DAMAGED, ids=str)
+def test_damaged_entry_is_one_line_or_left_out(small_run, name, key, value, message):
+    path = small_run / name
+    content = yaml.safe_load(path.read_text()) | {key: value}
+    path.write_text(yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content))
+    page_and_card(small_run, message and f"{path}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("log.jsonl", b'{"step": "six", "loss": 1}', "log.jsonl is not the log of a training run"),
+        ("log.jsonl", b'{"step": 1e999, "loss": 1}', "log.jsonl is not the log of a training run"),
+        ("log.jsonl", b'{"step": ' + b"9" * 5000 + b"}", "log.jsonl is not the log of a training run"),
+        ("log.jsonl", b"[" * 100_000, "log.jsonl is not the log of a training run"),
+        ("log.jsonl", b'{"step": 1, "loss": 1e308}\n{"step": 2, "loss": 1e-320}', None),
+        ("log.jsonl", b'{"step": 1, "loss_by_timestep": [3]}', "loss_by_timestep of step 1 must be a list of"),
+        ("log.jsonl", b'{"step": 1, "loss_by_timestep": [[0, 100, "x"], [100, 200, null]]}', None),
+        ("metrics.json", b"\xff\xfe", "metrics.json can't be read"),
+        ("metrics.json", b'{"a":' * 100_000, "metrics.json can't be read"),
+        ("metrics.json", b'{"step": ' + b"9" * 5000 + b"}", "metrics.json can't be read"),
+        ("args.yaml", b"? [a, b]\n: c", "args.yaml can't be read"),
+        ("args.yaml", b"!!python/object/apply:os.system [id]", "args.yaml can't be read"),
+        ("args.yaml", b"a: &a [*a]", "a must be a number, a text, or a list of such, not a list"),
+        ("vae/config.json", b"null", "config.json must hold names and values"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_file_is_one_line_or_left_out(small_run, name, content, message):
+    (small_run / name).write_bytes(content)
+    page_and_card(small_run, message)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "model_index.json", "unet/config.json", "metrics.json"])
+def test_a_folder_or_a_pipe_in_a_files_place_is_left_out(small_run, name):
+    (small_run / name).unlink()
+    (small_run / name).mkdir()
+    assert write_report(small_run).read_text("utf-8")
+    (small_run / name).rmdir()
+    os.mkfifo(small_run / name)
+    os.mkfifo(small_run / "unet" / "diffusion_pytorch_model.safetensors")
+    assert write_report(small_run).read_text("utf-8")
+
+
+def test_pictures_are_those_of_the_run(small_run, tmp_path):
+    """Names that are no numbers or not in UTF-8, links out of the run, pipes, other formats, far too many pixels."""
+    samples = small_run / "samples"
+    for name in ("step-²²².png", "step-x.png", "step-00000002.png", "step-00000004.png"):
+        picture(samples / name)
+    picture(tmp_path / "secret.png")
+    (samples / "step-00000006.png").symlink_to(tmp_path / "secret.png")
+    Image.new("RGB", (8, 8)).save(small_run / "guidance_sweep.png", "BMP")
+    Image.new("1", (9000, 9000)).save(small_run / "latent_space_pca.png")
+    os.mkfifo(small_run / "latent_space_tsne.png")
+    picture(small_run / "interpolation_\udce9.png")
+    (small_run / "diffusion_animation_x.gif").symlink_to(tmp_path / "secret.png")
+    page = Page(write_report(small_run))
+    for said in ("samples/step-00000006.png (a symbolic link out of the run)", "guidance_sweep.png (damaged)",
+                 "latent_space_pca.png (more than 50,000,000 pixels)",
+                 "diffusion_animation_x.gif (a symbolic link out of the run)"):  # fmt: skip
+        assert said in page.text, said
+    assert "Update 2" in page.text and "²" not in page.text and r"\udce9" in page.text
 
 
 def test_no_folder(tmp_path):

@@ -373,6 +373,15 @@ def test_bad_input_is_one_line_and_writes_nothing(finished_runs, tmp_path, flags
     assert not list(tmp_path.iterdir())
 
 
+def test_damaged_flags_of_the_run_are_one_line(finished_runs, tmp_path):
+    (tmp_path / "args.yaml").write_text("dataset: [synthetic]")
+    shutil.copy(finished_runs.autoencoder / "config.json", tmp_path)
+    shutil.copy(finished_runs.autoencoder / "diffusion_pytorch_model.safetensors", tmp_path)
+    with pytest.raises(InputError, match="args.yaml: dataset must be a text, not a list"):
+        main(["--autoencoder", str(tmp_path), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_as_a_command_bad_input_is_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["visualization"])
     monkeypatch.delitem(sys.modules, "flower_ldm.visualization")
