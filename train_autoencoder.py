@@ -12,6 +12,7 @@ are in `flower_ldm/autoencoder_losses.py`.
 
 import json
 import math
+import shutil
 from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,16 +220,15 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
     return metrics
 
 
-def forget_torn_best(progress: checkpoints.Progress, best_dir: Path) -> None:
-    """Have `best/` written at the next validation, whatever its score, where none can be loaded."""
+def drop_torn_best(best_dir: Path) -> None:
+    """Remove a `best/` that can't be loaded, so that the next validation writes one whatever its score."""
+    if not best_dir.is_dir():
+        return
     try:
         FlowerAutoencoderKL.from_pretrained(best_dir)
     except Exception as error:  # diffusers looks at little before it reads: a damaged file ends it anyhow
-        if best_dir.is_dir():
-            print(
-                f"{best_dir} can't be loaded ({one_line(error, 200)}): the next validation writes it anew", flush=True
-            )
-        progress.best_score = float("inf")
+        print(f"{best_dir} can't be loaded ({one_line(error, 200)}): the next validation writes it anew", flush=True)
+        shutil.rmtree(best_dir)
 
 
 @torch.inference_mode()
@@ -357,8 +357,8 @@ def train(args) -> None:
     checkpoints.resume(accelerator, args, checkpoint, kept)
     hub.claim_repository(accelerator, args)
     checkpoints.claim_output_dir(accelerator, args)
-    if checkpoint is not None:
-        forget_torn_best(progress, output_dir / "best")
+    if accelerator.is_main_process:
+        drop_torn_best(output_dir / "best")
 
     train_batches = training.training_batches(accelerator, args, train_images, progress.global_step, last_step)
     val_batches = training.validation_batches(accelerator, args, val_images)

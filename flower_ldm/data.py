@@ -771,9 +771,6 @@ def load_datasets(
     else:
         listing = _list_hub(dataset, train_splits, val_splits, image_column, label_column, open_file)
 
-    for name in listing.class_names:
-        if any("\udc80" <= letter <= "\udcff" for letter in name):  # how Python reads bytes that are no UTF-8
-            raise InputError(f"class '{printable(name)}': its name is not UTF-8, as a model's files are; rename it")
     chosen = select_classes(listing.class_names, classes)
     class_names = [listing.class_names[label] for label in chosen]
     new_label = {label: new for new, label in enumerate(chosen)}

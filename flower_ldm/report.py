@@ -266,11 +266,9 @@ def _read_log(folder: Path) -> list[dict]:
     path = folder / "log.jsonl"
     try:
         log = read_log(path) if path.is_file() else []
-    except (KeyError, TypeError, ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not the log of a training run") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {one_line(error)}") from error
     for line in log:
-        if not is_finite(line["step"]):
-            raise InputError(f"{path} is not the log of a training run: each line's step must be a number")
         bins = line.get("loss_by_timestep")
         if bins is not None and not (isinstance(bins, list) and all(map(_is_bin, bins))):
             raise InputError(f"{path}: loss_by_timestep of step {number(line['step'])} must be a list of "

@@ -479,7 +479,7 @@ def read_log(path: Path) -> list[dict]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and type(line.get("step")) is int:
+        if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63:
             lines[line["step"], "steps_per_second" not in line] = line  # held-out values stand behind training losses
     return [lines[key] for key in sorted(lines)]
 

@@ -385,7 +385,7 @@ def test_a_space_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(app.shutil, "copyfile", refuse)
     with pytest.raises(SystemExit) as end:
-        app.main(["--pipeline", "someone/flowers", "--space", str(tmp_path / "space")])
+        app.main(["--pipeline", "someone/flowers", "--revision", COMMIT, "--space", str(tmp_path / "space")])
     assert end.value.code == 2
     assert "space can't be written: No space left on device; remove what is there" in capsys.readouterr().err
 

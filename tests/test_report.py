@@ -285,8 +285,8 @@ def test_gaps_in_the_metrics_are_left_out(stage2, tmp_path):
         ({"metrics.json": '{"psnr": 2'}, r"metrics\.json can't be read: "),
         ({"metrics.json": "[1, 2]"}, r"metrics\.json must hold names and values"),
         ({"args.yaml": "a: [b"}, r"args\.yaml can't be read: "),
-        ({"log.jsonl": "[1]"}, r"log\.jsonl is not the log of a training run"),
-        ({"log.jsonl": '{"loss": 1}'}, r"log\.jsonl is not the log of a training run"),
+        ({"log.jsonl": "[1]"}, "is no training run: it has no args.yaml"),
+        ({"log.jsonl": '{"loss": 1}'}, "is no training run: it has no args.yaml"),
     ],
 )
 def test_folder_that_is_no_run_is_one_line_and_stays_as_it_was(tmp_path, files, message):
@@ -362,10 +362,10 @@ def test_damaged_entry_is_one_line_or_left_out(small_run, name, key, value, mess
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("log.jsonl", b'{"step": "six", "loss": 1}', "log.jsonl is not the log of a training run"),
-        ("log.jsonl", b'{"step": 1e999, "loss": 1}', "log.jsonl is not the log of a training run"),
-        ("log.jsonl", b'{"step": ' + b"9" * 5000 + b"}", "log.jsonl is not the log of a training run"),
-        ("log.jsonl", b"[" * 100_000, "log.jsonl is not the log of a training run"),
+        ("log.jsonl", b'{"step": "six", "loss": 1}', None),
+        ("log.jsonl", b'{"step": 1e999, "loss": 1}', None),
+        ("log.jsonl", b'{"step": ' + b"9" * 5000 + b"}", None),
+        ("log.jsonl", b"[" * 100_000, None),
         ("log.jsonl", b'{"step": 1, "loss": 1e308}\n{"step": 2, "loss": 1e-320}', None),
         ("log.jsonl", b'{"step": 1, "loss_by_timestep": [3]}', "loss_by_timestep of step 1 must be a list of"),
         ("log.jsonl", b'{"step": 1, "loss_by_timestep": [[0, 100, "x"], [100, 200, null]]}', None),
@@ -402,7 +402,7 @@ def test_pictures_are_those_of_the_run(small_run, tmp_path):
         picture(samples / name)
     picture(tmp_path / "secret.png")
     (samples / "step-00000006.png").symlink_to(tmp_path / "secret.png")
-    Image.new("RGB", (8, 8)).save(small_run / "guidance_sweep.png", "BMP")
+    (small_run / "guidance_sweep.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
     Image.new("1", (9000, 9000)).save(small_run / "latent_space_pca.png")
     os.mkfifo(small_run / "latent_space_tsne.png")
     picture(small_run / "interpolation_\udce9.png")
