@@ -18,6 +18,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, each with a
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What the harnesses counted, by `record_property("counts", ...)`, from whichever process ran them."""
+    reports = [report for name in ("passed", "failed") for report in terminalreporter.getreports(name)]
+    for report in reports:
+        for name, counts in report.user_properties if report.when == "call" else ():
+            if name == "counts":
+                terminalreporter.write_line(counts)
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """`DIR/<class>/*.jpg`: daisy, rose and tulip with 10 images each, 40 x 30 pixels or 30 x 40, of one colour."""

@@ -158,7 +158,7 @@ def report(all_faults: list[Faults]) -> str:
     )
 
 
-def test_a_few_kills_cost_nothing(finished_runs, tmp_path):
+def test_a_few_kills_cost_nothing(finished_runs, tmp_path, record_property):
     """Both stages, against the runs that nobody killed; `make test`'s part of the test below."""
     all_faults = []
     with run_server(torch.get_num_threads()) as server:
@@ -172,11 +172,11 @@ def test_a_few_kills_cost_nothing(finished_runs, tmp_path):
             assert faults.kills
             assert_same_end(whole, tmp_path / stage, stage, 6)
             all_faults.append(faults)
-    print(report(all_faults))
+    record_property("counts", report(all_faults))
 
 
 @pytest.mark.slow
-def test_two_hundred_kills_cost_nothing(finished_runs, tmp_path, capsys):
+def test_two_hundred_kills_cost_nothing(finished_runs, tmp_path, record_property):
     """A third of them and more in the time of a save. Two servers at a time, each with a core."""
     flags = {"autoencoder": finished_runs.stage1, "latent_diffusion": finished_runs.stage2}
 
@@ -199,7 +199,6 @@ def test_two_hundred_kills_cost_nothing(finished_runs, tmp_path, capsys):
     parts = [(stage, part) for stage in flags for part in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
         all_faults = list(pool.map(kill_stage, *zip(*parts, strict=True)))
-    with capsys.disabled():
-        print("\n" + report(all_faults))
+    record_property("counts", report(all_faults))
     assert sum(faults.kills for faults in all_faults) == 200
     assert sum(faults.in_saves for faults in all_faults) >= 67

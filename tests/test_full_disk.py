@@ -306,7 +306,7 @@ def count(trial: Trial, folder: Path) -> list[str]:
     return disk.calls
 
 
-def refuse_some(trial: Trial, name: str, tmp_path: Path, capsys, most: int | None, go_on_every: int = 1) -> None:
+def refuse_some(trial: Trial, name: str, tmp_path: Path, capsys, most: int | None, go_on_every: int = 1) -> str:
     """Count the writes of an undisturbed trial, and refuse so many of them, each in a trial of its own."""
     calls = count(trial, tmp_path / "counted")
     assert calls
@@ -323,15 +323,14 @@ def refuse_some(trial: Trial, name: str, tmp_path: Path, capsys, most: int | Non
                 f"{kind} at write {fails} of {len(calls)}, {calls[fails]}: {type(error).__name__}: {error}"
             )
         shutil.rmtree(tmp_path / "trial", ignore_errors=True)
-    with capsys.disabled():
-        counted = ", ".join(f"{end} {number}" for end, number in sorted(ends.items()))
-        print(f"\n{name}: {len(calls)} writes, {len(chosen)} of them refused (seed {SEED}): {counted}")
     assert not failures, "\n".join(failures)
+    counted = ", ".join(f"{end} {number}" for end, number in sorted(ends.items()))
+    return f"{name}: {len(calls)} writes, {len(chosen)} of them refused (seed {SEED}): {counted}"
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "latent_diffusion", "sample"])
-def test_a_write_that_fails_costs_nothing(trial, name, tmp_path, capsys):
-    refuse_some(trial(name), name, tmp_path, capsys, most=2)
+def test_a_write_that_fails_costs_nothing(trial, name, tmp_path, capsys, record_property):
+    record_property("counts", refuse_some(trial(name), name, tmp_path, capsys, most=2))
 
 
 # How many of each trial's writes, at most.
@@ -341,5 +340,5 @@ LONG_FORM = {"autoencoder": 90, "latent_diffusion": 90, "autoencoder, longer": 2
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LONG_FORM)
-def test_every_write_fails_once(trial, name, tmp_path, capsys):
-    refuse_some(trial(name), name, tmp_path, capsys, LONG_FORM[name], go_on_every=3)
+def test_every_write_fails_once(trial, name, tmp_path, capsys, record_property):
+    record_property("counts", refuse_some(trial(name), name, tmp_path, capsys, LONG_FORM[name], go_on_every=3))

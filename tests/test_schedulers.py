@@ -327,7 +327,7 @@ def test_timesteps_beyond_training_and_foreign_predictions_are_refused():
 
 @pytest.mark.slow  # a minute and a half: some 500 combinations
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
-def test_every_scheduler_with_every_option_draws_the_distribution_or_is_refused(beta_schedule):
+def test_every_scheduler_with_every_option_draws_the_distribution_or_is_refused(beta_schedule, record_property):
     combinations = list(MORE_OPTIONS)
     for name in schedulers_of_diffusers():
         known = inspect.signature(getattr(diffusers.schedulers, name).__init__).parameters
@@ -350,7 +350,8 @@ def test_every_scheduler_with_every_option_draws_the_distribution_or_is_refused(
         errors += [abs(part.std() - STD) for part in latents.chunk(2)]
         if max(errors) > (0.25 if name in DISTILLED else 0.06):
             wrong.append((name, options, max(errors).item()))
-    print(f"{beta_schedule}: {drawn} combinations draw the distribution, {refused} are refused")
+    counts = f"{beta_schedule}: {drawn} schedulers and options draw the distribution, {refused} are refused"
+    record_property("counts", counts)
     assert not wrong
     assert drawn > 150 and refused > 80
 
