@@ -34,6 +34,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -43,7 +44,16 @@ from torchvision.models.vgg import cfgs, make_layers
 
 import train_autoencoder
 import train_latent_diffusion
-from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel, checkpoints, hub, sample, training
+from flower_ldm import (
+    FlowerAutoencoderKL,
+    FlowerLDMPipeline,
+    FlowerUNet2DModel,
+    checkpoint_files,
+    checkpoints,
+    hub,
+    sample,
+    training,
+)
 from flower_ldm.autoencoder_losses import PerceptualLoss
 from flower_ldm.data import load_datasets
 from flower_ldm.errors import InputError, exit_on_input_error
@@ -850,7 +860,7 @@ def picture_files() -> tuple[list[bytes], list[bytes]]:
         b"GIF89a", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", b"P6", b"P6 9 9",
         b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", b"\0" * 100,
     ]  # fmt: skip
-    return read, [one for one in foreign]
+    return read, foreign
 
 
 BOMB = zlib.compress(bytes(64_000_000))
@@ -1131,6 +1141,90 @@ class Autoencoders(Repositories):
 # --- checkpoints and caches ------------------------------------------------------------------------------------------
 
 
+class Checkpoints(Kind):
+    """A run's newest checkpoint with one file changed: the one before it is taken, or the change is refused.
+
+    A forged one has a manifest that says what was changed. It may go on from something else, and run nothing.
+    """
+
+    name = "checkpoints"
+    short, long = 25, 600
+
+    def __init__(self, folder, runs):
+        super().__init__(folder, runs)
+        self.accelerator = Accelerator(cpu=True)
+        self.words = ["--output_dir", str(folder / "run"), "--max_train_steps", "9", "--report_to", "none"]
+        args = train_autoencoder.parse_args(self.words)
+        checkpoints.claim_output_dir(self.accelerator, args)
+        for step in (2, 4):
+            kept = self.kept(args, step)
+            checkpoints.save_checkpoint(self.accelerator, args, kept, step)
+        self.newest = folder / "run" / "checkpoint-4"
+        self.files = {path.name: path.read_bytes() for path in self.newest.iterdir()}
+
+    def kept(self, args, step: int) -> dict:
+        """What a run keeps, all of it telling of the step."""
+        model = torch.nn.Linear(3, 2)
+        torch.nn.init.constant_(model.weight, step)
+        optimizer = torch.optim.AdamW(model.parameters())
+        progress = checkpoints.Progress({"training data": "flowers"})
+        progress.global_step = step
+        return {
+            "model": model, "optimizer": optimizer, "ema": training.build_ema(model, 0.9), "progress": progress,
+            "lr_scheduler": training.build_lr_scheduler(args, optimizer),
+        }  # fmt: skip
+
+    def cases(self):
+        def changed(name: str):
+            content = self.files[name]
+            if name.endswith(".json"):
+                return json_bytes([json.loads(content)]) | changed_bytes([content])
+            if name.endswith(".yaml"):
+                return changed_trees([yaml.safe_load(content)]).map(dumped) | st.sampled_from(YAML_ODDITIES)
+            return changed_safetensors(content) | changed_states(content)
+
+        return st.sampled_from(list(self.files)).flatmap(
+            lambda name: st.tuples(st.just(name), st.none() | changed(name) | changed(name), st.booleans())
+        )
+
+    def run(self, case):
+        name, content, forged = case
+        path = self.newest / name
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        if forged and name != "manifest.json":
+            (self.newest / "manifest.json").unlink()
+            checkpoint_files.write_manifest(self.newest, 4)
+        try:
+            args = train_autoencoder.parse_args([*self.words, "--resume_from_checkpoint", "latest"])
+            kept = self.kept(args, 0)
+            checkpoint = checkpoints.find_checkpoint(args)
+            checkpoints.resume(self.accelerator, args, checkpoint, kept)
+            step = kept["progress"].global_step
+            assert checkpoint.name == f"checkpoint-{step}", "another step than its name says"
+            assert forged or (kept["model"].weight == step).all(), "another state than was saved"
+            assert forged or step == 2 or content == self.files[name] or name == "manifest.json", "a torn one"
+        finally:
+            for file, whole in self.files.items():
+                (self.newest / file).write_bytes(whole)
+
+    def named(self, case):
+        return ("checkpoint-4", "--")
+
+
+@st.composite
+def changed_states(draw, content: bytes) -> bytes:
+    """A state of a run whose header says something else of what isn't a tensor."""
+    length = struct.unpack("<Q", content[:8])[0]
+    tree = json.loads(content[8 : 8 + length])
+    state = draw(json_bytes([json.loads(tree["__metadata__"]["state"])]))
+    tree["__metadata__"]["state"] = state.decode("utf-8", "replace")
+    header = json.dumps(tree).encode()
+    return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
 class Caches(Kind):
     """Files of latents and of features: what is not ours to the bit is told of in one line, and made anew."""
 
@@ -1268,30 +1362,36 @@ class RunFolders(Kind):
         name, content = case
         stage = self.root / name.partition("/")[0]
         (self.root / name).write_bytes(content)
+        refusals = []
         try:
-            check_page(write_report(stage).read_text("utf-8"))
-            check_card(write_model_card(stage).read_text("utf-8"))
-            _, files = hub.run_files(stage)
-            assert SECRET.encode() not in files["metrics.json"] + files["args.yaml"], "a path of this machine"
-            json.loads(files["metrics.json"])
+            for look in (self.look_at_page, self.look_at_card, self.look_at_upload):
+                try:
+                    look(stage)
+                except InputError as error:
+                    refusals.append(error)
         finally:
             (self.root / name).write_bytes(self.files[name])
             for written in ("report.html", "README.md"):
                 (stage / written).unlink(missing_ok=True)
+        if refusals:
+            raise refusals[0]
+
+    def look_at_page(self, stage: Path) -> None:
+        tags = Tags(write_report(stage).read_text("utf-8"))
+        assert tags.scripts == 1 and not tags.handlers, "a page with a script that isn't ours"
+
+    def look_at_card(self, stage: Path) -> None:
+        _, head, body = write_model_card(stage).read_text("utf-8").split("---\n", 2)
+        assert isinstance(yaml.safe_load(head), dict), "a card without a head"
+        assert HOSTILE not in re.sub(r"(?ms)^```.*?^```$", "", body), "a card with markup that isn't ours"
+
+    def look_at_upload(self, stage: Path) -> None:
+        _, files = hub.run_files(stage)
+        assert SECRET.encode() not in files["metrics.json"] + files["args.yaml"], "a path of this machine"
+        json.loads(files["metrics.json"])
 
     def named(self, case):
         return (Path(case[0]).name, "runs/")
-
-
-def check_page(page: str) -> None:
-    tags = Tags(page)
-    assert tags.scripts == 1 and not tags.handlers, "a page with a script that isn't ours"
-
-
-def check_card(card: str) -> None:
-    _, head, body = card.split("---\n", 2)
-    assert isinstance(yaml.safe_load(head), dict), "a card without a head"
-    assert HOSTILE not in re.sub(r"(?ms)^```.*?^```$", "", body), "a card with markup that isn't ours"
 
 
 def dumped(tree: Any) -> bytes:
@@ -1446,8 +1546,8 @@ class Visitors(Kind):
 # --- the two forms ---------------------------------------------------------------------------------------------------
 
 KINDS = [
-    Flags, Recipes, ModelConfigs, Labels, Calls, Pictures, DrawnOver, Folders, Repositories, Autoencoders, Caches,
-    Logs, RunFolders, SampleFlags, VggFiles, Visitors,
+    Flags, Recipes, ModelConfigs, Labels, Calls, Pictures, DrawnOver, Folders, Repositories, Autoencoders, Checkpoints,
+    Caches, Logs, RunFolders, SampleFlags, VggFiles, Visitors,
 ]  # fmt: skip
 HEAD = ("kind", "inputs", "refused in one line", "accepted (valid)", "other", "slowest")
 
