@@ -1034,6 +1034,73 @@ def raw(name: str | bytes) -> bytes:
     )
 
 
+class DataSets(Kind):
+    """Parquet files as `--dataset`: columns of any kind; a row that names a file of this machine reads none."""
+
+    name = "Parquet data sets"
+    short, long = 5, 80
+
+    def __init__(self, folder, runs):
+        super().__init__(folder, runs)
+        self.secret = folder / "secret.png"
+        self.secret.write_bytes(saved(Image.new("RGB", (16, 16), (255, 0, 255)), "PNG"))
+        self.number = 0
+
+    def cases(self):
+        picture = saved(Image.new("RGB", (16, 16), (0, 128, 0)), "PNG")
+        fine = st.just({"bytes": picture, "path": None})
+        odd = st.sampled_from([
+            None, {"bytes": None, "path": None}, {"bytes": None, "path": str(self.secret)},
+            {"bytes": None, "path": "secret.png"}, {"bytes": None, "path": f"file://{self.secret}"},
+            {"bytes": b"", "path": str(self.secret)}, {"bytes": b"x", "path": "a.png"},
+            {"bytes": picture, "path": "\n"},
+        ])  # fmt: skip
+        columns = [fine] * 3 + [fine | odd] * 3 + [
+            st.just(picture), st.just("text"), st.integers(0, 9), st.none(), st.just([[0, 255]] * 8), st.floats(0, 1),
+            st.just([[[0, 9, 9]] * 8] * 8), st.just(str(self.secret)),
+        ]  # fmt: skip
+        text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+        labels = [st.integers(0, 1)] * 3 + [
+            st.integers(-1, 1), st.none() | st.integers(0, 1), st.floats(), st.booleans(), text, st.none() | text,
+            st.sampled_from(["rose", "rose ", "Rose", "tulip"]), st.just([1]), st.just(b"x"),
+        ]  # fmt: skip
+
+        @st.composite
+        def tables(draw):
+            rows = draw(st.integers(0, 8))
+            image, label = draw(st.sampled_from(columns)), draw(st.sampled_from(labels))
+            return [draw(image) for _ in range(rows)], [draw(label) for _ in range(rows)]
+
+        return tables()
+
+    def run(self, case):
+        import datasets
+        import pyarrow
+        import pyarrow.parquet
+
+        self.number += 1  # `datasets` keeps what it has read, by its path
+        source = self.folder / f"set-{self.number}"
+        source.mkdir()
+        images, labels = case
+        pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": labels}), source / "train.parquet")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(datasets.config, "HF_DATASETS_CACHE", self.folder / "cache")
+            for skip_bad_images in (True, False):
+                self.load(source, skip_bad_images)
+
+    def load(self, source: Path, skip_bad_images: bool) -> None:
+        parts = load_datasets(str(source), resolution=8, skip_bad_images=skip_bad_images, show_progress=False)
+        names = parts[0].class_names
+        assert len(set(names)) == len(names) == parts[0].num_classes, "two of one name"
+        for images in parts:
+            corners = images.__getitems__(list(range(len(images))))["images"][:, :, 0, 0]
+            secret = torch.tensor([1.0, -1.0, 1.0])
+            assert ((corners - secret).abs().sum(dim=1) > 0.1).all(), "another file is read"
+
+    def named(self, case):
+        return ("set-", "--label_column", "--image_column", "--dataset")
+
+
 # --- repositories ----------------------------------------------------------------------------------------------------
 
 
@@ -1546,8 +1613,8 @@ class Visitors(Kind):
 # --- the two forms ---------------------------------------------------------------------------------------------------
 
 KINDS = [
-    Flags, Recipes, ModelConfigs, Labels, Calls, Pictures, DrawnOver, Folders, Repositories, Autoencoders, Checkpoints,
-    Caches, Logs, RunFolders, SampleFlags, VggFiles, Visitors,
+    Flags, Recipes, ModelConfigs, Labels, Calls, Pictures, DrawnOver, Folders, DataSets, Repositories, Autoencoders,
+    Checkpoints, Caches, Logs, RunFolders, SampleFlags, VggFiles, Visitors,
 ]  # fmt: skip
 HEAD = ("kind", "inputs", "refused in one line", "accepted (valid)", "other", "slowest")
 
