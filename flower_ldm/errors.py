@@ -19,11 +19,17 @@ UNSAFE_ADVICE = re.compile(
 )
 
 
+LONGEST_LINE = 1000  # of a name that fills screens, beginning and end say enough
+
+
 class InputError(ValueError):
     """Bad input from outside. Its message is one line: the flag, file or label, and what would be right."""
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        line = printable(message)
+        if len(line) > LONGEST_LINE:
+            line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 3 :]}"
+        super().__init__(line)
 
 
 def printable(text: object) -> str:

@@ -127,6 +127,13 @@ def test_a_path_that_speaks_of_trust_stays():
     assert "/data/trust/roses.png" in one_line(FileNotFoundError(2, "No such file", "/data/trust/roses.png"))
 
 
+def test_of_a_line_that_fills_screens_both_ends_are_said():
+    line = str(InputError(f"--classes {'x' * 5000} is no class"))
+    assert (
+        len(line) < 1000 and line.startswith("--classes xxx") and line.endswith("xxx is no class") and " ... " in line
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
