@@ -370,7 +370,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
             return (noisy_latents - sigma * prediction) / alpha
         if prediction_type == "v_prediction":
             return alpha * noisy_latents - sigma * prediction
-        raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {prediction_type!r}")
+        raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {_shown(prediction_type)}")
 
     def signal_and_noise(self, timestep: torch.Tensor | float) -> tuple[float, float]:
         """`(alpha, sigma)`, the shares of clean latents and of noise in noisy latents; their squares sum to 1.
@@ -558,7 +558,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         ]
         for _, name, weight in shares:
             if not _is_finite(weight):
-                raise ValueError(f"the weight of {name!r} must be a finite number, got {weight!r}")
+                raise ValueError(f"the weight of {_shown(name)} must be a finite number, got {weight!r}")
         indices = find_classes([name for _, name, _ in shares], self.class_names)
         weights = torch.zeros(len(labels), self.num_classes)
         for (row, _, weight), index in zip(shares, indices, strict=True):
@@ -613,28 +613,28 @@ class FlowerLDMPipeline(DiffusionPipeline):
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, value in counts.items():
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be a whole number of at least 1, got {_shown(value)}")
         self._check_timesteps(num_inference_steps)
         if not _is_finite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number (1 means off), got {guidance_scale!r}")
+            raise ValueError(f"guidance_scale must be a finite number (1 means off), got {_shown(guidance_scale)}")
         if not _is_finite(guidance_rescale) or not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale must be from 0 (off) to 1, got {guidance_rescale!r}")
+            raise ValueError(f"guidance_rescale must be from 0 (off) to 1, got {_shown(guidance_rescale)}")
         if not _is_finite(eta) or eta < 0:
-            raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}")
+            raise ValueError(f"eta must be a finite number of at least 0, got {_shown(eta)}")
         interval = guidance_interval if isinstance(guidance_interval, (list, tuple)) else ()
         if len(interval) != 2 or not all(map(_is_finite, interval)) or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError(
                 "guidance_interval must be two fractions of the trajectory (begin, end) with 0 <= begin < end <= 1, "
-                f"got {guidance_interval!r}"
+                f"got {_shown(guidance_interval)}"
             )
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {_shown(output_type)}")
         batch_size = num_labels * num_images_per_label
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"a generator list must have one for each of {batch_size} images, got {len(generator)}")
         generators = generator if isinstance(generator, list) else [generator] * (generator is not None)
         if not all(isinstance(one, torch.Generator) for one in generators):
-            raise ValueError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
+            raise ValueError(f"generator must be a torch.Generator or a list of them, got {_shown(generator)}")
         shape = (batch_size, *self.latents_shape)
         if latents is not None and not (isinstance(latents, torch.Tensor) and latents.is_floating_point()):
             raise ValueError(f"latents must be a tensor of floats of the shape {shape}, got {type(latents).__name__}")
@@ -642,16 +642,16 @@ class FlowerLDMPipeline(DiffusionPipeline):
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
         if latents is not None and not latents.isfinite().all():
             raise ValueError("latents must hold finite numbers")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        given = callback_on_step_end_tensor_inputs
+        if not isinstance(given, (list, tuple)) or any(name not in self._callback_tensor_inputs for name in given):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {_shown(given)}"
             )
         self._check_original(num_labels, image, strength, mask_image)
 
     def _check_original(self, num_labels: int, image: Any, strength: float, mask_image: Any) -> None:
         if not _is_finite(strength) or not 0 < strength <= 1:
-            raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}")
+            raise ValueError(f"strength must be above 0 and at most 1, got {_shown(strength)}")
         if image is None:
             if mask_image is not None:
                 raise ValueError("mask_image says what of an image is drawn anew, but there is no image")
@@ -716,8 +716,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
         for name, harmless in HARMLESS_OPTIONS.items():
             if name in known and config.get(name) not in harmless:
                 raise ValueError(
-                    f"{kind} with {name}={config.get(name)!r} doesn't follow the noise schedule of training: take "
-                    f"{name}={harmless[0]!r}"
+                    f"{kind} with {name}={_shown(config.get(name))} doesn't follow the noise schedule of training: "
+                    f"take {name}={harmless[0]!r}"
                 )
         if "use_beta_sigmas" in known and config.use_beta_sigmas and levels[-1] < 1e-3:
             raise ValueError(f"{kind} with use_beta_sigmas=True spends its steps on nearly pure noise: take False")
@@ -734,7 +734,9 @@ class FlowerLDMPipeline(DiffusionPipeline):
         kind, config = _kind(self.scheduler), self.scheduler.config
         prediction_type = config.get("prediction_type")
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+            raise ValueError(
+                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {_shown(prediction_type)}"
+            )
         if prediction_type == "sample" and kind in UNABLE_TO_PREDICT_SAMPLES:
             raise ValueError(f"{kind} can't follow a unet that predicts the sample: take another scheduler")
         from_pure_noise = self.scheduler.alphas_cumprod[-1] < 1e-6  # the signal's share of the variance
@@ -746,7 +748,9 @@ class FlowerLDMPipeline(DiffusionPipeline):
             raise ValueError(f"{kind} can't start from pure noise: take pipe.make_scheduler({kind})")
         for name, steps_by_noise in STEPS_BY_NOISE.items():
             if config.get(name) in steps_by_noise and from_pure_noise:
-                raise ValueError(f"{kind} with {name}={config[name]!r} can't start from pure noise: take its default")
+                raise ValueError(
+                    f"{kind} with {name}={_shown(config[name])} can't start from pure noise: take its default"
+                )
         if not config.get("rescale_betas_zero_snr"):  # kept by `from_config` even where the scheduler doesn't know it
             return
         if "rescale_betas_zero_snr" not in inspect.signature(type(self.scheduler).__init__).parameters:
@@ -970,7 +974,7 @@ def find_classes(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
         index = exact.get(label) if isinstance(label, str) else _as_index(label)
         found.append(_find_alike(label, names, alike) if index is None else index)
         if not 0 <= found[-1] < len(names):
-            raise ValueError(f"label {label!r} is out of range: the labels are 0 to {len(names) - 1}")
+            raise ValueError(f"label {_shown(label)} is out of range: the labels are 0 to {len(names) - 1}")
     return found
 
 
@@ -998,8 +1002,8 @@ def _as_index(label: Any) -> int:
         index = operator.index(label)
     except TypeError:
         index = None
-    if index is None or isinstance(label, bool):
-        raise ValueError(f"label {label!r} is neither a class name nor an index")
+    if index is None or isinstance(label, bool) or getattr(label, "dtype", None) == torch.bool:
+        raise ValueError(f"label {_shown(label)} is neither a class name nor an index")
     return index
 
 
@@ -1031,6 +1035,15 @@ def _is_finite(value: Any) -> bool:
 
 def _class_of(value: Any) -> type:
     return type(getattr(value, "_orig_mod", value))  # torch.compile wraps the module
+
+
+def _shown(value: Any) -> str:
+    """Any value as an error shows it, on one line that can be read."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"a {_kind(value)}"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _kind(value: Any) -> str:
@@ -1111,7 +1124,7 @@ def check_statistics(vae: torch.nn.Module) -> None:
     if mean is None and std is None:
         factor = config.get("scaling_factor", 1.0)
         if not _is_finite(factor) or factor == 0:
-            raise ValueError(f"the vae's scaling_factor must be a number other than 0, got {factor!r}")
+            raise ValueError(f"the vae's scaling_factor must be a number other than 0, got {_shown(factor)}")
         return
     for name, values in {"latents_mean": mean, "latents_std": std}.items():
         if (

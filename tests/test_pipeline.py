@@ -144,6 +144,8 @@ def test_labels_are_names_or_indices_one_or_many(stock_pipe, labels, ids):
         (torch.tensor([0, 9]), "label 9 is out of range"),
         (1.0, "label 1.0 is neither a class name nor an index"),
         ([True], "label True is neither"),
+        ([torch.tensor(True)], r"label tensor\(True\) is neither"),  # an index to operator.index
+        ([torch.zeros(9, 9)], "label tensor.* is neither a class name nor an index"),  # lines to repr
         (None, "label None is neither"),
         ([["rose"]], "neither a class name nor an index"),
         ([], "labels is empty"),
@@ -331,6 +333,10 @@ def test_images_come_label_by_label(pipe):
         ({"guidance_interval": 0.5}, "0 <= begin < end <= 1"),
         ({"eta": -1.0}, "eta must be a finite number of at least 0"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "must be among"),
+        ({"callback_on_step_end_tensor_inputs": 1}, "must be among"),
+        ({"strength": torch.zeros(9, 9)}, "strength must be above 0 and at most 1, got tensor"),
+        ({"eta": [0] * 2000}, r"eta must be a finite number of at least 0, got \[0, 0, .* \.\.\.$"),
+        ({"guidance_scale": 10**5000}, "guidance_scale must be a finite number .*, got a int$"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
