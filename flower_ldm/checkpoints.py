@@ -21,7 +21,7 @@ from . import runs
 from .checkpoint_files import is_regular, load_state, save_state, why_invalid, write_manifest
 from .data import DEFAULT_DATA_DIR
 from .errors import InputError, one_line
-from .files import DiskError, check_writable, refusals_of_disk, sync, write_whole
+from .files import DiskError, check_writable, parse_yaml, refusals_of_disk, sync, write_whole
 from .run_lock import LOCK, lock_folder
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -268,7 +268,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     try:
         if not is_regular(checkpoint / "args.yaml"):
             raise ValueError("no file")
-        saved = dict(yaml.safe_load((checkpoint / "args.yaml").read_text()))
+        saved = dict(parse_yaml((checkpoint / "args.yaml").read_bytes()))
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read") from error
     for name in sorted(set(vars(args)) - MAY_CHANGE):

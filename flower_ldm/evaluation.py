@@ -55,7 +55,7 @@ from flower_ldm.features import (
     read_tensors,
     write_tensors,
 )
-from flower_ldm.files import file_path, path_text, refusals_of_disk, whole_path, write_whole
+from flower_ldm.files import file_path, parse_yaml, path_text, refusals_of_disk, whole_path, write_whole
 from flower_ldm.images import MAX_IMAGE_PIXELS
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
@@ -139,7 +139,7 @@ def add_data_flags(args: argparse.Namespace) -> None:
     saved = {}
     if path.is_file():
         try:
-            saved = dict(yaml.safe_load(path.read_text()))
+            saved = dict(parse_yaml(path.read_bytes()))
         except (yaml.YAMLError, TypeError, ValueError) as error:
             raise InputError(f"{path} can't be read: repair it, or move it away and give --dataset") from error
     args.dataset = whole_path(args.dataset)
@@ -665,7 +665,7 @@ def read_metrics(path: Path) -> dict:
     try:
         metrics = json.loads(path.read_text()) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--output {path} can't be used ({error}): name another file") from error
     if not isinstance(metrics, dict):
         raise InputError(f"--output {path} holds something else than a run's metrics: name another file")

@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from .errors import InputError, one_line
@@ -176,6 +178,11 @@ def path_text(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path: name one, or leave the flag out")
     path = os.path.expanduser(text)
+    try:
+        os.lstat(path)
+    except (OSError, UnicodeEncodeError) as error:  # a recipe can spell halves of characters
+        if getattr(error, "errno", None) in (None, errno.ENAMETOOLONG):
+            raise argparse.ArgumentTypeError(f"{text!r:.80} is no path: {one_line(error, 80)}") from None
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(f"{text}: there is no such home folder; a file of this name is ./{text}")
     return path
@@ -189,3 +196,34 @@ def file_path(text: str) -> Path:
 def whole_path(name: str | None) -> str | None:
     """What names a folder or else an id on the Hub, unmistakable from elsewhere too: a folder by its whole path."""
     return os.path.abspath(name) if name and "/" in name and os.path.isdir(name) else name
+
+
+class _Shallow:
+    """Ends at a hundred brackets in brackets: PyYAML's time grows with their square, 100 kB of them take minutes."""
+
+    def fetch_flow_collection_start(self, token: type) -> None:
+        if self.flow_level >= 100:
+            raise yaml.YAMLError("it is nested too deep")
+        super().fetch_flow_collection_start(token)
+
+
+class ValueLoader(_Shallow, yaml.SafeLoader):
+    """Values by YAML's types."""
+
+
+class SpellingLoader(_Shallow, yaml.BaseLoader):
+    """Every value as the text that is written there."""
+
+
+def parse_yaml(text: str | bytes, parse: Callable = yaml.load, loader: type = ValueLoader) -> Any:
+    """What YAML says.
+
+    Raises:
+        yaml.YAMLError, ValueError: where it is none, is nested too deep, or holds a date or number that can't be.
+    """
+    try:
+        return parse(text, loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
+    except TypeError as error:  # a key that is a list
+        raise yaml.YAMLError(one_line(error)) from None

@@ -8,6 +8,7 @@ checkpoints, logs, and pictures that show photographs of the data set.
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
-from .files import file_path
+from .files import file_path, parse_yaml
 from .model_card import public_dataset, write_model_card
 from .training import stop_signals
 
@@ -163,7 +164,7 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
     try:
         metrics = without_paths(json.loads((run_dir / "metrics.json").read_text()))
         metrics.get("evaluation", {}).pop("command", None)  # its words are paths, among others
-        flags = public_flags(yaml.safe_load((run_dir / "args.yaml").read_text()))
+        flags = public_flags(parse_yaml((run_dir / "args.yaml").read_bytes()))
         for entries in (metrics, metrics.get("evaluation", {}), flags):
             if "dataset" in entries:
                 entries["dataset"] = public_dataset(entries["dataset"])
@@ -214,7 +215,7 @@ def without_paths(value: Any) -> Any:
         return {name: without_paths(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [without_paths(inner) for inner in value]
-    if isinstance(value, str) and "/" in value and (value[0] in "/~" or os.path.exists(value)):
+    if isinstance(value, str) and "/" in value and (re.match(r"(--\w+=)?[/~]", value) or os.path.exists(value)):
         return Path(value).name
     return value
 

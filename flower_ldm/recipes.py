@@ -12,7 +12,7 @@ import yaml
 from accelerate.tracking import get_available_trackers
 
 from .errors import InputError, OneLineParser, one_line
-from .files import path_text, whole_path
+from .files import SpellingLoader, parse_yaml, path_text, whole_path
 from .images import MAX_IMAGE_PIXELS
 
 # diffusers' schedules that these flags can describe.
@@ -126,6 +126,8 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be positive, got {value}")
         if name in not_negative and value is not None and value < 0:
             raise InputError(f"--{name} must not be negative, got {value}")
+        if name in (*positive, *not_negative) and value is not None and value >= 2**31:
+            raise InputError(f"--{name} must be below 2**31, got {value}")
     if not 0 <= args.seed < 2**32:  # numpy's bounds
         raise InputError(f"--seed must be at least 0 and below 2**32, got {args.seed}")
     if not 0 <= args.ema_decay < 1:
@@ -158,10 +160,10 @@ def read_recipe(parser: OneLineParser, path: Path, section: str) -> list[str]:
     if not os.path.isfile(path):
         raise InputError(f"--config {path} is no file")
     try:
-        recipe = yaml.compose(path.read_bytes(), yaml.BaseLoader)
+        recipe = parse_yaml(path.read_bytes(), yaml.compose, SpellingLoader)
     except OSError as error:
         raise InputError(f"--config {path} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--config {path} is not YAML: {one_line(error, 300)}") from error
     flags = {
         option.removeprefix("--"): action

@@ -25,7 +25,7 @@ from PIL import Image, ImageSequence
 from safetensors import SafetensorError, safe_open
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
-from .files import file_path, write_whole
+from .files import file_path, parse_yaml, write_whole
 from .images import open_image
 from .recipes import common_parser
 from .report_curves import is_finite, number, sweep_charts, timestep_chart, training_curves
@@ -209,8 +209,8 @@ def read_mapping(path: Path, kind: str) -> dict:
         return {}
     try:
         text = path.read_text("utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:  # of YAML, an unhashable key is a TypeError
+        content = parse_yaml(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path} can't be read: {one_line(error)}") from error
     except RecursionError:
         raise InputError(f"{path} can't be read: it is nested too deeply") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from .files import parse_yaml
 from .run_lock import LOCK
 
 # Flags that both scripts keep in args.yaml; no other program has all of them.
@@ -47,7 +48,7 @@ LEFT_BY_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 def is_run(folder: Path) -> bool:
     """Whether one of our scripts has begun a run in this folder."""
     try:
-        flags = yaml.safe_load((folder / "args.yaml").read_text("utf-8"))
+        flags = parse_yaml((folder / "args.yaml").read_bytes())
     except (OSError, ValueError, yaml.YAMLError):
         return False
     return isinstance(flags, dict) and flags.keys() >= RUN_FLAGS

@@ -219,8 +219,8 @@ def wrap_caption(name: str, width: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for flag, value in {"--num_images": args.num_images, "--batch_size": args.batch_size}.items():
-        if value < 1:
-            raise InputError(f"{flag} must be at least 1, got {value}")
+        if not 1 <= value <= 100_000:
+            raise InputError(f"{flag} must be from 1 to 100,000, got {value}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must be at least 0 and below 2**63, got {args.seed}")
     pipe = load_pipeline(args.pipeline, args.scheduler, args.device, args.dtype, args.guide)

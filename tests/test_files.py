@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
+import flower_ldm
 from flower_ldm.errors import InputError
-from flower_ldm.files import DiskError, refusals_of_disk, sync, write_whole
+from flower_ldm.files import DiskError, parse_yaml, refusals_of_disk, sync, write_whole
 
 
 @pytest.mark.parametrize(
@@ -83,3 +85,17 @@ def test_what_a_disk_owes_shows_when_it_is_asked_for(tmp_path, monkeypatch):
         sync(tmp_path)
     with pytest.raises(FileNotFoundError):
         sync(Path("nowhere"))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 500_000, "- " * 100_000, "{a: " * 5000, "? [a]\n: 1", "? {a: 1}\n: 1", "&a [*a", "@"]
+)
+def test_yaml_that_is_none_is_one_error(text):
+    """Over the first PyYAML itself takes hours; the next ones end in a `RecursionError`."""
+    with pytest.raises(yaml.YAMLError):
+        parse_yaml(text)
+
+
+def test_yaml_is_read_in_one_place_only():
+    package = Path(flower_ldm.__file__).parent
+    assert [path.name for path in package.rglob("*.py") if "yaml.safe_load" in path.read_text("utf-8")] == []

@@ -155,6 +155,7 @@ def test_every_flag_that_takes_text_is_a_path_or_may_go():
         ("/data/vgg16.pth", "vgg16.pth"),
         ("~/models/net.pt", "net.pt"),
         ("user/dataset", "user/dataset"),
+        ("--pipeline=/data/mine/run", "run"),
         ({"a": ["/b/c", 1.5, None]}, {"a": ["c", 1.5, None]}),
         ("~nobody-of-this-name/net.pt", "net.pt"),
         ("petals/" + "x" * 300, "petals/" + "x" * 300),

@@ -133,6 +133,8 @@ def test_missing_recipe():
         (["--resol", "64"], "--resol"),  # no abbreviations: they would change meaning when a flag is added
         (["--learning_rate=-1"], "--learning_rate must be positive, got -1.0"),
         (["--max_train_steps=-1"], "--max_train_steps must not be negative"),
+        (["--max_train_steps=2147483648"], "--max_train_steps must be below 2**31, got 2147483648"),
+        ([f"--train_batch_size={10**30}"], "--train_batch_size must be below 2**31"),
         (["--train_splits"], "--train_splits"),
     ],
 )
@@ -256,3 +258,14 @@ def test_paths_that_cannot_be_meant():
     assert complaint("--output_dir=").endswith("'' is no path: name one, or leave the flag out")
     line = complaint("--data_dir", "~nobody-of-this-name/x")
     assert line.endswith("there is no such home folder; a file of this name is ./~nobody-of-this-name/x")
+    assert "is no path: [Errno 36] File name too long" in complaint("--resume_from_checkpoint", "x" * 300)
+
+
+def test_a_path_of_half_a_character_cannot_be_meant(recipe):
+    assert "is no path: 'utf-8' codec can't encode" in complaint(*recipe(r'common: {output_dir: "\ud800"}'))
+
+
+@pytest.mark.parametrize("text", ["[" * 500_000, "common: {classes: " + "[" * 500_000, "- " * 100_000, "{a: " * 5000])
+def test_what_is_nested_without_end_is_refused_at_once(recipe, text):
+    """PyYAML would take hours over the first two; a test that waits for it is killed."""
+    assert "nested too deep" in complaint(*recipe(text))

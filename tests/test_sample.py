@@ -98,8 +98,9 @@ def test_every_scheduler_draws(pipeline_folder, tmp_path, scheduler):
     [
         (("--labels", "rse"), "unknown label 'rse': the nearest names are 'rose'"),
         (("--labels", "3"), "label '3' is out of range"),
-        (("--num_images", "0"), "--num_images must be at least 1"),
-        (("--batch_size", "0"), "--batch_size must be at least 1"),
+        (("--num_images", "0"), "--num_images must be from 1 to 100,000, got 0"),
+        (("--num_images", str(10**12)), "--num_images must be from 1 to 100,000"),
+        (("--batch_size", "0"), "--batch_size must be from 1 to 100,000, got 0"),
         (("--num_inference_steps", "0"), "num_inference_steps must be"),
         (("--num_inference_steps", "1001"), "num_inference_steps must be at most 1000"),
         (("--seed", str(2**64)), "--seed must be at least 0 and below 2"),
