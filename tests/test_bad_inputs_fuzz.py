@@ -427,16 +427,16 @@ OWN = {
                          "autoencoder", "latent_cache_dir", "guidance_scale"},
 }  # fmt: skip
 SCRIPTS = {"autoencoder": train_autoencoder, "latent_diffusion": train_latent_diffusion}
-NOT_WHOLE = ["", "x", "1.5", "1e3", "nan", "inf", "²", "0x10", "1 2", "--5", "5\n6", "9" * 5000]
+NOT_WHOLE = ["", "x", str(10**30), "1.5", "1e3", "nan", "inf", "²", "0x10", "1 2", "--5", "5\n6", "9" * 5000]
 NOT_NUMBERS = ["", "x", "nan", "inf", "-inf", "1e400", "²", "0x10", "1 2", "1,5", "9" * 5000]
 
 
 def values_of(flag: str) -> tuple[list[str], list[str]]:
     """Texts that are right for a flag, and texts that are wrong; of a path none is wrong in itself."""
     if flag in COUNTS:
-        return ["1", "24", "1000"], [*NOT_WHOLE, "0", "-1", str(10**30)]
+        return ["1", "24", "1000"], [*NOT_WHOLE, "0", "-1"]
     if flag in COUNTS_FROM_0:
-        return ["0", "1", "7"], [*NOT_WHOLE, "-1", str(-(10**30)), str(10**30)]
+        return ["0", "1", "7"], [*NOT_WHOLE, "-1", str(-(10**30))]
     if flag in RATES:
         return ["1e-4", "0.5", "1"], [*NOT_NUMBERS, "0", "-1e-3"]
     if flag in WEIGHTS:
@@ -542,7 +542,7 @@ class Flags(Kind):
         return case.fine
 
     def named(self, case):
-        return ("--", *(word[:100] for word in case.words if len(word.strip()) > 3))
+        return ("--", "unrecognized", *(word[:100] for word in case.words if len(word.strip()) > 3))
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
