@@ -410,10 +410,8 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     images = metrics.get("num_images")
     trained_on = splits.get("train") or args.get("train_splits")
     unet = run.configs.get("denoiser", {})
-    latents = [
-        unet.get("in_channels"),
-        *([side] * 2 if isinstance(side := unet.get("sample_size"), int) else side or []),
-    ]
+    side = unet.get("sample_size")
+    latents = [unet.get("in_channels"), *(side if isinstance(side, list) else [side, side])]
     scheduler = run.configs.get("scheduler", {})
     sampler = scheduler.get("_class_name")
     models = [

@@ -683,10 +683,10 @@ class FlowerLDMPipeline(DiffusionPipeline):
             )
         try:
             self.scheduler.set_timesteps(num_inference_steps)
-        except ValueError as error:  # some need a few to begin, some know a few only
+            first, highest = int(self.scheduler.timesteps[0]), int(self.scheduler.timesteps.max())
+        except Exception as error:  # some need a few to begin, some know a few only; a damaged config may leave none
             reason = " ".join(str(error).split())
             raise ValueError(f"{kind} can't take {num_inference_steps} steps: {reason}") from None
-        first, highest = int(self.scheduler.timesteps[0]), int(self.scheduler.timesteps.max())
         if highest >= most:
             raise ValueError(f"{kind} goes to timestep {highest}, beyond training's {most - 1}: check steps_offset")
         signal = self.scheduler.alphas_cumprod[first]  # its share of the variance

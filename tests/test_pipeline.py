@@ -348,6 +348,13 @@ def test_bad_argument_is_one_clear_line_before_any_computation(stock_pipe, optio
     assert not calls
 
 
+def test_a_scheduler_whose_config_leaves_no_timestep_is_one_clear_line(stock_pipe):
+    options = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing", "lambda_min_clipped": 9.0}
+    stock_pipe.scheduler = diffusers.DPMSolverMultistepScheduler(**options)
+    with pytest.raises(ValueError, match="^DPMSolverMultistepScheduler can't take 4 steps: "):
+        sample(stock_pipe)
+
+
 # Guidance
 
 

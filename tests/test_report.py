@@ -376,6 +376,7 @@ def test_damaged_entry_is_one_line_or_left_out(small_run, name, key, value, mess
         ("args.yaml", b"!!python/object/apply:os.system [id]", "args.yaml can't be read"),
         ("args.yaml", b"a: &a [*a]", "a must be a number, a text, or a list of such, not a list"),
         ("vae/config.json", b"null", "config.json must hold names and values"),
+        ("unet/config.json", b'{"in_channels": 4, "sample_size": 4.5}', None),
     ],
     ids=str,
 )  # fmt: skip
