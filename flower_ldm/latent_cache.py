@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from flower_ldm.data import ImageDataset, image_rng, keep_batch
-from flower_ldm.errors import InputError
+from flower_ldm.errors import InputError, one_line
 from flower_ldm.files import write_whole
 
 FORMAT_VERSION = "1"
@@ -127,7 +127,7 @@ def read_latent_cache(path: Path, key: str) -> LatentCache:
                 class_names=json.loads(metadata["class_names"]),
             )
     except (SafetensorError, OSError, LookupError, ValueError) as error:
-        raise UnusableCacheError(f"can't be read ({error})") from error
+        raise UnusableCacheError(f"can't be read ({one_line(error)})") from error
     if metadata.get("digest") != tensors_digest(cache.tensors()):
         raise UnusableCacheError("is damaged")
     if not _is_finite(cache.mean, cache.std):

@@ -338,3 +338,11 @@ def test_neighbourhood_metrics_of_identical_disjoint_and_one_sided_sets():
     assert neighbourhood_metrics(right, left) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
     half = neighbourhood_metrics(left, torch.cat([left, right]))  # one of two modes is missing
     assert half == {"precision": 1, "recall": 0.5, "density": in_six, "coverage": 0.5}
+
+
+def test_a_torn_header_steers_no_terminal(tmp_path):
+    """safetensors says the type that it doesn't know as it is written there."""
+    header = '{"features": {"dtype": "\\u001b[31m", "shape": [1], "data_offsets": [0, 4]}}'.encode()
+    (tmp_path / "torn.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(features_module.UnusableCacheError, match=r"unknown variant `\\x1b\[31m`"):
+        features_module.read_tensors(tmp_path / "torn.safetensors", "key")
