@@ -342,7 +342,7 @@ def test_neighbourhood_metrics_of_identical_disjoint_and_one_sided_sets():
 
 def test_a_torn_header_steers_no_terminal(tmp_path):
     """safetensors says the type that it doesn't know as it is written there."""
-    header = '{"features": {"dtype": "\\u001b[31m", "shape": [1], "data_offsets": [0, 4]}}'.encode()
+    header = b'{"features": {"dtype": "\\u001b[31m", "shape": [1], "data_offsets": [0, 4]}}'
     (tmp_path / "torn.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(features_module.UnusableCacheError, match=r"unknown variant `\\x1b\[31m`"):
         features_module.read_tensors(tmp_path / "torn.safetensors", "key")
