@@ -836,6 +836,7 @@ def damage_weights(part: str, change):
     ("parts", "damage", "message"),
     [
         (stock_parts, damage_config("unet", sample_size=10**6), "unet/config.json is damaged: sample_size must hold"),
+        (stock_parts, damage_config("unet", other=json.loads("[" * 400 + "]" * 400)), "damaged: other must hold numb"),
         (stock_parts, damage_config("unet", layers_per_block=10**9), "damaged: layers_per_block must hold numbers,"),
         (stock_parts, damage_config("unet", num_class_embeds=10**12), "damaged: num_class_embeds must hold numbers,"),
         (stock_parts, damage_config("unet", sample_size=None), "the unet's in_channels and sample_size must be from"),
