@@ -888,10 +888,12 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     Arrays of integers come as mode I too, whatever was meant by them: where all are below 256, black can't be told
     from 8 bits.
     """
+    if image.mode == "F":
+        raise ValueError("pixels of mode F are floats, of which nobody knows what white is: store them as uint8")
     tags = getattr(image, "tag_v2", {})
     white = 4095 if tags.get(TIFF_BITS_PER_SAMPLE) == (12,) else 65535
-    integers = image.convert("I") if image.mode != "F" else None
-    low, high = integers.getextrema() if integers else (math.nan, math.nan)
+    integers = image.convert("I")
+    low, high = integers.getextrema()
     if not 0 <= low <= high <= white:
         raise ValueError(f"pixels of mode {image.mode} are not in the range 0 to {white}")
     if image.mode == "I" and 0 < high < 256:
