@@ -174,7 +174,8 @@ def load_vgg16_features(vgg_weights: str | Path | None) -> nn.Sequential:
         )
     for name in wanted:
         weight = state_dict[name]
-        if not (isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.isfinite().all()):
+        is_plain = isinstance(weight, torch.Tensor) and weight.layout is torch.strided and not weight.is_meta
+        if not (is_plain and weight.is_floating_point() and weight.isfinite().all()):
             raise InputError(f"--vgg_weights {vgg_weights} is damaged: {name} must hold finite numbers")
     features = make_layers(cfgs["D"][:9])
     try:

@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from flower_ldm.errors import InputError, one_line
+from flower_ldm.errors import InputError, one_line, printable
 from flower_ldm.images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, small_pixels
 from flower_ldm.synthetic import CLASS_NAMES, synthetic_flower
 from pipelines.pipeline_flower_ldm import find_classes, plain_name
@@ -680,12 +680,6 @@ def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | No
     if twice := [label for label, count in Counter(chosen).items() if count > 1]:
         raise InputError(f"--classes: {class_names[twice[0]]!r} is given twice")
     return chosen
-
-
-def printable(name: str) -> str:
-    """A file's name on one line of text: it may hold line feeds, a terminal's colors, and bytes that are no UTF-8."""
-    name = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def file_safe_name(name: str) -> str:

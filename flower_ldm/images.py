@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import stat
 import threading
 import warnings
@@ -31,6 +32,7 @@ IMAGE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suf
 MAX_IMAGE_PIXELS = 89_000_000  # a little less than what Pillow warns of
 PNG_HEAD, JPEG_HEAD = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 TIFF_TILE_SIZE = (0x0142, 0x0143)
+LARGEST_REPAIR = 2**26  # bytes of a file that are kept at once to leave out broken metadata
 PIXELS_IN_MEMORY = MAX_IMAGE_PIXELS  # of all images that are decoded at once; a pixel takes up to 16 bytes
 
 Image.init()  # all readers: some are imported at their first use only
@@ -51,7 +53,7 @@ def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) 
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     too_large = f"it has more than {max_pixels:,} pixels (--max_image_pixels allows more)"
     try:
-        image = _open(file, max_pixels)
+        image = _open(file)
     except UnidentifiedImageError:
         raise ValueError(f"it is no image of the formats {', '.join(_READABLE)}, or its head is damaged") from None
     except Image.DecompressionBombError:
@@ -64,7 +66,7 @@ def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) 
     return image
 
 
-def _open(file: str | Path | BinaryIO, max_pixels: int) -> Image.Image:
+def _open(file: str | Path | BinaryIO) -> Image.Image:
     """Pillow's `open` for these formats; where metadata are in its way, without them."""
     try:
         return Image.open(file, formats=_READABLE)
@@ -73,38 +75,34 @@ def _open(file: str | Path | BinaryIO, max_pixels: int) -> Image.Image:
     except (OSError, ValueError):
         with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream:
             stream.seek(0)
-            content = _without_metadata(stream.read(8 * max_pixels))
-        if not content:
-            raise
+            if not stream.read(len(PNG_HEAD)).startswith((PNG_HEAD, JPEG_HEAD)):
+                raise
+            stream.seek(0)
+            content = _without_metadata(stream.read(LARGEST_REPAIR))
         return Image.open(io.BytesIO(content), formats=_READABLE)
 
 
 def _without_metadata(content: bytes) -> bytes:
-    """A PNG or JPEG without the parts that its pixels can do without, but for its EXIF; empty for other files."""
+    """A PNG or JPEG without the parts that its pixels can do without, but for its EXIF."""
     if content.startswith(PNG_HEAD):
         kept, position = [PNG_HEAD], len(PNG_HEAD)
-        while position < len(content):
+        while content[position + 4 : position + 8].isalpha():  # else no part begins here
             end = position + 12 + int.from_bytes(content[position : position + 4], "big")
             kind = content[position + 4 : position + 8]
             if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):  # an upper case letter: critical
                 kept.append(content[position:end])
             position = end
         return b"".join(kept)
-    if content.startswith(JPEG_HEAD):
-        kept, position = [JPEG_HEAD], len(JPEG_HEAD)
-        while content[position : position + 1] == b"\xff" and content[position + 1 : position + 2] not in (
-            b"\xda",
-            b"",
-        ):
-            end = position + 2 + max(2, int.from_bytes(content[position + 2 : position + 4], "big"))
-            segment = content[position:end]
-            application = 0xE0 <= segment[1] <= 0xEF or segment[1] == 0xFE  # or a comment
-            adobe = segment[4:9] == b"Adobe" and len(segment) >= 16  # how the colors are stored
-            if not application or adobe or segment[4:10] == b"Exif\0\0":
-                kept.append(segment)
-            position = end
-        return b"".join([*kept, content[position:]])
-    return b""
+    kept, position = [JPEG_HEAD], len(JPEG_HEAD)
+    while re.match(rb"\xff[^\xda]", content[position : position + 2], re.DOTALL):
+        end = position + 2 + max(2, int.from_bytes(content[position + 2 : position + 4], "big"))
+        segment = content[position:end]
+        application = 0xE0 <= segment[1] <= 0xEF or segment[1] == 0xFE  # or a comment
+        adobe = segment[4:9] == b"Adobe" and len(segment) >= 16  # how the colors are stored
+        if not application or adobe or segment[4:10] == b"Exif\0\0":
+            kept.append(segment)
+        position = end
+    return b"".join([*kept, content[position:]])
 
 
 class _Room:

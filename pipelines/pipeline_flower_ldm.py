@@ -97,8 +97,9 @@ def _one_at_a_time(call: Callable) -> Callable:
         with _DRAWING_LOCK:
             if holders & _DRAWING:
                 raise ValueError(
-                    "this pipeline, or another with its scheduler, is drawing already: give each thread its own by "
-                    "FlowerLDMPipeline.from_pipe(pipe, scheduler=pipe.make_scheduler(type(pipe.scheduler)))"
+                    "this pipeline, or another with its scheduler, is drawing already: give each thread or "
+                    "callback its own, FlowerLDMPipeline.from_pipe(pipe, "
+                    "scheduler=pipe.make_scheduler(type(pipe.scheduler)))"
                 )
             _DRAWING.update(holders)
         try:
@@ -694,7 +695,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         if signal > 0.1 or (signal > 0.01 and most - 1 - first > 2 * most / num_inference_steps):
             raise ValueError(
                 f"{kind} can't take {num_inference_steps} steps: with so many it starts at timestep {first}, far "
-                "below pure noise"
+                "below pure noise: take another number, or timestep_spacing='trailing'"
             )
 
     def _check_scheduler(self) -> None:
@@ -716,8 +717,9 @@ class FlowerLDMPipeline(DiffusionPipeline):
         for name, harmless in HARMLESS_OPTIONS.items():
             if name in known and config.get(name) not in harmless:
                 raise ValueError(
-                    f"{kind} with {name}={_shown(config.get(name))} doesn't follow the noise schedule of training: "
-                    f"take {name}={harmless[0]!r}"
+                    f"{kind} with {name}={_shown(config.get(name))} doesn't follow the noise schedule of training: take "
+                    f"{kind}.from_config(pipe.scheduler.config, {name}={harmless[0]!r}), or set {name} so in "
+                    "scheduler/scheduler_config.json"
                 )
         if "use_beta_sigmas" in known and config.use_beta_sigmas and levels[-1] < 1e-3:
             raise ValueError(f"{kind} with use_beta_sigmas=True spends its steps on nearly pure noise: take False")
@@ -890,10 +892,12 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     Arrays of integers come as mode I too, whatever was meant by them: where all are below 256, black can't be told
     from 8 bits.
     """
+    if image.mode == "F":
+        raise ValueError("pixels of mode F are floats, of which nobody knows what white is: store them as uint8")
     tags = getattr(image, "tag_v2", {})
     white = 4095 if tags.get(TIFF_BITS_PER_SAMPLE) == (12,) else 65535
-    integers = image.convert("I") if image.mode != "F" else None
-    low, high = integers.getextrema() if integers else (math.nan, math.nan)
+    integers = image.convert("I")
+    low, high = integers.getextrema()
     if not 0 <= low <= high <= white:
         raise ValueError(f"pixels of mode {image.mode} are not in the range 0 to {white}")
     if image.mode == "I" and 0 < high < 256:
@@ -1155,10 +1159,12 @@ def _check_configs(folder: Path, index: dict) -> None:
                 raise ValueError(f"{name}/{file.name} is damaged: num_train_timesteps must be a whole number above 0")
 
 
-def _is_bounded(value: Any, most: int) -> bool:
-    """Whether each number of a config's entry is one, and no whole one is above `most`, nor any list as long."""
+def _is_bounded(value: Any, most: int, levels: int = 10) -> bool:
+    """Whether each number of a config's entry is one, no whole one is above `most`, and no list as long, or nested in
+    as many levels.
+    """
     if isinstance(value, (list, tuple)):
-        return len(value) <= most and all(_is_bounded(one, most) for one in value)
+        return levels > 0 and len(value) <= most and all(_is_bounded(one, most, levels - 1) for one in value)
     return not (isinstance(value, float) and math.isnan(value)) and not (isinstance(value, int) and abs(value) > most)
 
 

@@ -305,6 +305,8 @@ def test_missing_vgg_file(tmp_path):
     ("change", "complaint"),
     [
         (lambda weights: dict.fromkeys(weights, "flower"), "features.0.weight must hold finite numbers"),
+        (lambda weights: dict.fromkeys(weights, torch.ones(2).to_sparse()), "features.0.weight must hold finite"),
+        (lambda weights: dict.fromkeys(weights, torch.ones(2, device="meta")), "features.0.weight must hold finite"),
         (
             lambda weights: {name: value * torch.nan for name, value in weights.items()},
             "is damaged: features.0.weight",

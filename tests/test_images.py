@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import resource
 import struct
 import threading
@@ -388,6 +389,24 @@ def test_broken_metadata_of_a_jpeg_do_not_cost_its_pixels(kind: str, tmp_path: P
     assert abs(pixels - expected).max() <= 5
 
 
+@pytest.mark.parametrize("head", [b"", images.JPEG_HEAD, images.PNG_HEAD], ids=["none", "jpeg", "png"])
+def test_a_large_file_that_is_no_image_is_not_kept_in_memory(head: bytes, tmp_path: Path) -> None:
+    class Counted(io.FileIO):
+        taken = 0
+
+        def read(self, size: int = -1) -> bytes:
+            content = super().read(size)
+            self.taken += len(content)
+            return content
+
+    (tmp_path / "x.jpg").write_bytes(head)
+    os.truncate(tmp_path / "x.jpg", 2**29)
+    with Counted(tmp_path / "x.jpg") as file:
+        with pytest.raises(ValueError, match="no image of the formats"):
+            images.open_image(file)
+        assert file.taken < 1.1 * images.LARGEST_REPAIR * bool(head) + 2**16
+
+
 def test_torn_pixels_are_refused(tmp_path: Path) -> None:
     noise = Image.effect_noise((64, 64), 80)
     for name, options in {"a.png": {}, "a.jpg": {}, "a.tif": {"compression": "tiff_lzw"}, "a.webp": {}}.items():
@@ -422,8 +441,6 @@ def test_files_are_known_by_what_is_in_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
-    import os
-
     path = tmp_path / "x.jpg"
     {"fifo": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](path)
     errors = []

@@ -754,7 +754,7 @@ def test_the_sizes_of_image_and_mask_are_those_of_the_upright_ones(pipe, tmp_pat
 
 
 def test_pictures_whose_range_is_unknown_are_refused(pipe):
-    with pytest.raises(ValueError, match="pixels of mode F are not in the range 0 to 65535"):
+    with pytest.raises(ValueError, match="pixels of mode F are floats, of which nobody knows"):
         sample(pipe, image=PIL.Image.new("F", (16, 16)))
 
 
@@ -849,6 +849,7 @@ def damage_weights(part: str, change):
     ("parts", "damage", "message"),
     [
         (stock_parts, damage_config("unet", sample_size=10**6), "unet/config.json is damaged: sample_size must hold"),
+        (stock_parts, damage_config("unet", other=json.loads("[" * 400 + "]" * 400)), "damaged: other must hold numb"),
         (stock_parts, damage_config("unet", layers_per_block=10**9), "damaged: layers_per_block must hold numbers,"),
         (stock_parts, damage_config("unet", num_class_embeds=10**12), "damaged: num_class_embeds must hold numbers,"),
         (stock_parts, damage_config("unet", sample_size=None), "the unet's in_channels and sample_size must be from"),

@@ -299,7 +299,7 @@ def test_a_guide_changes_what_is_drawn(pipeline_folder, tmp_path):
             ["--image", "IMAGE", "--max_image_pixels", "255"],
             r"can't be read as a picture: it has more than 255 pixels",
         ),
-        (["--image", "FLOATS"], "can't be read as a picture: pixels of mode F are not in the range 0 to 65535"),
+        (["--image", "FLOATS"], "can't be read as a picture: pixels of mode F are floats, of which nobody knows"),
         (["--mask", "IMAGE"], "mask_image says what of an image is drawn anew, but there is no image"),
         (["--image", "IMAGE", "--mask", "none.png"], r"--mask none\.png can't be read as a picture"),
         (["--image", "IMAGE", "--mask", "SMALL"], r"must have the image's size, \(16, 16\) .* got \(8, 8\)"),
