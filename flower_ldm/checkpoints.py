@@ -18,7 +18,7 @@ from accelerate.utils import gather_object, get_int_from_env
 from torch import nn
 
 from . import runs
-from .checkpoint_files import is_regular, load_state, save_state, why_invalid, write_manifest
+from .checkpoint_files import fit, fitting, load_state, save_state, why_invalid, write_manifest
 from .data import DEFAULT_DATA_DIR
 from .errors import InputError, one_line
 from .files import DiskError, check_writable, refusals_of_disk, sync, write_whole
@@ -161,10 +161,9 @@ class Progress:
             saved = state_dict["identity"].get(name, "not recorded")
             if saved != value:
                 raise InputError(f"its {name} was {saved}, this run's is {value}: they must be the same")
-        for name, value in vars(self).items():
-            if type(state_dict[name]) is not type(value):
-                raise ValueError(f"its {name} is {state_dict[name]!r:.50}")
-            setattr(self, name, state_dict[name])
+        vars(self).update(fit(state_dict, vars(self), "progress"))
+        if self.global_step < 0:
+            raise ValueError(f"its update is {self.global_step}")
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -259,20 +258,22 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """
     if args.resume_from_checkpoint is None:
         return None
-    if resumes_in_place(args) and is_first_process() and Path(args.output_dir).is_dir():
+    if resumes_in_place(args) and is_first_process() and all_named(Path(args.output_dir)):  # else it stays as it is
         lock_folder(Path(args.output_dir))  # before the look: the other run may remove what is found
     if args.resume_from_checkpoint == "latest":
         checkpoint = newest_valid(Path(args.output_dir))
     else:
         checkpoint = named_checkpoint(args)
-    try:
-        if not is_regular(checkpoint / "args.yaml"):
-            raise ValueError("no file")
-        saved = dict(yaml.safe_load((checkpoint / "args.yaml").read_text()))
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read") from error
+    saved = runs.read_args(checkpoint)
+    if saved is None:
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read")
     for name in sorted(set(vars(args)) - MAY_CHANGE):
         if saved.get(name) != getattr(args, name):
+            if name not in saved:
+                raise InputError(
+                    f"--resume_from_checkpoint {checkpoint} was made without --{name}: by the other script, or by "
+                    "another version"
+                )
             raise InputError(
                 f"--{name} is {getattr(args, name)}, but {checkpoint} was made with {saved.get(name)}: "
                 "a resumed run must have the same"
@@ -349,13 +350,19 @@ def resume(
                 "with; use bf16 or no"
             )
         try:
-            for name, part in parts_of(accelerator, kept).items():
-                part.load_state_dict(load_state(checkpoint / f"{name}.safetensors"))
+            parts = parts_of(accelerator, kept)
+            # First, since it says best what is another: the data, the model.
+            progress = parts.pop("progress")
+            progress.load_state_dict(load_state(checkpoint / "progress.safetensors"))
+            if reason := why_invalid(checkpoint, progress.global_step, hashes=False):
+                raise ValueError(reason)
+            for name, part in parts.items():
+                part.load_state_dict(fitting(load_state(checkpoint / f"{name}.safetensors"), part, name))
             random_states = load_state(checkpoint / "random_states.safetensors")
             if accelerator.process_index < len(random_states):  # fewer processes may have made it
                 set_random_state(random_states[accelerator.process_index], accelerator.device)
         except Exception as error:  # torch, JSON and safetensors each have errors of their own for what doesn't fit
-            # torch names every parameter that has another shape; our own line is whole.
+            # What a library says may be long; our own line is whole.
             reason = one_line(error, None if isinstance(error, InputError) else 300)
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"

@@ -140,7 +140,7 @@ def add_data_flags(args: argparse.Namespace) -> None:
     if path.is_file():
         try:
             saved = dict(yaml.safe_load(path.read_text()))
-        except (yaml.YAMLError, TypeError, ValueError) as error:
+        except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{path} can't be read: repair it, or move it away and give --dataset") from error
     args.dataset = whole_path(args.dataset)
     if args.dataset is not None and args.dataset != saved.get("dataset"):
