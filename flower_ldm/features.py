@@ -282,7 +282,7 @@ def load_or_extract_features(
     about = [FORMAT_VERSION, dataset.fingerprint, dataset.resolution, network.name, network.digest, network.input_size]
     about += ["mirrored"] * mirrored
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    if path.exists():
+    if path.is_file():  # no pipe, which would be waited for
         try:
             return read_tensors(path, key)[0]["features"]
         except UnusableCacheError as reason:
@@ -379,7 +379,7 @@ def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[st
                 raise UnusableCacheError("is of another network, other images or another size")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
     except (SafetensorError, OSError) as error:
-        raise UnusableCacheError(f"can't be read ({error})") from error
+        raise UnusableCacheError(f"can't be read ({one_line(error)})") from error
     if metadata.get("digest") != tensors_digest(tensors):
         raise UnusableCacheError("is damaged")
     return tensors, metadata
