@@ -19,7 +19,7 @@ from torch import nn
 
 from . import runs
 from .checkpoint_files import fit, fitting, load_state, save_state, why_invalid, write_manifest
-from .data import DEFAULT_DATA_DIR
+from .data import DEFAULT_DATA_DIR, VAL_SPLIT_NAMES
 from .errors import InputError, one_line
 from .files import DiskError, check_writable, refusals_of_disk, sync, write_whole
 from .run_lock import LOCK, lock_folder
@@ -57,6 +57,11 @@ def check_output_dir(args: argparse.Namespace) -> None:
     for flag, path in paths_read(args).items():
         if Path(path).resolve().is_relative_to(output_dir.resolve()):
             raise InputError(f"--output_dir {output_dir} holds {flag} {path}: name another folder")
+    if lies_among_classes(args):
+        raise InputError(
+            f"--output_dir {output_dir} lies among the class folders of --data_dir {args.data_dir} and would be a "
+            "class itself: name a folder elsewhere"
+        )
     if not output_dir.is_dir() or all(path.name == LOCK for path in output_dir.iterdir()):
         return
     if not args.overwrite_output_dir:
@@ -77,6 +82,18 @@ def check_output_dir(args: argparse.Namespace) -> None:
             f"--overwrite_output_dir: {output_dir} holds what no run of ours has written: {names}; move that "
             "elsewhere, or name another --output_dir"
         )
+
+
+def lies_among_classes(args: argparse.Namespace) -> bool:
+    """Whether the next run would take the output folder for a class: a resumed one, or stage 2."""
+    if args.dataset != "imagefolder" or args.data_dir is None or args.classes is not None:
+        return False
+    data_dir, output_dir = Path(args.data_dir).resolve(), Path(args.output_dir).resolve()
+    if not output_dir.is_relative_to(data_dir):
+        return False
+    top, splits = output_dir.relative_to(data_dir).parts[0], args.train_splits or ["train"]
+    beside_splits = any((data_dir / split).is_dir() for split in splits)
+    return not top.startswith(".") and (not beside_splits or top in {*splits, *(args.val_splits or VAL_SPLIT_NAMES)})
 
 
 def paths_read(args: argparse.Namespace) -> dict[str, str]:

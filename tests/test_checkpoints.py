@@ -85,6 +85,23 @@ def test_the_default_folder_of_the_flowers_is_not_written_to(tmp_path, monkeypat
     checkpoints.check_output_dir(parse("--output_dir=data", "--dataset=synthetic"))
 
 
+@pytest.mark.parametrize("where", ["run", "results/autoencoder", "rose/run"])
+def test_a_run_does_not_become_a_class_of_its_data(image_folder, where):
+    """It couldn't be resumed, for other data than before; stage 2 learned to draw its pictures."""
+    words = ["--dataset=imagefolder", f"--output_dir={image_folder / where}"]
+    with pytest.raises(InputError, match=f"{where} lies among the class folders of --data_dir {image_folder} and"):
+        checkpoints.check_output_dir(parse(*words, f"--data_dir={image_folder}"))
+    checkpoints.check_output_dir(parse(*words, f"--data_dir={image_folder}", "--classes", "rose"))
+    (image_folder.parent / "all").mkdir()
+    image_folder.rename(image_folder.parent / "all" / "train")  # DIR/<split>/<class>: beside the splits is room
+    folder = image_folder.parent / "all"
+    checkpoints.check_output_dir(parse("--dataset=imagefolder", f"--data_dir={folder}", f"--output_dir={folder}/run"))
+    with pytest.raises(InputError, match="lies among the class folders"):
+        checkpoints.check_output_dir(
+            parse("--dataset=imagefolder", f"--data_dir={folder}", f"--output_dir={folder}/train/run")
+        )
+
+
 @pytest.fixture
 def earlier_run(output_dir) -> dict[str, bytes]:
     """A run with a checkpoint, and what it has on disk."""
