@@ -12,8 +12,8 @@ are in `flower_ldm/autoencoder_losses.py`.
 
 import json
 import math
-import shutil
 from argparse import BooleanOptionalAction
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,7 +212,7 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
             log.show(step, {"reconstructions": rows, "autoencoder_losses": curves})
     score = metrics["val_pixel_loss"] + metrics.get("val_perceptual_loss", 0.0)
     best_dir = Path(args.output_dir) / "best"
-    if score < progress.best_score or not best_dir.is_dir():
+    if score < progress.best_score or not (best_dir / "config.json").is_file():
         progress.best_score = score
         if accelerator.is_main_process:
             replace_files(best_dir, best_dir.with_name("unfinished-best"), vae.save_pretrained)
@@ -221,14 +221,15 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
 
 
 def drop_torn_best(best_dir: Path) -> None:
-    """Remove a `best/` that can't be loaded, so that the next validation writes one whatever its score."""
+    """Take the config out of a `best/` that can't be loaded, so that the next validation writes all of it anew."""
     if not best_dir.is_dir():
         return
     try:
         FlowerAutoencoderKL.from_pretrained(best_dir)
     except Exception as error:  # diffusers looks at little before it reads: a damaged file ends it anyhow
         print(f"{best_dir} can't be loaded ({one_line(error, 200)}): the next validation writes it anew", flush=True)
-        shutil.rmtree(best_dir)
+        with suppress(OSError):  # of somebody's own, such as a folder: replacing it says what is in the way
+            (best_dir / "config.json").unlink()
 
 
 @torch.inference_mode()

@@ -45,7 +45,56 @@ def load_state(path: Path) -> object:
         plain = (file.metadata() or {}).get("state")
         if plain is None:
             raise ValueError(f"{path.name} is no state of a run")
-        return put_together(json.loads(plain), file)
+        return put_together(json.loads(plain), file, set(file.keys()))
+
+
+def fitting(saved: object, part: object, name: str) -> object:
+    """What a part can load of a saved state: it must be of the same kinds and shapes as the part's own.
+
+    Not every part looks. torch's fused AdamW writes beyond the end of a moment that is too short, and an EMA or a
+    schedule takes whatever it is given until it breaks at the next update.
+
+    Raises:
+        Exception: of many kinds where it doesn't fit, or holds what is not finite.
+    """
+    own = part.state_dict()
+    if not isinstance(part, torch.optim.Optimizer):
+        return fit(saved, own, name)
+    # The options are this run's. What AdamW keeps of a parameter begins with its first gradient.
+    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+    moments = {
+        index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for index, parameter in enumerate(parameters)
+        if index in saved["state"]
+    }
+    return own | {"state": fit(saved["state"], moments, name)}
+
+
+def fit(saved: object, own: object, name: str) -> object:
+    """The entries of a saved state that are in a part's own, each checked against it.
+
+    A plain one may be in one of them only, since versions of torch differ in what a schedule keeps.
+    """
+    if isinstance(own, torch.Tensor):
+        fits = isinstance(saved, torch.Tensor) and (saved.shape, saved.dtype) == (own.shape, own.dtype)
+        fits = fits and bool(saved.isfinite().all())
+    elif isinstance(own, dict):
+        fits = isinstance(saved, dict) and all(is_plain((own | saved)[key]) for key in own.keys() ^ saved.keys())
+    elif isinstance(own, (list, tuple)):
+        fits = type(saved) is type(own) and len(saved) == len(own)
+    else:
+        fits = type(saved) is type(own) and saved == saved and not (isinstance(saved, int) and abs(saved) >= 2**63)
+    if not fits:
+        raise ValueError(f"its {name} is not what this run could have written")
+    if isinstance(own, dict):
+        return {key: fit(saved.get(key, part), part, f"{name}/{key}") for key, part in own.items()}
+    if isinstance(own, (list, tuple)):
+        return type(own)(fit(*both, f"{name}/{i}") for i, both in enumerate(zip(saved, own, strict=True)))
+    return saved
+
+
+def is_plain(state: object) -> bool:
+    return state is None or isinstance(state, (bool, int, float, str))
 
 
 def take_apart(state: object, tensors: dict[str, torch.Tensor], name: str = "") -> object:
@@ -60,21 +109,26 @@ def take_apart(state: object, tensors: dict[str, torch.Tensor], name: str = "") 
     if isinstance(state, (list, tuple)):
         parts = [take_apart(part, tensors, f"{name}/{i}".lstrip("/")) for i, part in enumerate(state)]
         return parts if isinstance(state, list) else {"tuple": parts}
-    if state is None or isinstance(state, (bool, int, float, str)):
+    if is_plain(state):
         return state
     raise TypeError(f"a checkpoint can't keep {name}, a {type(state).__name__}")
 
 
-def put_together(plain: object, file: safe_open) -> object:
-    """A state from what `take_apart` gave, with the tensors of a file."""
+def put_together(plain: object, file: safe_open, unread: set[str]) -> object:
+    """A state from what `take_apart` gave, with the tensors of a file.
+
+    Args:
+        unread: the names of those that are to come; each comes once, so that a small file can't fill the memory.
+    """
     if isinstance(plain, list):
-        return [put_together(part, file) for part in plain]
+        return [put_together(part, file, unread) for part in plain]
     if not isinstance(plain, dict):
         return plain
     if "tuple" in plain:
-        return tuple(put_together(part, file) for part in plain["tuple"])
+        return tuple(put_together(part, file, unread) for part in plain["tuple"])
     if "dict" in plain:
-        return {key: put_together(part, file) for key, part in plain["dict"]}
+        return {key: put_together(part, file, unread) for key, part in plain["dict"]}
+    unread.remove(plain["tensor"])
     tensor, stride = file.get_tensor(plain["tensor"]), plain["stride"]
     if tensor.numel() and 1 + sum((n - 1) * s for n, s in zip(tensor.shape, stride, strict=True)) != tensor.numel():
         raise ValueError(f"{plain['tensor']} can't lie in memory by strides of {stride}")

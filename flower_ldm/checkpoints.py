@@ -18,10 +18,10 @@ from accelerate.utils import gather_object, get_int_from_env
 from torch import nn
 
 from . import runs
-from .checkpoint_files import is_regular, load_state, save_state, why_invalid, write_manifest
-from .data import DEFAULT_DATA_DIR
+from .checkpoint_files import fit, fitting, load_state, save_state, why_invalid, write_manifest
+from .data import DEFAULT_DATA_DIR, VAL_SPLIT_NAMES
 from .errors import InputError, one_line
-from .files import DiskError, check_writable, parse_yaml, refusals_of_disk, sync, write_whole
+from .files import DiskError, check_writable, refusals_of_disk, sync, write_whole
 from .run_lock import LOCK, lock_folder
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -57,6 +57,11 @@ def check_output_dir(args: argparse.Namespace) -> None:
     for flag, path in paths_read(args).items():
         if Path(path).resolve().is_relative_to(output_dir.resolve()):
             raise InputError(f"--output_dir {output_dir} holds {flag} {path}: name another folder")
+    if lies_among_classes(args):
+        raise InputError(
+            f"--output_dir {output_dir} lies among the class folders of --data_dir {args.data_dir} and would be a "
+            "class itself: name a folder elsewhere"
+        )
     if not output_dir.is_dir() or all(path.name == LOCK for path in output_dir.iterdir()):
         return
     if not args.overwrite_output_dir:
@@ -77,6 +82,18 @@ def check_output_dir(args: argparse.Namespace) -> None:
             f"--overwrite_output_dir: {output_dir} holds what no run of ours has written: {names}; move that "
             "elsewhere, or name another --output_dir"
         )
+
+
+def lies_among_classes(args: argparse.Namespace) -> bool:
+    """Whether the next run would take the output folder for a class: a resumed one, or stage 2."""
+    if args.dataset != "imagefolder" or args.data_dir is None or args.classes is not None:
+        return False
+    data_dir, output_dir = Path(args.data_dir).resolve(), Path(args.output_dir).resolve()
+    if not output_dir.is_relative_to(data_dir):
+        return False
+    top, splits = output_dir.relative_to(data_dir).parts[0], args.train_splits or ["train"]
+    beside_splits = any((data_dir / split).is_dir() for split in splits)
+    return not top.startswith(".") and (not beside_splits or top in {*splits, *(args.val_splits or VAL_SPLIT_NAMES)})
 
 
 def paths_read(args: argparse.Namespace) -> dict[str, str]:
@@ -161,10 +178,9 @@ class Progress:
             saved = state_dict["identity"].get(name, "not recorded")
             if saved != value:
                 raise InputError(f"its {name} was {saved}, this run's is {value}: they must be the same")
-        for name, value in vars(self).items():
-            if type(state_dict[name]) is not type(value):
-                raise ValueError(f"its {name} is {state_dict[name]!r:.50}")
-            setattr(self, name, state_dict[name])
+        vars(self).update(fit(state_dict, vars(self), "progress"))
+        if self.global_step < 0:
+            raise ValueError(f"its update is {self.global_step}")
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -259,20 +275,22 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """
     if args.resume_from_checkpoint is None:
         return None
-    if resumes_in_place(args) and is_first_process() and Path(args.output_dir).is_dir():
+    if resumes_in_place(args) and is_first_process() and all_named(Path(args.output_dir)):  # else it stays as it is
         lock_folder(Path(args.output_dir))  # before the look: the other run may remove what is found
     if args.resume_from_checkpoint == "latest":
         checkpoint = newest_valid(Path(args.output_dir))
     else:
         checkpoint = named_checkpoint(args)
-    try:
-        if not is_regular(checkpoint / "args.yaml"):
-            raise ValueError("no file")
-        saved = dict(parse_yaml((checkpoint / "args.yaml").read_bytes()))
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read") from error
+    saved = runs.read_args(checkpoint)
+    if saved is None:
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read")
     for name in sorted(set(vars(args)) - MAY_CHANGE):
         if saved.get(name) != getattr(args, name):
+            if name not in saved:
+                raise InputError(
+                    f"--resume_from_checkpoint {checkpoint} was made without --{name}: by the other script, or by "
+                    "another version"
+                )
             raise InputError(
                 f"--{name} is {getattr(args, name)}, but {checkpoint} was made with {saved.get(name)}: "
                 "a resumed run must have the same"
@@ -349,13 +367,19 @@ def resume(
                 "with; use bf16 or no"
             )
         try:
-            for name, part in parts_of(accelerator, kept).items():
-                part.load_state_dict(load_state(checkpoint / f"{name}.safetensors"))
+            parts = parts_of(accelerator, kept)
+            # First, since it says best what is another: the data, the model.
+            progress = parts.pop("progress")
+            progress.load_state_dict(load_state(checkpoint / "progress.safetensors"))
+            if reason := why_invalid(checkpoint, progress.global_step, hashes=False):
+                raise ValueError(reason)
+            for name, part in parts.items():
+                part.load_state_dict(fitting(load_state(checkpoint / f"{name}.safetensors"), part, name))
             random_states = load_state(checkpoint / "random_states.safetensors")
             if accelerator.process_index < len(random_states):  # fewer processes may have made it
                 set_random_state(random_states[accelerator.process_index], accelerator.device)
         except Exception as error:  # torch, JSON and safetensors each have errors of their own for what doesn't fit
-            # torch names every parameter that has another shape; our own line is whole.
+            # What a library says may be long; our own line is whole.
             reason = one_line(error, None if isinstance(error, InputError) else 300)
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"

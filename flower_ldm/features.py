@@ -282,7 +282,7 @@ def load_or_extract_features(
     about = [FORMAT_VERSION, dataset.fingerprint, dataset.resolution, network.name, network.digest, network.input_size]
     about += ["mirrored"] * mirrored
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    if path.exists():
+    if path.is_file():  # no pipe, which would be waited for
         try:
             return read_tensors(path, key)[0]["features"]
         except UnusableCacheError as reason:

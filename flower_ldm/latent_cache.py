@@ -100,9 +100,12 @@ def load_or_build_latent_cache(
     """
     path = cache_path(cache_dir, dataset)
     key = cache_key(vae, dataset)
-    if path.exists():
+    if path.is_file():  # no pipe, which would be waited for
         try:
-            return read_latent_cache(path, key)
+            cache = read_latent_cache(path, key)
+            if not torch.equal(cache.labels, dataset.labels) or cache.class_names != list(dataset.class_names):
+                raise UnusableCacheError("has other labels")
+            return cache
         except UnusableCacheError as reason:
             print(f"latent cache {path} {reason}: encoding the images again", flush=True)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=keep_batch, num_workers=num_workers)
@@ -126,8 +129,10 @@ def read_latent_cache(path: Path, key: str) -> LatentCache:
                 **{name: file.get_tensor(name) for name in ("mean", "std", "labels")},
                 class_names=json.loads(metadata["class_names"]),
             )
-    except (SafetensorError, OSError, LookupError, ValueError) as error:
+    except (SafetensorError, OSError, LookupError, ValueError, RecursionError) as error:
         raise UnusableCacheError(f"can't be read ({one_line(error)})") from error
+    if cache.mean.shape != cache.std.shape or cache.mean.shape[:2] != (len(cache), 2) or cache.mean.ndim != 5:
+        raise UnusableCacheError("is no cache of latents by its shapes")
     if metadata.get("digest") != tensors_digest(cache.tensors()):
         raise UnusableCacheError("is damaged")
     if not _is_finite(cache.mean, cache.std):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from .checkpoint_files import is_regular
 from .files import parse_yaml
 from .run_lock import LOCK
 
@@ -21,7 +22,7 @@ CARD_MARK = "<!-- Written by flower_ldm. Take this line out, and your changes wi
 
 MODEL = (
     "config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json",
-    "*_flower.py",
+    "autoencoder_flower.py", "unet_flower.py",
 )  # fmt: skip
 CHECKPOINT = ("*.safetensors", "*.bin", "*.pkl", "*.pt", "*.json", "*.yaml")
 # Whatever a run and its evaluation may leave, finished or killed. Stars stand for part of one name, <step> for digits.
@@ -47,11 +48,25 @@ LEFT_BY_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 def is_run(folder: Path) -> bool:
     """Whether one of our scripts has begun a run in this folder."""
+    return (read_args(folder) or {}).keys() >= RUN_FLAGS
+
+
+def read_args(folder: Path) -> dict[str, object] | None:
+    """The flags in the `args.yaml` of a run or a checkpoint; `None` where there is none, or something else.
+
+    Flags are plain values and lists of them. What nests deeper, such as lists of lists that fill the memory when they
+    are printed, nobody's run has written.
+    """
+    if not is_regular(folder / "args.yaml"):
+        return None
     try:
         flags = parse_yaml((folder / "args.yaml").read_bytes())
     except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(flags, dict) and flags.keys() >= RUN_FLAGS
+        return None
+    if not isinstance(flags, dict):
+        return None
+    parts = [part for value in flags.values() for part in (value if isinstance(value, list) else [value])]
+    return None if any(isinstance(part, (list, dict, set)) for part in parts) else flags
 
 
 def contents(folder: Path) -> tuple[list[Path], list[str]]:
@@ -80,7 +95,7 @@ def is_of_run(path: Path, name: str) -> bool:
     """Whether a file, by its name within a run's folder, is one that our scripts write."""
     if name == "README.md":
         try:
-            return CARD_MARK in path.read_text("utf-8")
+            return is_regular(path) and CARD_MARK in path.read_text("utf-8")
         except (OSError, ValueError):
             return False
     if TORN.fullmatch(name):

@@ -469,9 +469,10 @@ def append_lines(path: Path, lines: list[str]) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a `log.jsonl`, in order of steps; of a step logged twice, by a resumed run, the later line.
+    """The lines of a `log.jsonl`, in order of steps; of a step logged twice, the later line.
 
-    What is no object with a step, such as a killed run's last words, is passed over.
+    Where a resumed run goes back to a step, what stood there and beyond is no longer part of the run: it may have had
+    another learning rate. What is no object with a step, such as a killed run's last words, is passed over.
     """
     lines = {}
     for text in path.read_bytes().split(b"\n"):
@@ -480,6 +481,9 @@ def read_log(path: Path) -> list[dict]:
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63:
+            if lines and line["step"] < next(reversed(lines))[0]:
+                while lines and next(reversed(lines))[0] >= line["step"]:
+                    lines.popitem()
             lines[line["step"], "steps_per_second" not in line] = line  # held-out values stand behind training losses
     return [lines[key] for key in sorted(lines)]
 

@@ -717,8 +717,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
         for name, harmless in HARMLESS_OPTIONS.items():
             if name in known and config.get(name) not in harmless:
                 raise ValueError(
-                    f"{kind} with {name}={_shown(config.get(name))} doesn't follow the noise schedule of training: take "
-                    f"{kind}.from_config(pipe.scheduler.config, {name}={harmless[0]!r}), or set {name} so in "
+                    f"{kind} with {name}={_shown(config.get(name))} doesn't follow the noise schedule of training: "
+                    f"take {kind}.from_config(pipe.scheduler.config, {name}={harmless[0]!r}), or set {name} so in "
                     "scheduler/scheduler_config.json"
                 )
         if "use_beta_sigmas" in known and config.use_beta_sigmas and levels[-1] < 1e-3:

@@ -85,6 +85,23 @@ def test_the_default_folder_of_the_flowers_is_not_written_to(tmp_path, monkeypat
     checkpoints.check_output_dir(parse("--output_dir=data", "--dataset=synthetic"))
 
 
+@pytest.mark.parametrize("where", ["run", "results/autoencoder", "rose/run"])
+def test_a_run_does_not_become_a_class_of_its_data(image_folder, where):
+    """It couldn't be resumed, for other data than before; stage 2 learned to draw its pictures."""
+    words = ["--dataset=imagefolder", f"--output_dir={image_folder / where}"]
+    with pytest.raises(InputError, match=f"{where} lies among the class folders of --data_dir {image_folder} and"):
+        checkpoints.check_output_dir(parse(*words, f"--data_dir={image_folder}"))
+    checkpoints.check_output_dir(parse(*words, f"--data_dir={image_folder}", "--classes", "rose"))
+    (image_folder.parent / "all").mkdir()
+    image_folder.rename(image_folder.parent / "all" / "train")  # DIR/<split>/<class>: beside the splits is room
+    folder = image_folder.parent / "all"
+    checkpoints.check_output_dir(parse("--dataset=imagefolder", f"--data_dir={folder}", f"--output_dir={folder}/run"))
+    with pytest.raises(InputError, match="lies among the class folders"):
+        checkpoints.check_output_dir(
+            parse("--dataset=imagefolder", f"--data_dir={folder}", f"--output_dir={folder}/train/run")
+        )
+
+
 @pytest.fixture
 def earlier_run(output_dir) -> dict[str, bytes]:
     """A run with a checkpoint, and what it has on disk."""
@@ -128,12 +145,16 @@ def test_another_run_is_replaced_when_asked_to(output_dir, earlier_run):
     assert yaml.safe_load((output_dir / "args.yaml").read_text())["seed"] == 2
 
 
+# Each list holds the one before ten times: printed, it would fill the memory.
+LAUGHS = "\n".join(["l0: &l0 [ha]", *(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 10))])
 FOREIGN_ARGS = {
     "empty": "",
     "Ultralytics": "task: detect\nmode: train\nepochs: 100\nbatch: 16\nimgsz: 640\nsave_dir: runs/detect/train\n",
     "no mapping": "- 1\n",
     "no YAML": "a: [",
     "no text": "\x00\x01",
+    "deep": "a: " + "[" * 5000,
+    "laughing": LAUGHS + "".join(f"\n{flag}: *l9" for flag in runs.RUN_FLAGS),
 }
 
 
@@ -151,11 +172,19 @@ def test_what_is_no_run_is_never_replaced(output_dir, name, args):
     assert on_disk(output_dir) == before
 
 
+@pytest.mark.parametrize("name", ["args.yaml", "README.md"])
+def test_a_pipe_in_a_run_is_not_waited_for(output_dir, earlier_run, name):
+    (output_dir / name).unlink(missing_ok=True)
+    os.mkfifo(output_dir / name)
+    with pytest.raises(InputError, match="no run of ours"):
+        claim(output_dir, "--overwrite_output_dir")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "letters.txt", "flower-ldm/args.yaml", "flowers-102/jpg/image_00001.jpg", ".git/config", "train.log",
-        "checkpoint-5/notes.txt", "checkpoint-5-before-lr-change/model.safetensors", "samples/mine.png",
+        "my_flower.py", "letters.txt", "flower-ldm/args.yaml", "flowers-102/jpg/image_00001.jpg", ".git/config",
+        "train.log", "checkpoint-5/notes.txt", "checkpoint-5-before-lr-change/model.safetensors", "samples/mine.png",
         "logs/slurm.out", "checkpoint-²/model.safetensors", "diffusion_loss.png/notes.png",
     ],
 )  # fmt: skip
@@ -296,6 +325,14 @@ def held_by_another_process(folder: Path) -> Iterator[int]:
         os.waitpid(child, 0)
 
 
+def test_a_folder_without_checkpoints_stays_as_it_is(tmp_path):
+    """Somebody's photos, by a slip: not even a lock is left there."""
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(InputError, match="photos holds no checkpoint; leave the flag out"):
+        find(tmp_path / "photos", "latest")
+    assert list((tmp_path / "photos").iterdir()) == []
+
+
 def release(folder: Path) -> None:
     """As if this process, which runs all tests, had ended."""
     os.close(run_lock.HELD.pop(folder.resolve() / ".lock"))
@@ -384,6 +421,23 @@ def test_no_checkpoint_to_find(output_dir, earlier_run, tmp_path):
         find(tmp_path / "new", "latest")
     with pytest.raises(InputError, match="is no checkpoint folder"):
         find(output_dir, output_dir / "checkpoint-6")
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("a: " + "[" * 5000, "checkpoint-5: its args.yaml can't be read"),
+        (f"{LAUGHS}\nseed: *l9", "checkpoint-5: its args.yaml can't be read"),
+        ("seed: 1", "checkpoint-5 was made without --[a-z_]+: by the other script, or by another version"),
+    ],
+)
+def test_flags_that_this_script_has_not_written_are_refused(output_dir, earlier_run, text, line):
+    checkpoint = output_dir / "checkpoint-5"
+    (checkpoint / "args.yaml").write_text(text)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, 5)
+    with pytest.raises(InputError, match=line):
+        find(output_dir, "latest", "--seed=1")
 
 
 @pytest.mark.parametrize(
@@ -618,6 +672,7 @@ def test_fp16s_scale_and_the_generators_go_on(output_dir):
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     kept = {"ema": EMAModel([parameter]), "lr_scheduler": lr_scheduler, "progress": Progress({})}
+    kept["progress"].global_step = 1
     checkpoint = checkpoints.save_checkpoint(accelerator, args, kept, 1)
 
     def draw() -> list[float]:
@@ -652,6 +707,13 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 def test_a_state_keeps_only_what_cannot_run(tmp_path):
     with pytest.raises(TypeError, match="a checkpoint can't keep a/0, a PosixPath"):
         save_state({"a": [tmp_path]}, tmp_path / "state.safetensors")
+
+
+def test_a_forged_state_takes_no_memory_by_naming_a_tensor_again(tmp_path):
+    plain = json.dumps([{"tensor": "a", "stride": [1]}] * 2)
+    save_file({"a": torch.rand(2)}, tmp_path / "state.safetensors", metadata={"state": plain})
+    with pytest.raises(KeyError):
+        load_state(tmp_path / "state.safetensors")
 
 
 @pytest.mark.parametrize("stride", [[10**12, 1], [0, 1], [-1, 1], [1]])

@@ -1,5 +1,5 @@
-"""Every write fails once: no space, an input/output error, no permission; and a really full file system where one can
-be mounted. No valid checkpoint is lost, one clear line says what to do, and doing it ends in the same weights.
+"""Every write fails once: no space, an input/output error, no permission. No valid checkpoint is lost, one clear line
+says what to do, and doing it ends in the same weights.
 
 The writes are counted in an undisturbed run: opening a file, the first writing to it, safetensors, making a folder,
 renaming, `fsync`. Then the k-th fails. The short form takes a few of them; the long one, `slow`, all.
@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 import train_autoencoder
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, checkpoints, evaluation, report, sample
+from flower_ldm.checkpoint_files import why_invalid
 from flower_ldm.errors import InputError
 from flower_ldm.model_card import write_model_card
 
@@ -292,7 +293,9 @@ def unhurt(before: dict[str, dict[str, bytes]], folder: Path) -> None:
     for name, files in before.items():
         if name.endswith("/best"):
             continue  # `loads` has loaded it
-        newer = [path for path in checkpoints.list_checkpoints((folder / name).parent) if path.name > Path(name).name]
+        step = checkpoints.step_of(Path(name))
+        found = checkpoints.list_checkpoints((folder / name).parent)
+        newer = [path for path in found if checkpoints.step_of(path) > step and not why_invalid(path)]
         assert newer or contents(folder / name) == files, f"{name} was lost"
 
 

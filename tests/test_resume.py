@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 import train_autoencoder
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, checkpoints
-from flower_ldm.checkpoint_files import load_state, write_manifest
+from flower_ldm.checkpoint_files import load_state, save_state, write_manifest
 from flower_ldm.errors import InputError
 from flower_ldm.synthetic import synthetic_flower
 from flower_ldm.training import read_log
@@ -455,9 +455,9 @@ def test_another_model_is_refused_and_named(run, flags, tmp_path):
     config = json.loads(path.read_text())
     (tmp_path / "wider.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
     resumed = ["--resume_from_checkpoint", "latest", "--model_config"]
-    with pytest.raises(InputError, match="doesn't fit this run, or is damaged: .* size mismatch for") as refusal:
+    with pytest.raises(InputError, match='its model was .*"hidden_size": 64, .*: they must be the same') as refusal:
         run("latent_diffusion", tmp_path / "run", *resumed, str(tmp_path / "wider.json"))
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+    assert "\n" not in str(refusal.value)
     (tmp_path / "dropping.json").write_text(json.dumps(config | {"dropout": 0.1}))
     with pytest.raises(InputError, match='its model was .*"dropout": 0.1, .*: they must be the same'):
         run("latent_diffusion", tmp_path / "run", *resumed, str(tmp_path / "dropping.json"))
@@ -487,6 +487,7 @@ def resumable(flags, run, tmp_path, monkeypatch) -> tuple[Path, Callable[[Path],
         args.resume_from_checkpoint = str(folder)
         resume(accelerator, args, checkpoints.find_checkpoint(args), kept)
 
+    load.kept = kept
     load(checkpoint)
     return checkpoint, load
 
@@ -537,6 +538,66 @@ def test_beside_the_states_nothing_is_read(resumable, tmp_path):
         assert not ran.exists()
     torch.load(checkpoint / "optimizer.bin", weights_only=False)
     assert ran.exists()  # it could have failed
+
+
+def put(value: object, *keys) -> Callable[[dict], None]:
+    """Puts a value into a state, by the keys that lead there; a function makes it of what was there."""
+
+    def edit(state: dict) -> None:
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value(state[keys[-1]]) if callable(value) else value
+
+    return edit
+
+
+FORGED = {
+    "optimizer/1/exp_avg": ("optimizer", put(torch.zeros(7), "state", 1, "exp_avg")),  # was written beyond its end
+    "optimizer/1/exp_avg_sq": ("optimizer", put(torch.tensor(1.0), "state", 1, "exp_avg_sq")),
+    "disc_optimizer/0/exp_avg": ("disc_optimizer", put("x", "state", 0, "exp_avg")),
+    "optimizer/1": ("optimizer", lambda state: state["state"][1].pop("exp_avg")),
+    "ema/shadow_params/0": ("ema", put(torch.zeros(1), "shadow_params", 0)),
+    "ema/shadow_params": ("ema", put(lambda averages: averages[:-1], "shadow_params")),
+    "ema/decay": ("ema", put(float("nan"), "decay")),
+    "model/[^ ]*": ("model", lambda state: put(lambda weight: weight / 0, next(iter(state)))(state)),
+    "lr_scheduler/last_epoch": ("lr_scheduler", put("2", "last_epoch")),
+    "progress/global_step": ("progress", put(10**400, "global_step")),
+    "update is -2": ("progress", put(-2, "global_step")),
+    "holds step 2": ("progress", put(1, "global_step")),
+}
+
+
+@pytest.fixture
+def forge(resumable, tmp_path) -> Callable[[str, Callable[[dict], None]], Path]:
+    """Copies the checkpoint with one of its states edited, by a manifest that says that all is well."""
+
+    def forge(name: str, edit: Callable[[dict], None]) -> Path:
+        forged = shutil.copytree(resumable[0], tmp_path / f"forged-{name}", dirs_exist_ok=True)
+        state = load_state(forged / f"{name}.safetensors")
+        edit(state)
+        save_state(state, forged / f"{name}.safetensors")
+        (forged / "manifest.json").unlink()
+        write_manifest(forged, 2)
+        return forged
+
+    return forge
+
+
+def test_a_state_that_no_run_has_written_is_refused_before_an_update(resumable, forge):
+    """torch's fused AdamW took moments of any length, and wrote into memory that isn't theirs."""
+    for where, (name, edit) in FORGED.items():
+        with pytest.raises(InputError, match=f"doesn't fit this run, or is damaged: it(s)? {where}") as refusal:
+            resumable[1](forge(name, edit))
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_state_sets_nothing_but_what_the_part_keeps(resumable, forge):
+    """Options and methods of optimizers and schedules are this run's, whatever a checkpoint says."""
+    _, load = resumable
+    load(forge("optimizer", put((2.0, "x"), "param_groups", 0, "betas")))
+    load(forge("lr_scheduler", put("not a method", "step")))
+    optimizer, lr_scheduler = load.kept["optimizer"], load.kept["lr_scheduler"]
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.99) and callable(lr_scheduler.step)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_unread(run, tmp_path):

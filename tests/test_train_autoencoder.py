@@ -293,20 +293,25 @@ def test_compiled_training_has_the_same_losses(train):
 # Flags and recipes
 
 
-@pytest.mark.parametrize("left", ["half its weights", "no config"])
+@pytest.mark.parametrize("left", ["half its weights", "no config", "a link to half its weights"])
 def test_a_torn_best_is_written_anew(finished_runs, run_script, tmp_path, capsys, left):
     """Also where no better score is to come; it failed at every retry."""
     run = shutil.copytree(finished_runs.autoencoder, tmp_path / "run")
     weights = run / "best" / "diffusion_pytorch_model.safetensors"
-    if left == "half its weights":
-        weights.write_bytes(weights.read_bytes()[:-1000])
-    else:
+    (run / "best" / "notes.txt").write_text("mine")
+    if left == "no config":
         (run / "best" / "config.json").unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    if left.startswith("a link"):
+        (run / "best").rename(tmp_path / "best")
+        (run / "best").symlink_to(tmp_path / "best")
     words = ["--output_dir", run, "--resume_from_checkpoint", "latest", "--no-final_pictures", "--report_to", "none"]
     run_script(train_autoencoder.main, [*finished_runs.stage1, *words])
     assert "best can't be loaded" in capsys.readouterr().out
     best, last = (FlowerAutoencoderKL.from_pretrained(folder) for folder in (run / "best", run))
     assert all(map(torch.equal, best.parameters(), last.parameters())) and best.config.latents_std is not None
+    assert (run / "best" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("killed_at", ["rename", "safetensors"])

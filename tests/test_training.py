@@ -171,6 +171,16 @@ def test_of_a_step_logged_twice_the_later_line_counts(tmp_path):
     assert [(line["step"], line["loss"]) for line in training.read_log(path)] == [(1, 0.1), (2, 0.25), (3, 0.35)]
 
 
+def test_what_a_resumed_run_has_gone_back_from_is_not_shown_beside_it(tmp_path):
+    """It goes on with a lower rate, and logs at other steps; of the first run's end nothing is left in the curve."""
+    path = tmp_path / "log.jsonl"
+    written = [*((step, 9.0) for step in range(10, 100, 10)), (45, 0.5), (60, 0.4)]
+    text = "".join(json.dumps({"step": s, "loss": v, "steps_per_second": 1.0}) + "\n" for s, v in written)
+    path.write_text(text + '{"step": 60, "val_loss": 0.3}\n')
+    steps = [line["step"] for line in training.read_log(path)]
+    assert steps == [10, 20, 30, 40, 45, 60, 60]
+
+
 WHOLE = '{"step": 1, "loss": 0.5, "steps_per_second": 1.0}\n'
 
 
