@@ -124,7 +124,8 @@ def render(run: Run, repo_id: str | None = None) -> str:
 def plain(text: object) -> str:
     """Text on one line that neither Markdown nor HTML reads as anything else, names of classes among it."""
     line = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
-    line = re.sub(r"^([-+=]|[0-9]+(?=[.)]))", lambda start: f"{start[0][:-1]}&#{ord(start[0][-1])};", line)  # lists
+    begin = re.compile(r"^([-+=]|[0-9]+(?=[.)](\s|$)))")  # of a list
+    line = begin.sub(lambda start: f"{start[0][:-1]}&#{ord(start[0][-1])};", line)
     return line.replace("://", "&#58;//").replace("www.", "www&#46;")  # no address becomes a link
 
 
