@@ -529,7 +529,7 @@ def main(argv: list[str] | None = None) -> None:
                 "--space needs --revision, the commit whose code the Space may run: 40 hexadecimal digits, as "
                 f"https://huggingface.co/{args.pipeline}/commits/main lists them"
             )
-        if args.space.exists():
+        if os.path.exists(args.space):
             fail(f"--space {args.space} is there already: name a new folder")
         try:
             write_space(args.space, args.pipeline, args.revision)

@@ -17,6 +17,7 @@ from .errors import InputError, one_line
 FULL = {errno.ENOSPC: "no space is left on the device", errno.EDQUOT: "the quota of this user is used up"}
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 CANT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.EISDIR, errno.ENOSYS, errno.EPERM)
 
 
@@ -178,6 +179,12 @@ def path_text(text: str) -> str:
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(f"{text}: there is no such home folder; a file of this name is ./{text}")
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:  # a ValueError: of a letter that no file's name can have
+        if system_error(error) not in NOT_THERE:
+            why = error.strerror if isinstance(error, OSError) else "no file can have such a name"
+            raise argparse.ArgumentTypeError(f"{text:.100} can't be looked at: {why}") from None
     return path
 
 

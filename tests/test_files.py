@@ -1,5 +1,6 @@
 """What a disk refuses is one line, and a file is whole or not there."""
 
+import argparse
 import errno
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from flower_ldm.errors import InputError
-from flower_ldm.files import DiskError, refusals_of_disk, sync, write_whole
+from flower_ldm.files import DiskError, path_text, refusals_of_disk, sync, write_whole
 
 
 @pytest.mark.parametrize(
@@ -83,3 +84,24 @@ def test_what_a_disk_owes_shows_when_it_is_asked_for(tmp_path, monkeypatch):
         sync(tmp_path)
     with pytest.raises(FileNotFoundError):
         sync(Path("nowhere"))
+
+
+@pytest.mark.parametrize(("path", "why"), [("x" * 5000, "too long"), ("\ud800", "no file can have such a name")])
+def test_a_path_that_cannot_be_looked_at_is_one_line(path, why):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^.{{1,100}} can't be looked at: .*{why}"):
+        path_text(path)
+
+
+def test_a_path_may_lead_nowhere_yet_but_not_where_one_may_not_look(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "new" / "run", tmp_path / "file" / "run", tmp_path / "loop"):
+        assert path_text(str(path)) == str(path)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", refuse)  # root may look anywhere
+        with pytest.raises(argparse.ArgumentTypeError, match="/closed/x can't be looked at: Permission denied"):
+            path_text("/closed/x")
