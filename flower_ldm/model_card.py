@@ -182,7 +182,8 @@ def use(run: Run, repo_id: str) -> str:
         travels = "auto_map" in run.configs["autoencoder"]
     else:
         load, kind, library = "pipe", "FlowerLDMPipeline", "DiffusionPipeline"
-        scale = part(run.evaluation, "sampling").get("guidance_scale") or run.args.get("guidance_scale") or 2.0
+        scales = part(run.evaluation, "sampling").get("guidance_scale"), run.args.get("guidance_scale")
+        scale = next(filter(is_finite, scales), 2.0)
         lines = [f"images = pipe({_labels(run)}, num_images_per_label=4, guidance_scale={scale}).images",
                  'images[0].save("image.png")']  # fmt: skip
         travels = True
@@ -419,12 +420,8 @@ def _evaluation_command(run: Run, sampling: dict) -> str:
     """From what the evaluation noted, since its own command holds paths."""
     flags = {name: sampling.get(name) for name in ("num_samples", "seed", "num_inference_steps", "guidance_scale")}
     flags["features"] = part(run.evaluation, "features").get("name")
-    line = "python -m flower_ldm.evaluation --pipeline results/flower-ldm"
-    return (
-        line
-        + " \\\n    "
-        + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
-    )
+    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
+    return f"python -m flower_ldm.evaluation --pipeline results/flower-ldm \\\n    {words}"
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------

@@ -255,7 +255,11 @@ def test_names_get_out_of_no_code_block_and_no_metadata(runs):
     index["id2label"] = {"0": "- 1", "1": name, "2": "http://elsewhere", "3": "$x$ ~~y~~ \ud800"}
     (runs["flower_ldm"] / "model_index.json").write_text(json.dumps(index))
     change(runs["flower_ldm"], "args.yaml", classes=["0", name], hub_model_id='me/x"); evil(); ("')
-    sampling = EVALUATION["sampling"] | {"scheduler": "x\n---\ny: [", "seed": "0; rm -rf ."}
+    sampling = EVALUATION["sampling"] | {
+        "scheduler": "x\n---\ny: [",
+        "seed": "0; rm -rf .",
+        "guidance_scale": "1); evil(",
+    }
     change(runs["flower_ldm"], "metrics.json", evaluation=EVALUATION | {"sampling": sampling})
     card = write_model_card(runs["flower_ldm"]).read_text("utf-8")
     outside, fence = [], None
