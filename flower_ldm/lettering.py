@@ -43,8 +43,9 @@ def drawable(name: str, longest: int = LONGEST_NAME) -> str:
 
 def wrapped(name: str, width: int) -> str:
     """A name on lines of at most `width` letters, of which a Chinese one and the like counts as two."""
-    wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in name)
-    return "\n".join(textwrap.wrap(name.strip(), max(1, width // 2 if wide else width)))
+    filler = "\u2060"  # behind each wide letter, as it were its other half
+    wide = (letter + filler * (unicodedata.east_asian_width(letter) in "WF") for letter in name.strip())
+    return "\n".join(textwrap.wrap("".join(wide), max(1, width))).replace(filler, "")
 
 
 # --- fonts -----------------------------------------------------------------------------------------------------------

@@ -118,15 +118,15 @@ def picture_table(
 
 
 def _two_lines(name: str, width: int = 14) -> str:
-    """A class name as it is drawn, broken at the blank or hyphen nearest its middle where it's too wide.
+    """A class name as it is drawn, broken at the blank, hyphen or stroke nearest its middle where it's too wide.
 
     It takes more lines where it must, for a longer one runs into the next column's name.
     """
-    name = drawable(name)
-    breaks = [index for index, letter in enumerate(name) if letter in " -"]
+    name = drawable(name).strip()
+    breaks = [index for index, letter in enumerate(name) if index and letter in " -_"]
     if len(name) > width and breaks:
         middle = min(breaks, key=lambda index: abs(index - len(name) / 2))
-        name = name[: middle + (name[middle] == "-")] + "\n" + name[middle + 1 :]
+        name = name[: middle + (name[middle] != " ")] + "\n" + name[middle + 1 :]
     return "\n".join(wrapped(line, width) for line in name.split("\n"))
 
 

@@ -13,10 +13,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from flower_ldm import lettering
-from flower_ldm.lettering import drawable, fonts_for, pillow_font
+from flower_ldm.lettering import drawable, fonts_for, pillow_font, wrapped
 from flower_ldm.sample import label_grid
 from flower_ldm.trajectory import LatentPlane, Trajectory, animation_frames, save_denoising_path
-from flower_ldm.visualization import latent_map, save_class_grid, save_figure, save_picture_table
+from flower_ldm.visualization import class_grid, latent_map, save_class_grid, save_figure, save_picture_table
 
 NAMES = ["Ca$$h", "a$b$", r"$\frac{$", "$", "_rose", "foto-\udce9", "red\nrose\t\x1b[31m", "x" * 300, "", " ",
          "牡丹", "🌹", "100 % {rose} \\ ^_ #"]  # fmt: skip
@@ -105,6 +105,26 @@ def test_names_stay_below_their_own_columns(tmp_path, figures):
     extents = [axis.xaxis.label.get_window_extent() for axis in figures[0].axes]
     for label, (left, right) in enumerate(zip(extents, extents[1:], strict=False)):
         assert left.x1 < right.x0 + 2, names[label]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [(" init__ 🌻", "init__ 🌻"), ("牡丹" * 4, "牡丹牡丹牡\n丹牡丹"), ("bishop of llandaff", "bishop of\nllandaff"),
+     ("abcdefghijklm", "abcdefghij\nklm"), ("", "")],
+)  # fmt: skip
+def test_wrapped(name, lines):
+    assert wrapped(name, 10) == lines
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [("_hidden`[x](http:evil)`*b*", "_hidden`[x](ht\ntp:evil)`*b*"), ("african_elephant", "african_\nelephant"),
+     ("globe-flower", "globe-flower"), ("prince of wales feathers", "prince of\nwales feathers")],
+)  # fmt: skip
+def test_names_of_columns_are_broken_where_one_reads_them_best(name, lines):
+    figure = class_grid(np.zeros((1, 1, 8, 8, 3), np.uint8), [name])
+    assert figure.axes[0].get_xlabel() == lines
+    plt.close(figure)
 
 
 def test_a_dollar_is_drawn():
