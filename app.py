@@ -257,7 +257,7 @@ class Studio:
 CSS = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto; }
 .gradio-container main { min-width: 0; max-width: 100%; }
-#title h1 { margin: 0.2rem 0 0; font-size: 1.9rem; letter-spacing: -0.02em; }
+#title h1 { margin: 0.2rem 0 0; font-size: 1.9rem; letter-spacing: -0.02em; overflow-wrap: anywhere; }
 #title p { margin: 0.2rem 0 0; opacity: 0.8; }
 #flowers .grid-wrap { min-height: 0; max-height: 340px; }
 #flowers .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; gap: 6px; }
@@ -472,7 +472,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--port", type=int, default=7860)
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--space", type=home_path, metavar="DIR",
-         help="write a Space for --pipeline into a new folder, and do no more")  # fmt: skip
+         help="write a Space for --pipeline at --revision into a new folder, and do no more")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -529,7 +529,7 @@ def main(argv: list[str] | None = None) -> None:
                 "--space needs --revision, the commit whose code the Space may run: 40 hexadecimal digits, as "
                 f"https://huggingface.co/{args.pipeline}/commits/main lists them"
             )
-        if args.space.exists():
+        if os.path.exists(args.space):
             fail(f"--space {args.space} is there already: name a new folder")
         try:
             write_space(args.space, args.pipeline, args.revision)

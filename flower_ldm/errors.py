@@ -17,6 +17,7 @@ UNSAFE_ADVICE = re.compile(
     r"weights_only|safe_globals|allow_pickle|trust_remote_code|arbitrary code|\btrust(ed)? (the|this|it\b|source)",
     re.IGNORECASE,
 )
+PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|\S*/\S*""")  # in a sentence; its words advise nothing
 
 
 LONGEST_LINE = 1000  # of a name that fills screens, beginning and end say enough
@@ -46,7 +47,7 @@ def one_line(error: BaseException, width: int | None = None) -> str:
     Advice of libraries to run the code in a file is left out.
     """
     sentences = re.split(r"(?<=[.!?])\s+|\n+", str(error))
-    line = " ".join(" ".join(one for one in sentences if not UNSAFE_ADVICE.search(one)).split())
+    line = " ".join(" ".join(one for one in sentences if not UNSAFE_ADVICE.search(PATH.sub("", one))).split())
     line = printable(line or type(error).__name__)
     return textwrap.shorten(line, width, placeholder=" ...") if width else line
 

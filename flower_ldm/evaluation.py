@@ -27,7 +27,6 @@ import numpy as np
 import sklearn
 import torch
 import torchmetrics
-import yaml
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -55,12 +54,12 @@ from flower_ldm.features import (
     read_tensors,
     write_tensors,
 )
-from flower_ldm.files import file_path, parse_yaml, path_text, refusals_of_disk, whole_path, write_whole
+from flower_ldm.files import file_path, path_text, refusals_of_disk, whole_path, write_whole
 from flower_ldm.images import MAX_IMAGE_PIXELS
 from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
 from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
 from flower_ldm.model_card import write_model_card
-from flower_ldm.report import write_report
+from flower_ldm.report import read_args, write_report
 from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
 from flower_ldm.trajectory import draw
 from flower_ldm.visualization import save_figure, save_nearest_neighbours
@@ -135,13 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_data_flags(args: argparse.Namespace) -> None:
     """Fill in what no flag says about the data: from the run's `args.yaml` where that is of the same data set."""
-    path = Path(args.pipeline) / "args.yaml"
-    saved = {}
-    if path.is_file():
-        try:
-            saved = dict(parse_yaml(path.read_bytes()))
-        except (yaml.YAMLError, TypeError, ValueError) as error:
-            raise InputError(f"{path} can't be read: repair it, or move it away and give --dataset") from error
+    saved = read_args(Path(args.pipeline))
     args.dataset = whole_path(args.dataset)
     if args.dataset is not None and args.dataset != saved.get("dataset"):
         saved = {}

@@ -19,6 +19,7 @@ from .errors import InputError, one_line
 FULL = {errno.ENOSPC: "no space is left on the device", errno.EDQUOT: "the quota of this user is used up"}
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 CANT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.EISDIR, errno.ENOSYS, errno.EPERM)
 
 
@@ -178,13 +179,14 @@ def path_text(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path: name one, or leave the flag out")
     path = os.path.expanduser(text)
-    try:
-        os.lstat(path)
-    except (OSError, UnicodeEncodeError) as error:  # a recipe can spell halves of characters
-        if getattr(error, "errno", None) in (None, errno.ENAMETOOLONG):
-            raise argparse.ArgumentTypeError(f"{text!r:.80} is no path: {one_line(error, 80)}") from None
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(f"{text}: there is no such home folder; a file of this name is ./{text}")
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:  # a ValueError: of a letter that no file's name can have
+        if system_error(error) not in NOT_THERE:
+            why = error.strerror if isinstance(error, OSError) else "no file can have such a name"
+            raise argparse.ArgumentTypeError(f"{text:.100} can't be looked at: {why}") from None
     return path
 
 

@@ -1,9 +1,12 @@
 """Names of classes in pictures: drawn as they are spelled, whatever they hold, in fonts that have their letters."""
 
 import sys
+import textwrap
+import unicodedata
 import warnings
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -14,10 +17,10 @@ from PIL import ImageFont
 from tqdm import tqdm
 
 from .errors import printable
+from .files import write_whole
 
 # No name is a formula, `a$b$` neither, whatever a matplotlibrc says.
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False, "axes.formatter.use_mathtext": False})
-warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # `fonts_for` says it once
 LONGEST_NAME = 48  # letters; of a longer name the beginning is drawn
 TOLD: set[str] = set()  # letters that no font has, and that it has been said of
 
@@ -36,6 +39,13 @@ def drawable(name: str, longest: int = LONGEST_NAME) -> str:
     if len(name) > longest:
         name = name[: longest - 1].rstrip() + "…"
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves it out of legends otherwise
+
+
+def wrapped(name: str, width: int) -> str:
+    """A name on lines of at most `width` letters, of which a Chinese one and the like counts as two."""
+    filler = "\u2060"  # behind each wide letter, as it were its other half
+    wide = (letter + filler * (unicodedata.east_asian_width(letter) in "WF") for letter in name.strip())
+    return "\n".join(textwrap.wrap("".join(wide), max(1, width))).replace(filler, "")
 
 
 # --- fonts -----------------------------------------------------------------------------------------------------------
@@ -100,11 +110,19 @@ def fonts_for(text: Iterable[str]) -> list[Font]:
 
 
 def spell_out(figure: Figure) -> None:
-    """Have a figure's texts drawn in fonts that have their letters, before it is saved."""
+    """Have a figure's texts drawn in fonts that have their letters."""
     texts = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
     fonts = fonts_for("".join(text.get_text() for text in texts))
     for text in texts if len(fonts) > 1 else ():
         text.set_fontfamily([*text.get_fontfamily(), *(font.family for font in fonts[1:])])
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """A figure as PNG, its names spelled out; the folder is made where there is none."""
+    spell_out(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # `fonts_for` has said it
+        write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
 
 
 def pillow_font(text: str, size: int) -> ImageFont.FreeTypeFont:

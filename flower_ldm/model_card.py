@@ -124,7 +124,8 @@ def render(run: Run, repo_id: str | None = None) -> str:
 def plain(text: object) -> str:
     """Text on one line that neither Markdown nor HTML reads as anything else, names of classes among it."""
     line = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
-    line = re.sub(r"^([-+=]|[0-9]+(?=[.)]))", lambda start: f"{start[0][:-1]}&#{ord(start[0][-1])};", line)  # lists
+    begin = re.compile(r"^([-+=]|[0-9]+(?=[.)](\s|$)))")  # of a list
+    line = begin.sub(lambda start: f"{start[0][:-1]}&#{ord(start[0][-1])};", line)
     return line.replace("://", "&#58;//").replace("www.", "www&#46;")  # no address becomes a link
 
 
@@ -181,7 +182,8 @@ def use(run: Run, repo_id: str) -> str:
         travels = "auto_map" in run.configs["autoencoder"]
     else:
         load, kind, library = "pipe", "FlowerLDMPipeline", "DiffusionPipeline"
-        scale = part(run.evaluation, "sampling").get("guidance_scale") or run.args.get("guidance_scale") or 2.0
+        scales = part(run.evaluation, "sampling").get("guidance_scale"), run.args.get("guidance_scale")
+        scale = next(filter(is_finite, scales), 2.0)
         lines = [f"images = pipe({_labels(run)}, num_images_per_label=4, guidance_scale={scale}).images",
                  'images[0].save("image.png")']  # fmt: skip
         travels = True
@@ -418,12 +420,8 @@ def _evaluation_command(run: Run, sampling: dict) -> str:
     """From what the evaluation noted, since its own command holds paths."""
     flags = {name: sampling.get(name) for name in ("num_samples", "seed", "num_inference_steps", "guidance_scale")}
     flags["features"] = part(run.evaluation, "features").get("name")
-    line = "python -m flower_ldm.evaluation --pipeline results/flower-ldm"
-    return (
-        line
-        + " \\\n    "
-        + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
-    )
+    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
+    return f"python -m flower_ldm.evaluation --pipeline results/flower-ldm \\\n    {words}"
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be positive, got {value}")
         if name in not_negative and value is not None and value < 0:
             raise InputError(f"--{name} must not be negative, got {value}")
-        if name in (*positive, *not_negative) and value is not None and value >= 2**31:
+        if name in (*positive, *not_negative) and isinstance(value, int) and value >= 2**31:
             raise InputError(f"--{name} must be below 2**31, got {value}")
     if not 0 <= args.seed < 2**32:  # numpy's bounds
         raise InputError(f"--seed must be at least 0 and below 2**32, got {args.seed}")

@@ -24,6 +24,7 @@ import yaml
 from PIL import Image, ImageSequence
 from safetensors import SafetensorError, safe_open
 
+from .data import file_safe_name
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .files import file_path, parse_yaml, write_whole
 from .images import open_image
@@ -97,7 +98,8 @@ METRICS = {  # name: (title, which way is better, decimals, how to read it)
 CHECKED = {
     "args": {
         "a number": "resolution images_per_class max_train_steps train_batch_size gradient_accumulation_steps "
-        "learning_rate lr_warmup_steps ema_decay perceptual_weight guidance_scale",
+        "learning_rate lr_warmup_steps ema_decay perceptual_weight guidance_scale max_image_pixels seed",
+        "yes or no": "skip_bad_images",
         "a text": "dataset data_dir image_column label_column config output_dir autoencoder vgg_weights hub_model_id "
         "mixed_precision lr_scheduler prediction_type beta_schedule model_config",
         "a list of names": "train_splits val_splits classes",
@@ -205,7 +207,7 @@ def read_mapping(path: Path, kind: str) -> dict:
     Raises:
         InputError: where it can't be read, or something in it is not what `CHECKED` says of this kind of file.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a name too long for a file neither
         return {}
     try:
         text = path.read_text("utf-8")
@@ -252,6 +254,7 @@ def _is_point(value: object) -> bool:
 LABEL = re.compile("[0-9]{1,9}")
 TYPES = {
     "a number": _is_number,
+    "yes or no": lambda value: isinstance(value, bool),
     "a text": lambda value: isinstance(value, str),
     "a mapping": lambda value: isinstance(value, dict),
     "a list of names": _is_words,
@@ -270,13 +273,13 @@ def _read_log(folder: Path) -> list[dict]:
         raise InputError(f"{path} can't be read: {one_line(error)}") from error
     for line in log:
         bins = line.get("loss_by_timestep")
-        if bins is not None and not (isinstance(bins, list) and all(map(_is_bin, bins))):
+        if bins is not None and not (isinstance(bins, list) and all(map(is_bin, bins))):
             raise InputError(f"{path}: loss_by_timestep of step {number(line['step'])} must be a list of "
                              "[first timestep, last timestep, loss]")  # fmt: skip
     return log
 
 
-def _is_bin(value: object) -> bool:
+def is_bin(value: object) -> bool:
     """A range of timesteps and the mean loss there, `None` where there was none."""
     return isinstance(value, list) and len(value) == 3 and is_finite(value[0]) and is_finite(value[1])
 
@@ -561,8 +564,16 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _spoken(path: Path, prefix: str) -> str:
-    """The class that a picture's name ends in."""
+    """What a picture's name ends in."""
     return path.stem.removeprefix(prefix).replace("_", " ").strip()
+
+
+def _class_of(run: Run, path: Path, prefix: str) -> str:
+    """The class that a picture is of, as it is spelled where no other class gives a file the same name."""
+    stem = path.stem.removeprefix(prefix)
+    stems = [(name, file_safe_name(name)) for name in run.class_names]
+    names = [name for label, (name, safe) in enumerate(stems) if stem in (safe, f"{safe}_{label}")]
+    return names[0] if len(names) == 1 else _spoken(path, prefix)
 
 
 def hero_picture(run: Run, album: Album) -> dict | None:
@@ -608,16 +619,17 @@ def interpolations(run: Run, album: Album) -> list[dict]:
 
 
 def denoising_paths(run: Run, album: Album) -> list[dict]:
-    pictures = [album.picture(path, f"The denoising path of one sample of class {_spoken(path, 'denoising_path_')}",
-                              f"{_spoken(path, 'denoising_path_')}: the path of one sample")
-                for path in sorted(run.folder.glob("denoising_path_*.png"))]  # fmt: skip
+    prefix = "denoising_path_"
+    named = [(path, _class_of(run, path, prefix)) for path in sorted(run.folder.glob(f"{prefix}*.png"))]
+    pictures = [album.picture(path, f"The denoising path of one sample of class {name}",
+                              f"{name}: the path of one sample") for path, name in named]  # fmt: skip
     return [picture for picture in pictures if picture]
 
 
 def animations(run: Run, album: Album) -> list[dict]:
-    pictures = [album.animation(path, f"Animation: a sample of class {_spoken(path, 'diffusion_animation_')} emerges",
-                                _spoken(path, "diffusion_animation_"))
-                for path in sorted(run.folder.glob("diffusion_animation_*.gif"))]  # fmt: skip
+    prefix = "diffusion_animation_"
+    named = [(path, _class_of(run, path, prefix)) for path in sorted(run.folder.glob(f"{prefix}*.gif"))]
+    pictures = [album.animation(path, f"Animation: a sample of class {name} emerges", name) for path, name in named]
     return [picture for picture in pictures if picture]
 
 

@@ -7,8 +7,6 @@ one PNG per image and `grid.png`.
 import argparse
 import itertools
 import os
-import textwrap
-import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from flower_ldm.data import file_safe_name
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from flower_ldm.files import check_writable, file_path, path_text, write_whole
 from flower_ldm.images import MAX_IMAGE_PIXELS, open_image
-from flower_ldm.lettering import drawable, pillow_font
+from flower_ldm.lettering import drawable, pillow_font, wrapped
 from pipelines.pipeline_flower_ldm import upright_srgb
 
 DEFAULT_NUM_LABELS = 10
@@ -192,7 +190,7 @@ def label_grid(columns: list[list[Image.Image]], names: list[str], min_cell: int
     width, height = columns[0][0].size
     scale = -(-min_cell // width)
     cell = (width * scale, height * scale)
-    captions = [wrap_caption(drawable(name), cell[0]) for name in names]
+    captions = [wrapped(drawable(name), cell[0] // 7) for name in names]
     caption_height = 16 * max(caption.count("\n") + 1 for caption in captions)
     grid_size = (
         len(columns) * (cell[0] + gap) + gap,
@@ -208,12 +206,6 @@ def label_grid(columns: list[list[Image.Image]], names: list[str], min_cell: int
         font = pillow_font(caption, 12)
         draw.multiline_text((left + cell[0] / 2, top), caption, "black", font, anchor="ma", align="center")
     return grid
-
-
-def wrap_caption(name: str, width: int) -> str:
-    """A name on lines of about `width` pixels, at 12 pixels a Chinese letter and the like, 7 any other."""
-    wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in name)
-    return "\n".join(textwrap.wrap(name, max(1, width // (12 if wide else 7))))
 
 
 def main(argv: list[str] | None = None) -> None:

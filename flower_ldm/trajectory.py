@@ -23,7 +23,7 @@ from sklearn.decomposition import PCA
 
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.files import write_whole
-from flower_ldm.lettering import drawable, pillow_font, spell_out
+from flower_ldm.lettering import drawable, pillow_font, write_figure
 
 PANEL = 192  # pixels a side of an image in an animation
 MAX_GIF_BYTES = 2_000_000
@@ -251,8 +251,7 @@ def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) 
     lower.set_ylabel("predicted\nclean image", fontsize=9)
     left = 0.7 + strip + 0.85
     draw_way(figure.add_axes((left / width, 0.45 / height, 4.2 / width, 2.4 / height)), trajectory, plane)
-    spell_out(figure)
-    write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
+    write_figure(figure, path)
 
 
 def draw_strip(axis: Axes, images: np.ndarray, gap: float) -> np.ndarray:

@@ -23,9 +23,10 @@ from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
 from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from flower_ldm.files import file_path, path_text, write_whole
-from flower_ldm.lettering import drawable, spell_out
+from flower_ldm.lettering import drawable, wrapped, write_figure
 from flower_ldm.memorisation import TrainingNeighbours, memorised
-from flower_ldm.report import read_args
+from flower_ldm.report import is_bin, read_args
+from flower_ldm.report_curves import is_finite
 from flower_ldm.sample import fresh_folder, load_pipeline
 from flower_ldm.training import read_log
 from flower_ldm.trajectory import LatentPlane
@@ -117,13 +118,16 @@ def picture_table(
 
 
 def _two_lines(name: str, width: int = 14) -> str:
-    """A class name as it is drawn, broken at the blank or hyphen nearest its middle where it's too wide."""
-    name = drawable(name)
-    breaks = [index for index, letter in enumerate(name) if letter in " -"]
-    if len(name) <= width or not breaks:
-        return name
-    middle = min(breaks, key=lambda index: abs(index - len(name) / 2))
-    return name[: middle + (name[middle] == "-")] + "\n" + name[middle + 1 :]
+    """A class name as it is drawn, broken at the blank, hyphen or stroke nearest its middle where it's too wide.
+
+    It takes more lines where it must, for a longer one runs into the next column's name.
+    """
+    name = drawable(name).strip()
+    breaks = [index for index, letter in enumerate(name) if index and letter in " -_"]
+    if len(name) > width and breaks:
+        middle = min(breaks, key=lambda index: abs(index - len(name) / 2))
+        name = name[: middle + (name[middle] != " ")] + "\n" + name[middle + 1 :]
+    return "\n".join(wrapped(line, width) for line in name.split("\n"))
 
 
 def save_class_grid(images: np.ndarray, names: list[str], path: Path, title: str | None = None) -> None:
@@ -183,11 +187,22 @@ def save_nearest_neighbours(
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write a figure and let go of it; the folder is made where there is none."""
-    spell_out(figure)
     try:
-        write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
+        write_figure(figure, path)
     finally:
         plt.close(figure)
+
+
+def _values(lines: list[dict], key: str) -> list[tuple[int, float]]:
+    """What was logged under a name, by step, as far as it can be drawn."""
+    return [(line["step"], line[key]) for line in lines if is_finite(line.get(key))]
+
+
+def _by_timestep(line: dict) -> list[tuple[float, float]]:
+    """The middle of each range of timesteps of a log line, and the mean loss there."""
+    bins = line.get("loss_by_timestep")
+    bins = [one for one in bins if is_bin(one) and is_finite(one[2])] if isinstance(bins, list) else []
+    return [((low + high) / 2, mean) for low, high, mean in bins]
 
 
 def save_loss_curves(lines: list[dict], names: list[str], path: Path) -> None:
@@ -202,8 +217,7 @@ def save_loss_curves(lines: list[dict], names: list[str], path: Path) -> None:
         axis.axis("off")
     for axis, name in zip(axes.flat, panels, strict=False):
         for key, style, label in ((name, "-", "training"), (f"val_{name}", "o-", "held out")):
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
+            if points := _values(lines, key):
                 axis.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1.2, label=label)
         axis.set_title(name.replace("_", " "), fontsize=10)
         axis.set_xlabel("optimizer updates", fontsize=8)
@@ -218,14 +232,12 @@ def save_diffusion_loss(lines: list[dict], path: Path) -> None:
     """The denoiser's loss over steps, and by timestep: how the first, a middle and the last log line had it."""
     figure, (over_steps, by_timestep) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for key, style, label in (("loss", "-", "training"), ("val_loss", "o-", "held out, averaged weights")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
+        if points := _values(lines, key):
             over_steps.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1.2, label=label)
     over_steps.set(title="loss, min-SNR weighted", xlabel="optimizer updates")
-    binned = [line for line in lines if "loss_by_timestep" in line]
-    for line in [binned[index] for index in sorted({0, len(binned) // 2, len(binned) - 1}) if binned]:
-        points = [((low + high) / 2, mean) for low, high, mean in line["loss_by_timestep"] if mean is not None]
-        by_timestep.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1.2, label=f"update {line['step']}")
+    binned = [(line["step"], points) for line in lines if (points := _by_timestep(line))]
+    for step, points in [binned[index] for index in sorted({0, len(binned) // 2, len(binned) - 1}) if binned]:
+        by_timestep.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1.2, label=f"update {step}")
     by_timestep.set(title="loss by timestep, unweighted", xlabel="timestep (0 = clean)", ylim=(0, None))
     for axis in (over_steps, by_timestep):
         axis.grid(alpha=0.25)

@@ -149,6 +149,19 @@ def finished_runs(tmp_path_factory, random_vgg: Path, run_script) -> FinishedRun
 
 
 @pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures of matplotlib that were saved and closed, still to be looked at."""
+    from matplotlib import pyplot as plt
+
+    closed = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", closed.append)
+    yield closed
+    for figure in closed:
+        close(figure)
+
+
+@pytest.fixture
 def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """An empty Hub of this test's own; this process's `huggingface_hub` is logged in to it, caches in `tmp_path`."""
     from diffusers.utils import dynamic_modules_utils

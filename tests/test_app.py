@@ -380,6 +380,10 @@ def test_names_cannot_write_code_into_a_space(tmp_path, capsys):
 
 
 def test_a_space_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        app.main(["--pipeline", "someone/flowers", "--revision", COMMIT, "--space", "x" * 300])
+    assert "can't be written: File name too long" in capsys.readouterr().err
+
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -123,8 +123,9 @@ def test_of_diffusers_advice_what_is_wrong_stays():
     assert "contains custom code in pipe.py" in line and "trust_remote_code" not in line
 
 
-def test_a_path_that_speaks_of_trust_stays():
-    assert "/data/trust/roses.png" in one_line(FileNotFoundError(2, "No such file", "/data/trust/roses.png"))
+@pytest.mark.parametrize("path", ["/data/trust/roses.png", "/data/weights_only/roses.png", "we trust this/roses.png"])
+def test_a_path_that_speaks_of_trust_stays(path):
+    assert path in one_line(FileNotFoundError(2, "No such file", path))
 
 
 def test_of_a_line_that_fills_screens_both_ends_are_said():

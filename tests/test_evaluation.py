@@ -366,8 +366,17 @@ def test_flags_win_over_args_yaml_and_another_data_set_forgets_it(tmp_path, monk
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(saved))
     args = parse_args(["--pipeline", str(tmp_path), "--dataset", "folder/of flowers"])
     assert (args.dataset, args.image_column) == (saved["dataset"], "picture")
-    (tmp_path / "args.yaml").write_text("- no\n- mapping")
-    with pytest.raises(InputError, match="args.yaml can't be read"):
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- no\n- mapping", "must hold names and values"), ("a: [", "can't be read"),
+     ("resolution: x", "resolution must be a number"), ("classes: rose", "classes must be a list of names"),
+     ("skip_bad_images: perhaps", "skip_bad_images must be yes or no")],
+)  # fmt: skip
+def test_damaged_args_yaml_is_one_line(tmp_path, text, message):
+    (tmp_path / "args.yaml").write_text(text)
+    with pytest.raises(InputError, match=f"args.yaml:? {message}"):
         parse_args(["--pipeline", str(tmp_path)])
 
 

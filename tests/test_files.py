@@ -1,5 +1,6 @@
 """What a disk refuses is one line, and a file is whole or not there."""
 
+import argparse
 import errno
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 import flower_ldm
 from flower_ldm.errors import InputError
-from flower_ldm.files import DiskError, parse_yaml, refusals_of_disk, sync, write_whole
+from flower_ldm.files import DiskError, parse_yaml, path_text, refusals_of_disk, sync, write_whole
 
 
 @pytest.mark.parametrize(
@@ -99,3 +100,24 @@ def test_yaml_that_is_none_is_one_error(text):
 def test_yaml_is_read_in_one_place_only():
     package = Path(flower_ldm.__file__).parent
     assert [path.name for path in package.rglob("*.py") if "yaml.safe_load" in path.read_text("utf-8")] == []
+
+
+@pytest.mark.parametrize(("path", "why"), [("x" * 5000, "too long"), ("\ud800", "no file can have such a name")])
+def test_a_path_that_cannot_be_looked_at_is_one_line(path, why):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^.{{1,100}} can't be looked at: .*{why}"):
+        path_text(path)
+
+
+def test_a_path_may_lead_nowhere_yet_but_not_where_one_may_not_look(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "new" / "run", tmp_path / "file" / "run", tmp_path / "loop"):
+        assert path_text(str(path)) == str(path)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", refuse)  # root may look anywhere
+        with pytest.raises(argparse.ArgumentTypeError, match="/closed/x can't be looked at: Permission denied"):
+            path_text("/closed/x")

@@ -13,24 +13,13 @@ from matplotlib.text import Text
 from PIL import Image
 
 from flower_ldm import lettering
-from flower_ldm.lettering import drawable, fonts_for, pillow_font
+from flower_ldm.lettering import drawable, fonts_for, pillow_font, wrapped
 from flower_ldm.sample import label_grid
 from flower_ldm.trajectory import LatentPlane, Trajectory, animation_frames, save_denoising_path
-from flower_ldm.visualization import latent_map, save_class_grid, save_figure, save_picture_table
+from flower_ldm.visualization import class_grid, latent_map, save_class_grid, save_figure, save_picture_table
 
 NAMES = ["Ca$$h", "a$b$", r"$\frac{$", "$", "_rose", "foto-\udce9", "red\nrose\t\x1b[31m", "x" * 300, "", " ",
          "牡丹", "🌹", "100 % {rose} \\ ^_ #"]  # fmt: skip
-
-
-@pytest.fixture
-def figures(monkeypatch) -> list[plt.Figure]:
-    """The figures that were saved and closed, still to be looked at."""
-    closed = []
-    close = plt.close
-    monkeypatch.setattr(plt, "close", closed.append)
-    yield closed
-    for figure in closed:
-        close(figure)
 
 
 @pytest.fixture
@@ -74,7 +63,8 @@ def peony_font(tmp_path, monkeypatch, forget) -> Path:
 
 
 def texts(figure: plt.Figure) -> list[str]:
-    return [text.get_text() for text in figure.findobj(Text)]
+    """On one line each: wide names are broken."""
+    return [text.get_text().replace("\n", "") for text in figure.findobj(Text)]
 
 
 def test_every_name_is_drawn_as_it_is_spelled(tmp_path, figures):
@@ -97,9 +87,44 @@ def test_every_name_is_drawn_as_it_is_spelled(tmp_path, figures):
         assert len(animation_frames(path)) == 3
         label_grid([[Image.new("RGB", (32, 32))]], [name]).verify()
     for figure in figures[:2]:
-        assert {"Ca$$h", "a$b$", r"$\frac{$", " _rose", r"foto-\udce9", r"red\nrose\t\x1b[31m"} <= set(texts(figure))
+        assert {"Ca$$h", "a$b$", r"$\frac{$", "_rose", r"foto-\udce9", r"red\nrose\t\x1b[31m"} <= set(texts(figure))
         assert not any(text.get_parse_math() for text in figure.findobj(Text) if text.get_text())
     assert " _rose" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_names_stay_below_their_own_columns(tmp_path, figures):
+    names = [
+        "_hidden`[x](http:evil)`*b*",
+        "photographsofmeadowsinautumn" * 2,
+        "a bishop of llandaffandmore",
+        "rose",
+        "牡丹" * 20,
+        "x-" * 30,
+    ]
+    save_class_grid(np.zeros((len(names), 1, 8, 8, 3), np.uint8), names, tmp_path / "grid.png")
+    extents = [axis.xaxis.label.get_window_extent() for axis in figures[0].axes]
+    for label, (left, right) in enumerate(zip(extents, extents[1:], strict=False)):
+        assert left.x1 < right.x0 + 2, names[label]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [(" init__ 🌻", "init__ 🌻"), ("牡丹" * 4, "牡丹牡丹牡\n丹牡丹"), ("bishop of llandaff", "bishop of\nllandaff"),
+     ("abcdefghijklm", "abcdefghij\nklm"), ("", "")],
+)  # fmt: skip
+def test_wrapped(name, lines):
+    assert wrapped(name, 10) == lines
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [("_hidden`[x](http:evil)`*b*", "_hidden`[x](ht\ntp:evil)`*b*"), ("african_elephant", "african_\nelephant"),
+     ("globe-flower", "globe-flower"), ("prince of wales feathers", "prince of\nwales feathers")],
+)  # fmt: skip
+def test_names_of_columns_are_broken_where_one_reads_them_best(name, lines):
+    figure = class_grid(np.zeros((1, 1, 8, 8, 3), np.uint8), [name])
+    assert figure.axes[0].get_xlabel() == lines
+    plt.close(figure)
 
 
 def test_a_dollar_is_drawn():
@@ -138,11 +163,12 @@ def test_letters_come_from_a_font_that_has_them(peony_font, tmp_path, figures, c
     assert capsys.readouterr().err == "" and not [one for one in recwarn if "Glyph" in str(one.message)]
 
 
-def test_letters_that_no_font_has_are_named_once(forget, tmp_path, monkeypatch, capsys):
+def test_letters_that_no_font_has_are_named_once(forget, tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.setattr(fontManager, "ttflist", [one for one in fontManager.ttflist if "DejaVu" in one.name])
     for _ in range(2):
         save_class_grid(np.zeros((2, 1, 8, 8, 3), np.uint8), ["牡丹", "rose"], tmp_path / "grid.png")
         label_grid([[Image.new("RGB", (96, 96))]], ["牡丹 Rose"])
+    assert not recwarn.list  # matplotlib doesn't say it too
     assert capsys.readouterr().err == (
         "no font here has 丹 牡: pictures show boxes in their place; install one that has, such as Noto Sans CJK\n"
     )

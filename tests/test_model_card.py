@@ -87,6 +87,7 @@ def test_card_of_a_pipeline_says_what_was_measured_and_how(runs):
                  "| Images (n) | 48 | 16 | 20 |", "| Samples | 20 | 5.0 % | 0.0 % | 1 |", "21.25", "guidance 2.5",
                  "n = 20 is not above", "Of 20 samples, 5.0 % were memorised"):  # fmt: skip
         assert said in card, said
+    assert "| Learning rate | 0.0003, " in card  # no list begins there
     for unmeasured in ("Recall", "Class accuracy", "Density", "head", "nan"):
         assert unmeasured not in card
 
@@ -254,7 +255,11 @@ def test_names_get_out_of_no_code_block_and_no_metadata(runs):
     index["id2label"] = {"0": "- 1", "1": name, "2": "http://elsewhere", "3": "$x$ ~~y~~ \ud800"}
     (runs["flower_ldm"] / "model_index.json").write_text(json.dumps(index))
     change(runs["flower_ldm"], "args.yaml", classes=["0", name], hub_model_id='me/x"); evil(); ("')
-    sampling = EVALUATION["sampling"] | {"scheduler": "x\n---\ny: [", "seed": "0; rm -rf ."}
+    sampling = EVALUATION["sampling"] | {
+        "scheduler": "x\n---\ny: [",
+        "seed": "0; rm -rf .",
+        "guidance_scale": "1); evil(",
+    }
     change(runs["flower_ldm"], "metrics.json", evaluation=EVALUATION | {"sampling": sampling})
     card = write_model_card(runs["flower_ldm"]).read_text("utf-8")
     outside, fence = [], None

@@ -87,6 +87,21 @@ def stage2(finished_runs, tmp_path_factory) -> Path:
     return folder
 
 
+def test_pictures_are_of_classes_as_they_are_spelled(small_run):
+    index = json.loads((small_run / "model_index.json").read_text())
+    index["id2label"] = {"0": "a$b$", "1": "a b", "2": "<img src=x>", "3": "向日葵"}
+    (small_run / "model_index.json").write_text(json.dumps(index))
+    for stem in ("a_b", "a_b_1", "img_src_x", "向日葵", "gone_since"):
+        picture(small_run / f"denoising_path_{stem}.png")
+    Image.new("RGB", (8, 8)).save(small_run / "diffusion_animation_img_src_x.gif")
+    page = Page(write_report(small_run))
+    shown = [tag[1]["alt"] for tag in page.tags if tag[0] == "img"]
+    for name in ("a b", "<img src=x>", "向日葵", "gone since"):  # the first may be of two classes
+        assert f"The denoising path of one sample of class {name}" in shown
+        assert f"{name}: the path of one sample" in page.text
+    assert "Animation: a sample of class <img src=x> emerges" in shown
+
+
 class Page(HTMLParser):
     """A page taken apart: every tag with its attributes, the text outside of scripts and styles, open tags."""
 
@@ -305,7 +320,8 @@ DAMAGED = [  # a file of the run, where in it, and what stands there; then what 
     ("args.yaml", "resolution", [[64]], "resolution must be a number, not a list"),
     ("args.yaml", "classes", 5, "classes must be a list of names, not a number"),
     ("args.yaml", "dataset", {"a": 1}, "dataset must be a text, not a mapping"),
-    ("args.yaml", "seed", {"a": 1}, "seed must be a number, a text, or a list of such, not a mapping"),
+    ("args.yaml", "petals", {"a": 1}, "petals must be a number, a text, or a list of such, not a mapping"),
+    ("args.yaml", "skip_bad_images", "no", "skip_bad_images must be yes or no, not a text"),
     ("args.yaml", "seed; rm -rf .", 1, "seed; rm -rf . is no flag"),
     ("args.yaml", "gradient_accumulation_steps", "two", "gradient_accumulation_steps must be a number, not a text"),
     ("args.yaml", "autoencoder", "x" * 5000, None),

@@ -53,17 +53,6 @@ def cells(grid: Image.Image) -> list[list[int]]:
     return middles[..., 0].tolist()
 
 
-@pytest.fixture
-def figures(monkeypatch) -> list[plt.Figure]:
-    """The figures that were saved and closed, still to be looked at."""
-    closed = []
-    close = plt.close
-    monkeypatch.setattr(plt, "close", closed.append)
-    yield closed
-    for figure in closed:
-        close(figure)
-
-
 # Images
 
 
@@ -263,6 +252,18 @@ def test_diffusion_loss_over_steps_and_by_timestep(tmp_path, figures):
     assert list(over_steps.values()) == [[(step, 1 / step) for step in range(1, 6)], [(5, 0.25)]]
     assert by_timestep == {"update 1": [(250, 2)], "update 3": [(250, 2 / 3)], "update 5": [(250, 2 / 5)]}
     assert Image.open(tmp_path / "loss.png").format == "PNG"
+
+
+@pytest.mark.parametrize("damage", [None, "x", {}, [[1]], ["x"], 10**400, True, [[0, 500, {}], [500, 1000, 7.0]]])
+def test_what_is_no_number_in_a_log_is_not_drawn(damage, tmp_path, figures):
+    lines = [{"step": 1, "loss": 0.5, "loss_by_timestep": [[0, 1000, 0.5]]},
+             {"step": 2, "loss": damage, "loss_by_timestep": damage, "val_loss": damage}]  # fmt: skip
+    save_loss_curves(lines, ["loss"], tmp_path / "losses.png")
+    assert points(figures[0].axes[0]) == {"training": [(1, 0.5)]}
+    save_diffusion_loss(lines, tmp_path / "loss.png")
+    over_steps, by_timestep = map(points, figures[1].axes)
+    assert over_steps == {"training": [(1, 0.5)]} and by_timestep.pop("update 1") == [(500, 0.5)]
+    assert by_timestep == ({"update 2": [(750, 7.0)]} if damage and damage == [[0, 500, {}], [500, 1000, 7.0]] else {})
 
 
 def test_diffusion_loss_of_a_run_without_a_log_line(tmp_path: Path):
