@@ -271,12 +271,13 @@ def refuse(trial: Trial, folder: Path, fails: int, kind: str, going_on: bool, ca
     assert disk.refused is not None, f"write {fails} of {len(disk.calls)} was never asked for"
     loads(folder)
     if line is None:  # what a run can do without, or what the system may not be able to do at all
-        optional = ("log.jsonl", "_loss.png", "_losses.png", "/samples/", "/reconstructions/")
-        assert any(name in disk.refused for name in optional) or disk.refused.split()[0] in ("fsync", "unlink"), (
-            disk.refused
-        )
-        if any(name in disk.refused for name in optional) and "fsync" not in disk.refused:
-            assert "left out" in said.err
+        optional = ("log.jsonl", "_loss.png", "_losses.png", "/samples", "/reconstructions")
+        if disk.refused.startswith("rename") and "/unfinished-" in disk.refused:  # an old checkpoint on its way out
+            assert "can't be removed" in said.out
+        elif any(name in disk.refused for name in optional):
+            assert "left out" in said.err or "fsync" in disk.refused
+        else:
+            assert disk.refused.split()[0] in ("fsync", "unlink"), disk.refused
         trial.check(folder)
         return "went on without"
     assert "\n" not in line and "Traceback" not in said.err
@@ -309,7 +310,7 @@ def count(trial: Trial, folder: Path) -> list[str]:
     return disk.calls
 
 
-def refuse_some(trial: Trial, name: str, tmp_path: Path, capsys, most: int | None, go_on_every: int = 1) -> str:
+def refuse_some(trial: Trial, name: str, tmp_path: Path, capsys, most: int | None = None, go_on_every: int = 1) -> str:
     """Count the writes of an undisturbed trial, and refuse so many of them, each in a trial of its own."""
     calls = count(trial, tmp_path / "counted")
     assert calls
@@ -336,12 +337,10 @@ def test_a_write_that_fails_costs_nothing(trial, name, tmp_path, capsys, record_
     record_property("counts", refuse_some(trial(name), name, tmp_path, capsys, most=2))
 
 
-# How many of each trial's writes, at most.
-LONG_FORM = {"autoencoder": 90, "latent_diffusion": 90, "autoencoder, longer": 20, "latent_diffusion, longer": 20,
-             "evaluation": 30, "sample": 30, "report": 30, "card": 30}  # fmt: skip
+TRIALS = ("autoencoder", "latent_diffusion", "autoencoder, longer", "latent_diffusion, longer", *COMMANDS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LONG_FORM)
+@pytest.mark.parametrize("name", TRIALS)
 def test_every_write_fails_once(trial, name, tmp_path, capsys, record_property):
-    record_property("counts", refuse_some(trial(name), name, tmp_path, capsys, LONG_FORM[name], go_on_every=3))
+    record_property("counts", refuse_some(trial(name), name, tmp_path, capsys, go_on_every=3))
