@@ -274,6 +274,7 @@ def refuse(trial: Trial, folder: Path, fails: int, kind: str, going_on: bool, ca
         optional = ("log.jsonl", "_loss.png", "_losses.png", "/samples", "/reconstructions")
         if disk.refused.startswith("rename") and "/unfinished-" in disk.refused:  # an old checkpoint on its way out
             assert "can't be removed" in said.out
+            shutil.rmtree(folder / disk.refused.split()[1].replace("unfinished-", "checkpoint-"))  # as nobody did
         elif any(name in disk.refused for name in optional):
             assert "left out" in said.err or "fsync" in disk.refused
         else:
