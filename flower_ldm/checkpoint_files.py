@@ -6,14 +6,13 @@ wrote the folder. The manifest says what was written, and is written last; it pr
 
 import hashlib
 import json
-import stat
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .files import sync
+from .files import is_regular, sync
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -176,14 +175,6 @@ def why_invalid(folder: Path, step: int | None = None, hashes: bool = True) -> s
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST} can't be read"
     return None
-
-
-def is_regular(path: Path) -> bool:
-    """Whether there is a file: no folder, link, pipe or device, whose reading may never end."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
-        return False
 
 
 def sha256(path: Path) -> str:

@@ -18,8 +18,6 @@ UNSAFE_ADVICE = re.compile(
     re.IGNORECASE,
 )
 PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|\S*/\S*""")  # in a sentence; its words advise nothing
-
-
 LONGEST_LINE = 1000  # of a name that fills screens, beginning and end say enough
 
 

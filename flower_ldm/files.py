@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,6 +97,14 @@ def sync(path: Path) -> None:
     except OSError as error:  # some systems can't do that with folders, or with files that are open for reading
         if error.errno not in CANT_SYNC:
             raise
+
+
+def is_regular(path: Path) -> bool:
+    """Whether there is a file: no folder, link, pipe or device, whose reading may never end."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def check_writable(folder: Path, flag: str) -> None:

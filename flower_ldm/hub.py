@@ -12,7 +12,6 @@ import re
 import shlex
 import signal
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from huggingface_hub.utils import validate_repo_id
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .files import file_path, parse_yaml
 from .model_card import public_dataset, write_model_card
+from .runs import WEIGHTS, fits
 from .training import stop_signals
 
-# By diffusers' name: a latent cache may lie in the same folder, and holds the photographs.
-WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json")
 # By the file that makes a folder one of the two kinds: what of it goes to the Hub.
 AUTOENCODER_FILES = ("config.json", *WEIGHTS, "autoencoder_flower.py", "autoencoder_losses.png", "latent_space_*.png")
 PIPELINE_FILES = (
@@ -140,7 +138,7 @@ def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | No
         additions["README.md"] = write_model_card(run_dir, repo_id)
         operations = [CommitOperationAdd(path, content) for path, content in additions.items()]
         for path in api.list_repo_files(repo_id):
-            if path not in additions and path != "README.md" and is_allowed(path, allowed):
+            if path not in additions and path != "README.md" and fits(path, allowed):
                 operations.append(CommitOperationDelete(path))
         return api.create_commit(repo_id, operations, commit_message="Upload a run of flower_ldm").commit_url
     except (Exception, KeyboardInterrupt) as error:  # whatever the reason, the run is on disk and can be pushed again
@@ -189,18 +187,13 @@ def own_files(run_dir: Path, allowed: tuple[str, ...]) -> Iterator[tuple[str, Pa
         target = Path(os.path.realpath(path))
         if name in folders and target != root / name:
             raise InputError(f"{path} is a symbolic link, which no push follows: put the folder itself there")
-        if not is_allowed(name, allowed):
+        if not fits(name, allowed):
             continue
-        inside = target.is_relative_to(root) and is_allowed(target.relative_to(root).as_posix(), allowed)
+        inside = target.is_relative_to(root) and fits(target.relative_to(root).as_posix(), allowed)
         if not (inside and target.is_file()):
             what = "a symbolic link to what may not go" if path.is_symlink() else "no regular file"
             raise InputError(f"{path} is {what} to the Hub: put a copy in its place, or take it away")
         yield name, target
-
-
-def is_allowed(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file fits one of the patterns; a star stands for part of one name, never for a folder."""
-    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def public_flags(flags: dict[str, Any]) -> dict[str, Any]:

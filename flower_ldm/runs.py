@@ -8,8 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from .checkpoint_files import is_regular
-from .files import parse_yaml
+from .files import is_regular, parse_yaml
 from .run_lock import LOCK
 
 # Flags that both scripts keep in args.yaml; no other program has all of them.
@@ -20,10 +19,9 @@ RUN_FLAGS = frozenset({
 # A card with this line was written by a run; one without is somebody's own.
 CARD_MARK = "<!-- Written by flower_ldm. Take this line out, and your changes will not be overwritten. -->"
 
-MODEL = (
-    "config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json",
-    "autoencoder_flower.py", "unet_flower.py",
-)  # fmt: skip
+# By diffusers' name: a latent cache may lie in the same folder, and holds the photographs.
+WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json")
+MODEL = ("config.json", *WEIGHTS, "autoencoder_flower.py", "unet_flower.py")
 CHECKPOINT = ("*.safetensors", "*.bin", "*.pkl", "*.pt", "*.json", "*.yaml")
 # Whatever a run and its evaluation may leave, finished or killed. Stars stand for part of one name, <step> for digits.
 RUN_FILES = (
@@ -104,7 +102,7 @@ def is_of_run(path: Path, name: str) -> bool:
 
 
 def fits(name: str, patterns: tuple[str, ...] | set[str]) -> bool:
-    """Whether a name fits one of the patterns; the star of none stands for a slash."""
+    """Whether a name fits one of the patterns; a star stands for part of one name, never for a folder."""
     name = re.sub(r"^(checkpoint|unfinished)-[0-9]+(?=/|$)", r"\1-<step>", name)
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 

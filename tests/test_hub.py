@@ -32,6 +32,7 @@ import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, hub
 from flower_ldm.errors import InputError
 from flower_ldm.model_card import write_model_card
+from flower_ldm.runs import WEIGHTS, fits
 
 ROOT = Path(__file__).parent.parent
 AUTOENCODER_FILES = {
@@ -121,9 +122,9 @@ def test_latents_of_the_data_stay_where_they_lie_beside_the_weights(finished_run
     )
     assert hub.run_files(tmp_path / "run")[1].keys() == before
     for name in ("00001-of-00002.safetensors", "fp16.safetensors", "fp16-00001-of-00002.safetensors"):
-        assert hub.is_allowed(f"diffusion_pytorch_model{'-' if name[0] == '0' else '.'}{name}", hub.WEIGHTS)
+        assert fits(f"diffusion_pytorch_model{'-' if name[0] == '0' else '.'}{name}", WEIGHTS)
     for name in ("index.json", "index.fp16.json"):
-        assert hub.is_allowed(f"diffusion_pytorch_model.safetensors.{name}", hub.WEIGHTS)
+        assert fits(f"diffusion_pytorch_model.safetensors.{name}", WEIGHTS)
 
 
 def test_a_guide_goes_with_its_pipeline(finished_runs, tmp_path):
