@@ -1,5 +1,6 @@
 """What several test files need: a tiny folder of labelled images, a tiny training run, a VGG16 with random weights."""
 
+import argparse
 import json
 import os
 import signal
@@ -95,6 +96,32 @@ def random_vgg(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
     save_file({f"features.{name}": value for name, value in layers.state_dict().items()}, path)
     return path
+
+
+def parse(*words: str) -> argparse.Namespace:
+    """As a script does that has one flag of its own."""
+    from flower_ldm import recipes
+
+    parser = recipes.common_parser("a script")
+    parser.set_defaults(output_dir="results/autoencoder")
+    parser.add_argument("--pixel_weight", type=float, default=1.0)
+    return recipes.parse_arguments(parser, "autoencoder", list(words))
+
+
+@pytest.fixture
+def counted() -> type[str]:
+    """Texts that count how often they are compared, whatever they are compared with, in `compared` of their class."""
+
+    class Counted(str):
+        compared = 0
+
+        def __eq__(self, other):
+            Counted.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    return Counted
 
 
 def tiny_stages(folder: Path, vgg_weights: Path) -> tuple[list[str], list[str]]:

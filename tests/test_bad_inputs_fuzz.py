@@ -24,6 +24,7 @@ import time
 import traceback
 import unicodedata
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
-class Kind:
+class Kind(ABC):
     """A kind of input. `short` and `long` are how many of it the two tests try."""
 
     name = ""
@@ -108,15 +109,17 @@ class Kind:
         self.folder = folder
         self.runs = runs
 
+    @abstractmethod
     def cases(self) -> st.SearchStrategy:
-        raise NotImplementedError
+        """The inputs to be tried."""
 
+    @abstractmethod
     def run(self, case: Any) -> str | None:
         """Bring the case in, and assert that what was accepted is right. Returns a line where that was a refusal."""
-        raise NotImplementedError
 
     def expects(self, case: Any) -> bool | None:
         """Whether the case is fine; None where both can be."""
+        return None
 
     def named(self, case: Any) -> tuple[str, ...]:
         """What a refusal must hold one of; empty: anything."""
@@ -719,16 +722,21 @@ labels = st.one_of(
 )
 
 
-class Labels(Kind):
-    """What `pipe(labels)` takes: names, indices, several, sums of classes."""
+class OfPipeline(Kind):
+    """What a pipeline itself is given, which refuses by `ValueError`."""
 
-    name = "labels of the pipeline"
-    short, long = 150, 2500
     raises_value_errors = True
 
     def __init__(self, folder, runs):
         super().__init__(folder, runs)
         self.pipe = tiny_pipeline()
+
+
+class Labels(OfPipeline):
+    """What `pipe(labels)` takes: names, indices, several, sums of classes."""
+
+    name = "labels of the pipeline"
+    short, long = 150, 2500
 
     def cases(self):
         many = st.lists(labels, max_size=3)
@@ -806,16 +814,11 @@ def calls(draw) -> dict:
     return options
 
 
-class Calls(Kind):
+class Calls(OfPipeline):
     """What `pipe(labels, ...)` takes besides labels; a draw where nothing is wrong with it."""
 
     name = "arguments of the pipeline"
     short, long = 60, 1500
-    raises_value_errors = True
-
-    def __init__(self, folder, runs):
-        super().__init__(folder, runs)
-        self.pipe = tiny_pipeline()
 
     def cases(self):
         return calls()

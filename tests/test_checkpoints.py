@@ -1,6 +1,5 @@
 """The output folder, checkpoints by name, and the progress that they keep; nothing is trained."""
 
-import argparse
 import errno
 import json
 import os
@@ -18,23 +17,15 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from conftest import parse
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
-from flower_ldm import checkpoints, recipes, run_lock, runs
+from flower_ldm import checkpoints, run_lock, runs
 from flower_ldm.checkpoint_files import load_state, save_state, why_invalid, write_manifest
 from flower_ldm.checkpoints import Progress
 from flower_ldm.errors import InputError
 from flower_ldm.run_lock import lock_folder
-
-
-def parse(*words: str) -> argparse.Namespace:
-    """As a script does that has one flag of its own."""
-    parser = recipes.common_parser("a script")
-    parser.set_defaults(output_dir="results/autoencoder")
-    parser.add_argument("--pixel_weight", type=float, default=1.0)
-    return recipes.parse_arguments(parser, "autoencoder", list(words))
-
 
 # The output folder
 

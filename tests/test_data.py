@@ -362,32 +362,20 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(caught.value) == f"{tmp_path / folder} can't be read: Permission denied"
 
 
-def test_many_folders_are_each_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_folders_are_each_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: type) -> None:
     """And no list is searched for each: 100,000 empty ones are refused in seconds."""
-    names = [Counted(f"class {index:04}") for index in range(1000)]
+    names = [counted(f"class {index:04}") for index in range(1000)]
     for name in names:
         (tmp_path / name).mkdir()
     scandir, scanned = os.scandir, []
     monkeypatch.setattr(os, "scandir", lambda path: scanned.append(path) or scandir(path))
-    monkeypatch.setattr(data, "plain_name", Counted)
+    monkeypatch.setattr(data, "plain_name", counted)
     with pytest.raises(
         InputError, match=r"'class 0000' has no training image in .* \(and 999 other classes have none"
     ):
         load_folder(tmp_path, resolution=8)
     assert len(scanned) == 1001
-    assert Counted.compared < 20_000
-
-
-class Counted(str):
-    """A name that counts how often it is compared with another."""
-
-    compared = 0
-
-    def __eq__(self, other):
-        Counted.compared += 1
-        return str.__eq__(self, other)
-
-    __hash__ = str.__hash__
+    assert counted.compared < 20_000
 
 
 def test_missing_and_empty_folders(tmp_path: Path, image_folder: Path) -> None:

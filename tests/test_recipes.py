@@ -1,24 +1,16 @@
 """Flags and recipes: which wins, what is read from YAML, and what is refused in one line."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import parse
 
 import app
 import train_autoencoder
 import train_latent_diffusion
-from flower_ldm import evaluation, hub, recipes, report, sample, visualization
+from flower_ldm import evaluation, hub, report, sample, visualization
 from flower_ldm.errors import InputError
-
-
-def parse(*words: str) -> argparse.Namespace:
-    """As a script does that has one flag of its own."""
-    parser = recipes.common_parser("a script")
-    parser.set_defaults(output_dir="results/autoencoder")
-    parser.add_argument("--pixel_weight", type=float, default=1.0)
-    return recipes.parse_arguments(parser, "autoencoder", list(words))
 
 
 @pytest.fixture
