@@ -26,10 +26,10 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from flower_ldm.errors import InputError, one_line, printable
-from flower_ldm.images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, small_pixels
-from flower_ldm.synthetic import CLASS_NAMES, synthetic_flower
-from pipelines.pipeline_flower_ldm import find_classes, plain_name
+from .errors import InputError, one_line, printable
+from .images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, small_pixels
+from .pipelines.pipeline_flower_ldm import find_classes, plain_name
+from .synthetic import CLASS_NAMES, synthetic_flower
 
 VAL_SPLIT_NAMES = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
 HELD_OUT = "held-out 10 %"  # the name of the split we make where there is none

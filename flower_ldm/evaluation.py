@@ -33,12 +33,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm import tqdm
 
-import flower_ldm
-from flower_ldm import FlowerLDMPipeline
-from flower_ldm.autoencoder_losses import PerceptualLoss, fidelity
-from flower_ldm.data import ImageDataset, load_datasets, to_uint8
-from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, refusals_of_input
-from flower_ldm.features import (
+from . import FlowerLDMPipeline, __version__
+from .autoencoder_losses import PerceptualLoss, fidelity
+from .data import ImageDataset, load_datasets, to_uint8
+from .errors import InputError, OneLineParser, exit_on_input_error, refusals_of_input
+from .features import (
     DEFAULT_FEATURES,
     KID_MAX_SUBSET,
     KID_SUBSETS,
@@ -54,16 +53,16 @@ from flower_ldm.features import (
     read_tensors,
     write_tensors,
 )
-from flower_ldm.files import file_path, path_text, refusals_of_disk, whole_path, write_whole
-from flower_ldm.images import MAX_IMAGE_PIXELS
-from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
-from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
-from flower_ldm.model_card import write_model_card
-from flower_ldm.report import read_args, write_report
-from flower_ldm.sample import SCHEDULERS, check_sampling, load_pipeline
-from flower_ldm.trajectory import draw
-from flower_ldm.visualization import save_figure, save_nearest_neighbours
-from pipelines.pipeline_flower_ldm import plain_name
+from .files import file_path, path_text, refusals_of_disk, whole_path, write_whole
+from .images import MAX_IMAGE_PIXELS
+from .latent_cache import UnusableCacheError, tensors_digest
+from .memorization import TrainingNeighbours, memorization_rates
+from .model_card import write_model_card
+from .pipelines.pipeline_flower_ldm import plain_name
+from .report import read_args, write_report
+from .sample import SCHEDULERS, check_sampling, load_pipeline
+from .trajectory import draw
+from .visualization import save_figure, save_nearest_neighbours
 
 # What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
 DATA_FLAGS = {
@@ -524,7 +523,7 @@ def evaluate(
         },
         "reconstruction": reconstruction,
         "against_held_out": against_held_out,
-        "memorisation": {"samples": memorisation_rates(found), "held_out": memorisation_rates(held_out_found)},
+        "memorisation": {"samples": memorization_rates(found), "held_out": memorization_rates(held_out_found)},
         **({"sweep": sweep} if sweep else {}),
         "remarks": remarks_on(args, against_held_out, real),
     }  # fmt: skip
@@ -684,7 +683,7 @@ def main(argv: list[str] | None = None) -> None:
     perceptual = PerceptualLoss(args.vgg_weights).to(args.device) if args.vgg_weights else None
     evaluation = evaluate(args, pipe, network, perceptual)
     evaluation["versions"] = {
-        "flower_ldm": flower_ldm.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        "flower_ldm": __version__, "python": platform.python_version(), "torch": torch.__version__,
         "diffusers": diffusers.__version__, "torchmetrics": torchmetrics.__version__,
         "scikit-learn": sklearn.__version__,
     }  # fmt: skip

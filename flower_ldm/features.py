@@ -27,10 +27,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from flower_ldm.data import ImageDataset, uint8_images
-from flower_ldm.errors import InputError, one_line
-from flower_ldm.files import refusals_of_disk, write_whole
-from flower_ldm.latent_cache import UnusableCacheError, tensors_digest
+from .data import ImageDataset, uint8_images
+from .errors import InputError, one_line
+from .files import refusals_of_disk, write_whole
+from .latent_cache import UnusableCacheError, tensors_digest
 
 FORMAT_VERSION = "1"
 DEFAULT_FEATURES = "efficientnet-lite0"  # its weights are in a Python package: it works offline, and everywhere alike

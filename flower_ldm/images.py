@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.pipeline_flower_ldm import upright_srgb
+from .pipelines.pipeline_flower_ldm import upright_srgb
 
 # What is read, by Pillow's name, with the endings of its files. Not all that Pillow reads: it gives an EPS of any name
 # to Ghostscript, which runs what is in it.

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from flower_ldm.data import ImageDataset, image_rng, keep_batch
-from flower_ldm.errors import InputError, one_line
-from flower_ldm.files import write_whole
+from .data import ImageDataset, image_rng, keep_batch
+from .errors import InputError, one_line
+from .files import write_whole
 
 FORMAT_VERSION = "1"
 NOT_ENCODER_CONFIG = ("latents_mean", "latents_std")  # measured from the latents: they don't change them

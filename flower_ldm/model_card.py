@@ -22,7 +22,7 @@ from .report import (
     duration,
     facts,
     lede,
-    memorisation_table,
+    memorization_table,
     metrics_table,
     part,
     percent,
@@ -263,7 +263,7 @@ def measured(run: Run) -> str:
         rows += [[name, *values] for name, values in table["counts"]]
         parts += [protocol(run), _table(["", *columns], rows)]
         parts.append("\n".join(f"- {plain(remark)}" for remark in evaluation.get("remarks") or []))
-    if rows := memorisation_table(evaluation):
+    if rows := memorization_table(evaluation):
         parts.append(
             "**Memorisation.** The share of images whose nearest training image is nearer than a third of the second "
             "nearest, in feature and in pixel space; held-out images, which can't have been memorised, are the null."

@@ -712,7 +712,7 @@ def reconstruction_figures(run: Run) -> list[tuple[str, str]]:
     return rows if len(rows) > 1 else []
 
 
-def memorisation_table(evaluation: dict) -> list[tuple[str, list[str]]]:
+def memorization_table(evaluation: dict) -> list[tuple[str, list[str]]]:
     """Samples and, as the null, held-out images: how many, memorised by features, by pixels, byte-identical."""
     rows = []
     for name, heading in (("samples", "Samples"), ("held_out", "Held-out images")):
@@ -836,7 +836,7 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
             "plot": single.get("evaluation_sweep"),
             "grid": single["guidance_sweep"],
         },
-        "memorisation": {"rows": memorisation_table(evaluation), "picture": single["nearest_neighbours"]},
+        "memorisation": {"rows": memorization_table(evaluation), "picture": single["nearest_neighbours"]},
         "again": commands(run),
         "versions": versions(run),
     }

@@ -17,13 +17,13 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from flower_ldm import FlowerLDMPipeline
-from flower_ldm.data import file_safe_name
-from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
-from flower_ldm.files import check_writable, file_path, path_text, write_whole
-from flower_ldm.images import MAX_IMAGE_PIXELS, open_image
-from flower_ldm.lettering import drawable, pillow_font, wrapped
-from pipelines.pipeline_flower_ldm import upright_srgb
+from . import FlowerLDMPipeline
+from .data import file_safe_name
+from .errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
+from .files import check_writable, file_path, path_text, write_whole
+from .images import MAX_IMAGE_PIXELS, open_image
+from .lettering import drawable, pillow_font, wrapped
+from .pipelines.pipeline_flower_ldm import upright_srgb
 
 DEFAULT_NUM_LABELS = 10
 

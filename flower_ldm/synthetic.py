@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from flower_ldm.errors import InputError
+from .errors import InputError
 
 MIN_RESOLUTION, MAX_RESOLUTION = 16, 512
 BACKGROUND_SIZE = 64  # the background is out of focus: drawn at this size and enlarged

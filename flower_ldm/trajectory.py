@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.decomposition import PCA
 
-from flower_ldm import FlowerLDMPipeline
-from flower_ldm.files import write_whole
-from flower_ldm.lettering import drawable, pillow_font, write_figure
+from . import FlowerLDMPipeline
+from .files import write_whole
+from .lettering import drawable, pillow_font, write_figure
 
 PANEL = 192  # pixels a side of an image in an animation
 MAX_GIF_BYTES = 2_000_000

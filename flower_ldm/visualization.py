@@ -19,18 +19,18 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from tqdm import tqdm
 
-from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
-from flower_ldm.data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
-from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
-from flower_ldm.files import file_path, path_text, write_whole
-from flower_ldm.lettering import drawable, wrapped, write_figure
-from flower_ldm.memorisation import TrainingNeighbours, memorised
-from flower_ldm.report import is_bin, read_args
-from flower_ldm.report_curves import is_finite
-from flower_ldm.sample import fresh_folder, load_pipeline
-from flower_ldm.training import read_log
-from flower_ldm.trajectory import LatentPlane
-from pipelines.pipeline_flower_ldm import plain_name
+from . import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
+from .data import ImageDataset, file_safe_name, load_datasets, to_uint8, uint8_images
+from .errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
+from .files import file_path, path_text, write_whole
+from .lettering import drawable, wrapped, write_figure
+from .memorization import TrainingNeighbours, memorized
+from .pipelines.pipeline_flower_ldm import plain_name
+from .report import is_bin, read_args
+from .report_curves import is_finite
+from .sample import fresh_folder, load_pipeline
+from .training import read_log
+from .trajectory import LatentPlane
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -174,12 +174,12 @@ def save_nearest_neighbours(
         axis.set_yticks([(row + 0.5) * height for row in range(len(rows))], row_names, fontsize=9)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        for caption, copied in zip(axis.get_xticklabels(), memorised(distances[suspects]).tolist(), strict=True):
+        for caption, copied in zip(axis.get_xticklabels(), memorized(distances[suspects]).tolist(), strict=True):
             if copied:
                 caption.set(color="#c1272d", fontweight="bold")
         axis.set_title(
             f"Most suspicious in {space} space. Memorised (ratio of distances at most 0.33): "
-            f"{memorised(distances).sum()} of {len(samples):,} samples",
+            f"{memorized(distances).sum()} of {len(samples):,} samples",
             fontsize=10,
         )
     save_figure(figure, path)

@@ -36,7 +36,7 @@ from flower_ldm.evaluation import (
     write_metrics,
 )
 from flower_ldm.features import extract_features, load_feature_network, load_or_extract_features
-from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates
+from flower_ldm.memorization import TrainingNeighbours, memorization_rates
 
 OPTIONS = {"guidance_scale": 2.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 2}
 ENTRIES = ["n", "n_reference", "frechet_distance", "kid", "kid_std", "precision", "recall", "density", "coverage",
@@ -501,9 +501,9 @@ def test_training_photographs_are_memorised_and_held_out_ones_are_not(photograph
     in_a_mirror = [extract_features(network, images, mirrored=True) for images in (train, held_out)]
     neighbours = TrainingNeighbours(train, train_features)
     assert len(neighbours.distinct) < len(train)  # byte-identical pairs
-    rates = memorisation_rates(neighbours.search(train, train_features, in_a_mirror[0]))
+    rates = memorization_rates(neighbours.search(train, train_features, in_a_mirror[0]))
     assert rates["n"] == rates["exact_duplicates"] == 7169
     assert rates["feature_rate"] >= 0.999 and rates["pixel_rate"] >= 0.999
-    null = memorisation_rates(neighbours.search(held_out, held_out_features, in_a_mirror[1]))
+    null = memorization_rates(neighbours.search(held_out, held_out_features, in_a_mirror[1]))
     assert null["n"] == 1020
     assert null["feature_rate"] <= 0.005 and null["pixel_rate"] <= 0.005

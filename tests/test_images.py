@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from flower_ldm import images
-from pipelines.pipeline_flower_ldm import upright_srgb
+from flower_ldm.pipelines.pipeline_flower_ldm import upright_srgb
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 

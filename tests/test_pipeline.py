@@ -20,7 +20,7 @@ from huggingface_hub import constants, create_branch, create_repo, upload_folder
 from safetensors.torch import load_file, save_file
 
 from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel
-from pipelines.pipeline_flower_ldm import FlowerLDMPipeline, find_classes, plain_name
+from flower_ldm.pipelines.pipeline_flower_ldm import FlowerLDMPipeline, find_classes, plain_name
 
 NAMES = {0: "rose", 1: "sunflower", 2: "7", 3: "Tulip"}
 STEPS = 4
@@ -1195,7 +1195,7 @@ for folder, folder_again in (("saved", "saved-again"), ("saved-again", "and-agai
     images = pipe("Tulip", num_inference_steps=4, generator=generator, output_type="pt").images
     torch.save(images, f"{folder}.pt")
     pipe.save_pretrained(folder_again)
-assert "flower_ldm" not in sys.modules and "pipelines" not in sys.modules
+assert "flower_ldm" not in sys.modules
 """
 
 

@@ -5,6 +5,7 @@ package's lists match its files, and that no file knows the machine it was writt
 import ast
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def project_files() -> list[Path]:
 
 FILES = project_files()
 SOURCES = {path.relative_to(ROOT): ast.parse(path.read_text("utf-8")) for path in FILES if path.suffix == ".py"}
-TRAVELLING = [
+TRAVELING = [
     path
     for path in SOURCES
     if path.name != "__init__.py" and path.parent in (Path("flower_ldm/models"), Path("pipelines"))
@@ -37,7 +38,9 @@ TRAVELLING = [
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    """As it is imported: the folder pipelines/ is a part of the package."""
+    packaged = Path("flower_ldm", path) if path.parts[0] == "pipelines" else path
+    return ".".join(packaged.with_suffix("").parts).removesuffix(".__init__")
 
 
 MODULES = {module_name(path): path for path in SOURCES}
@@ -65,23 +68,23 @@ def top(module: str) -> str:
 
 
 def test_the_walk_sees_the_project():
-    assert {"flower_ldm", "flower_ldm.errors", "flower_ldm.models", "pipelines"} <= MODULES.keys()
+    assert {"flower_ldm", "flower_ldm.errors", "flower_ldm.models", "flower_ldm.pipelines"} <= MODULES.keys()
     assert "flower_ldm.errors" in imports_of(Path("flower_ldm/latent_cache.py"))
-    assert Path("flower_ldm/models/autoencoder_flower.py") in TRAVELLING
+    assert Path("flower_ldm/models/autoencoder_flower.py") in TRAVELING
 
 
-@pytest.mark.parametrize("path", TRAVELLING, ids=str)
-def test_travelling_file_imports_what_a_stranger_has(path):
+@pytest.mark.parametrize("path", TRAVELING, ids=str)
+def test_traveling_file_imports_what_a_stranger_has(path):
     """From the Hub each is fetched alone: the standard library, torch, diffusers, and Pillow, which comes with it."""
     allowed = {"torch", "diffusers", "PIL"} | sys.stdlib_module_names
     assert {module for module in imports_of(path) if top(module) not in allowed} == set()
 
 
 def test_packages_import_no_scripts_and_pipelines_nothing_of_ours():
-    """Scripts and benchmarks -> flower_ldm.* -> pipelines, flower_ldm.models, which stand on their own."""
+    """Scripts and benchmarks -> flower_ldm.* -> flower_ldm.pipelines, flower_ldm.models, which stand on their own."""
     for path in SOURCES:
         if path.parts[0] in PACKAGES:
-            allowed = set() if path in TRAVELLING else {"flower_ldm", "pipelines"}
+            allowed = set() if path in TRAVELING else {"flower_ldm"}
             assert {top(module) for module in imports_of(path) if module in MODULES} <= allowed, path
 
 
@@ -109,7 +112,7 @@ def test_every_import_is_in_the_requirements(pyproject):
     for path in SOURCES:
         if path.parts[0] == "tests":
             continue
-        foreign = {top(module) for module in imports_of(path)} - sys.stdlib_module_names - set(PACKAGES)
+        foreign = {top(module) for module in imports_of(path)} - sys.stdlib_module_names - {"flower_ldm"}
         for module in foreign - {"trackio"}:  # whoever chooses it by --report_to has it
             if module not in {top(name) for name in MODULES}:
                 offered_by = {canonicalize_name(name) for name in distributions.get(module, [module])}
@@ -205,6 +208,40 @@ def test_version_has_one_source_that_needs_no_import(pyproject):
         if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
     ]
     assert literal == flower_ldm.__version__ == str(Version(literal))
+
+
+def test_the_package_is_imported_beside_a_strangers_folders(tmp_path):
+    """Whoever works with Hugging Face has folders of these names. No installed top-level package may need them."""
+    for name in ("pipelines", "models", "data"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("mine = True\n")
+    (tmp_path / "training.py").write_text("mine = True\n")
+    program = (
+        "import flower_ldm, flower_ldm.data, flower_ldm.training, pipelines, models, data, training\n"
+        "assert pipelines.mine and models.mine and data.mine and training.mine\n"
+        "assert flower_ldm.FlowerLDMPipeline.__module__ == 'flower_ldm.pipelines.pipeline_flower_ldm'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+
+
+def test_what_is_installed_is_one_package_with_the_pipeline_inside(tmp_path):
+    """As `pip install` makes it: nothing at the top level but `flower_ldm`, and it works far from the clone."""
+    pytest.importorskip("setuptools")
+    for name in ("flower_ldm", "pipelines", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    command = "import setuptools; setuptools.setup()"
+    built = tmp_path / "built"
+    subprocess.run([sys.executable, "-c", command, "-q", "build_py", "--build-lib", built], cwd=tmp_path, check=True)
+    assert [path.name for path in built.iterdir()] == ["flower_ldm"]
+    program = (
+        f"import sys; sys.path.insert(0, {str(built)!r}); import flower_ldm\n"
+        f"assert flower_ldm.__path__ == [{str(built / 'flower_ldm')!r}], flower_ldm.__path__\n"
+        "import flower_ldm.pipelines, flower_ldm.report\n"
+        "assert flower_ldm.report.TEMPLATES.is_dir()\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "elsewhere", check=True)
 
 
 def test_every_package_is_installed(pyproject):

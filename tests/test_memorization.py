@@ -1,13 +1,13 @@
-"""`flower_ldm.memorisation`: copies are found, by features and by pixels, and nothing else is."""
+"""`flower_ldm.memorization`: copies are found, by features and by pixels, and nothing else is."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flower_ldm import memorisation
+from flower_ldm import memorization
 from flower_ldm.errors import InputError
-from flower_ldm.memorisation import TrainingNeighbours, memorisation_rates, memorised, nearest_two
+from flower_ldm.memorization import TrainingNeighbours, memorization_rates, memorized, nearest_two
 from flower_ldm.visualization import save_nearest_neighbours
 
 
@@ -25,7 +25,7 @@ def mirrored_rows_of(images: np.ndarray) -> torch.Tensor:
 
 
 def test_nearest_two_are_the_nearest(monkeypatch):
-    monkeypatch.setattr(memorisation, "ROWS_AT_A_TIME", 8)
+    monkeypatch.setattr(memorization, "ROWS_AT_A_TIME", 8)
     rng = torch.Generator().manual_seed(0)
     queries, references = torch.randn(20, 6, generator=rng), torch.randn(50, 6, generator=rng)
     queries[3] = references[17]
@@ -41,10 +41,10 @@ def test_training_images_are_memorised_and_others_are_not():
     train, others = random_images(60), random_images(40, seed=1)
     neighbours = TrainingNeighbours(train, rows_of(train))
     found = neighbours.search(train, rows_of(train), mirrored_rows_of(train))
-    assert memorisation_rates(found) == {"n": 60, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 60}
+    assert memorization_rates(found) == {"n": 60, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 60}
     assert found["pixel_keys"][:, 0].tolist() == found["feature_keys"][:, 0].tolist() == list(range(60))
     assert (found["pixel_distances"][:, 0] == 0).all()
-    rates = memorisation_rates(neighbours.search(others, rows_of(others), mirrored_rows_of(others)))
+    rates = memorization_rates(neighbours.search(others, rows_of(others), mirrored_rows_of(others)))
     assert rates == {"n": 40, "feature_rate": 0, "pixel_rate": 0, "exact_duplicates": 0}
 
 
@@ -53,7 +53,7 @@ def test_mirrored_copies_are_memorised_too():
     mirrored = train[:20, :, ::-1].copy()
     neighbours = TrainingNeighbours(train, rows_of(train))
     found = neighbours.search(mirrored, rows_of(mirrored), mirrored_rows_of(mirrored))
-    assert memorisation_rates(found) == {"n": 20, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 20}
+    assert memorization_rates(found) == {"n": 20, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 20}
     assert found["pixel_keys"][:, 0].tolist() == found["feature_keys"][:, 0].tolist() == list(range(20))
 
 
@@ -69,7 +69,7 @@ def test_near_copies_are_memorised_though_no_byte_is_the_same():
     train = random_images(60)
     copies = np.where(train[:20] > 127, train[:20] - 1, train[:20] + 1)
     neighbours = TrainingNeighbours(train, rows_of(train))
-    rates = memorisation_rates(neighbours.search(copies, rows_of(copies), mirrored_rows_of(copies)))
+    rates = memorization_rates(neighbours.search(copies, rows_of(copies), mirrored_rows_of(copies)))
     assert rates == {"n": 20, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 0}
 
 
@@ -80,17 +80,17 @@ def test_byte_identical_training_images_neither_hide_nor_fake_memorisation():
     neighbours = TrainingNeighbours(twins, rows_of(twins))
     near = np.where(train[:10] > 127, train[:10] - 1, train[:10] + 1)
     found = neighbours.search(near, rows_of(near), mirrored_rows_of(near))
-    assert memorisation_rates(found)["feature_rate"] == memorisation_rates(found)["pixel_rate"] == 1
+    assert memorization_rates(found)["feature_rate"] == memorization_rates(found)["pixel_rate"] == 1
     assert (found["pixel_keys"] < 30).all() and (found["pixel_distances"][:, 1] > 0).all()
-    exact = memorisation_rates(neighbours.search(train[:10], rows_of(train[:10]), mirrored_rows_of(train[:10])))
+    exact = memorization_rates(neighbours.search(train[:10], rows_of(train[:10]), mirrored_rows_of(train[:10])))
     assert exact == {"n": 10, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 10}
     others = random_images(20, seed=1)
-    assert memorisation_rates(neighbours.search(others, rows_of(others), mirrored_rows_of(others)))["pixel_rate"] == 0
+    assert memorization_rates(neighbours.search(others, rows_of(others), mirrored_rows_of(others)))["pixel_rate"] == 0
 
 
 def test_the_one_third_rule():
     distances = torch.tensor([[1.0, 3.0], [1.0, 2.99], [0.0, 1.0], [0.0, 0.0], [2.0, 2.0]])
-    assert memorised(distances).tolist() == [True, False, True, False, False]  # 0 of 0 says nothing
+    assert memorized(distances).tolist() == [True, False, True, False, False]  # 0 of 0 says nothing
 
 
 def test_memorisation_needs_two_different_images():

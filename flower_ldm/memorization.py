@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flower_ldm.data import ImageDataset, uint8_images
-from flower_ldm.errors import InputError
+from .data import ImageDataset, uint8_images
+from .errors import InputError
 
-MEMORISED_RATIO = 1 / 3
+MEMORIZED_RATIO = 1 / 3
 PIXEL_SPACE = 64  # pixels a side
 ROWS_AT_A_TIME = 1024  # of a distance matrix
 IMAGES_AT_A_TIME = 64  # at full size, in float32: a thousand of 128 x 128 pixels would be 200 MB, several times over
@@ -86,7 +86,7 @@ class TrainingNeighbours:
         features: torch.Tensor | None = None,
         mirrored_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """For Q images: what `memorisation_rates` and `save_nearest_neighbours` need.
+        """For Q images: what `memorization_rates` and `save_nearest_neighbours` need.
 
         Each is looked up as it is and mirrored, since models are trained on mirrored images too.
 
@@ -146,20 +146,20 @@ def pixel_rows(images: ImageDataset | np.ndarray, keys: torch.Tensor, mirrored: 
     return torch.cat(rows)
 
 
-def memorised(distances: torch.Tensor) -> torch.Tensor:
+def memorized(distances: torch.Tensor) -> torch.Tensor:
     """Whether the nearest training image is nearer than a third of the second nearest, `(Q, 2)` -> `(Q,)`.
 
     The rule of Yoon et al. 2023. Where both are at distance 0 the features can't tell training images apart, so
     nothing is said.
     """
-    return (distances[:, 0] <= MEMORISED_RATIO * distances[:, 1]) & (distances[:, 1] > 0)
+    return (distances[:, 0] <= MEMORIZED_RATIO * distances[:, 1]) & (distances[:, 1] > 0)
 
 
-def memorisation_rates(found: dict[str, torch.Tensor]) -> dict[str, float | int]:
+def memorization_rates(found: dict[str, torch.Tensor]) -> dict[str, float | int]:
     """The entry of `metrics.json` for what `TrainingNeighbours.search` has found."""
     return {
         "n": len(found["is_copy"]),
-        "feature_rate": memorised(found["feature_distances"]).double().mean().item(),
-        "pixel_rate": memorised(found["pixel_distances"]).double().mean().item(),
+        "feature_rate": memorized(found["feature_distances"]).double().mean().item(),
+        "pixel_rate": memorized(found["pixel_distances"]).double().mean().item(),
         "exact_duplicates": int(found["is_copy"].sum()),
     }
