@@ -42,8 +42,7 @@ from flower_ldm.autoencoder_losses import (
 from flower_ldm.data import ImageDataset
 from flower_ldm.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
-from flower_ldm.files import path_text, replace_files, write_whole
-from flower_ldm.latent_cache import tensors_digest
+from flower_ldm.files import path_text, replace_files, tensors_digest, write_whole
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 from flower_ldm.report import write_report

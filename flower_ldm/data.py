@@ -682,14 +682,6 @@ def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | No
     return chosen
 
 
-def file_safe_name(name: str) -> str:
-    """A class name as part of a file's name: "bishop of llandaff" -> "bishop_of_llandaff", "hippeastrum " without its
-    blank, "globe-flower" as it is. At most 80 bytes, for file systems count those.
-    """
-    stem = re.sub(r"[^\w-]+", "_", name).encode()[:80].decode(errors="ignore")
-    return stem.strip("_") or "class"
-
-
 def _hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Split off 10 % of each class, at least 1 of 2 images: those whose names have the smallest hashes.
 

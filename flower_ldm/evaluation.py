@@ -50,12 +50,20 @@ from .features import (
     load_feature_network,
     load_or_extract_features,
     neighbourhood_metrics,
-    read_tensors,
-    write_tensors,
 )
-from .files import file_path, path_text, refusals_of_disk, whole_path, write_whole
+from .files import (
+    CACHE_REFUSED,
+    UnusableCacheError,
+    file_path,
+    path_text,
+    read_tensors,
+    refusals_of_disk,
+    tensors_digest,
+    whole_path,
+    write_tensors,
+    write_whole,
+)
 from .images import MAX_IMAGE_PIXELS
-from .latent_cache import UnusableCacheError, tensors_digest
 from .memorization import TrainingNeighbours, memorization_rates
 from .model_card import write_model_card
 from .pipelines.pipeline_flower_ldm import plain_name
@@ -266,7 +274,7 @@ class Sampler:
                 spent = time.perf_counter() - started
                 tensors = {"images": torch.from_numpy(batch), "numbers": torch.tensor(numbers)}
                 path = folder / f"{numbers[0]:06d}-{numbers[-1]:06d}.safetensors"
-                write_tensors(path, tensors, key, seconds=str(spent))
+                write_tensors(path, tensors, key, CACHE_REFUSED, seconds=str(spent))
                 images |= dict(zip(numbers, batch, strict=True))
                 seconds += spent
                 progress.update(len(numbers))

@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -29,8 +27,7 @@ from tqdm import tqdm
 
 from .data import ImageDataset, uint8_images
 from .errors import InputError, one_line
-from .files import refusals_of_disk, write_whole
-from .latent_cache import UnusableCacheError, tensors_digest
+from .files import CACHE_REFUSED, UnusableCacheError, read_tensors, tensors_digest, write_tensors
 
 FORMAT_VERSION = "1"
 DEFAULT_FEATURES = "efficientnet-lite0"  # its weights are in a Python package: it works offline, and everywhere alike
@@ -289,7 +286,7 @@ def load_or_extract_features(
             print(f"features {path} {reason}: extracting them again", flush=True)
     title = f"features of {splits}"
     features = extract_features(network, dataset, batch_size=batch_size, title=title, mirrored=mirrored)
-    write_tensors(path, {"features": features}, key)
+    write_tensors(path, {"features": features}, key, CACHE_REFUSED)
     return features
 
 
@@ -364,33 +361,3 @@ def neighbourhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> di
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What `write_tensors` wrote under this key: the tensors, and what else was said about them.
-
-    Raises:
-        UnusableCacheError: another key, a torn or damaged file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") != key:
-                raise UnusableCacheError("is of another network, other images or another size")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
-    except (SafetensorError, OSError) as error:
-        raise UnusableCacheError(f"can't be read ({one_line(error)})") from error
-    if metadata.get("digest") != tensors_digest(tensors):
-        raise UnusableCacheError("is damaged")
-    return tensors, metadata
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, **metadata: str) -> None:
-    """Write a safetensors file with its key and digest, whole or not at all.
-
-    Raises:
-        InputError: where that can't be done.
-    """
-    about = {"key": key, "digest": tensors_digest(tensors), **metadata}
-    with refusals_of_disk(path, "run the command again, or name another --cache_dir; what is kept there is used"):
-        write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata=about))

@@ -1,18 +1,21 @@
-"""Files that are whole or not there, what a disk refuses said in one line, and paths as flags give them."""
+"""Whole files, what a disk refuses said in one line, paths as flags give them, YAML, and tensors in files."""
 
 import argparse
 import errno
+import hashlib
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .errors import InputError, one_line
 
@@ -80,6 +83,9 @@ def system_error(error: BaseException | None) -> int | None:
             return int(found[1])
         error = error.__cause__ or error.__context__
     return None
+
+
+# --- whole files -----------------------------------------------------------------------------------------------------
 
 
 def sync(path: Path) -> None:
@@ -177,6 +183,9 @@ def replace_files(folder: Path, unfinished: Path, write: Callable[[Path], object
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
 def path_text(text: str) -> str:
     """A path, or an id on the Hub, as a flag or a recipe gives it: with the home folder in place of `~`.
 
@@ -209,6 +218,32 @@ def whole_path(name: str | None) -> str | None:
     return os.path.abspath(name) if name and "/" in name and os.path.isdir(name) else name
 
 
+def file_safe_name(name: str) -> str:
+    """A class name as part of a file's name: "bishop of llandaff" -> "bishop_of_llandaff", "hippeastrum " without its
+    blank, "globe-flower" as it is. At most 80 bytes, for file systems count those.
+    """
+    stem = re.sub(r"[^\w-]+", "_", name).encode()[:80].decode(errors="ignore")
+    return stem.strip("_") or "class"
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Make `folder`, or `folder-2`, `folder-3` ... where there is something already: what is there stays as it was."""
+    folder = folder.resolve()  # "." gets a name to number
+    candidate, number = folder, 1
+    while candidate.exists() and not (candidate.is_dir() and not any(candidate.iterdir())):
+        number += 1
+        candidate = folder.parent / f"{folder.name}-{number}"
+    check_writable(candidate, "--output")
+    try:
+        candidate.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder} can't be made: {error.strerror}") from error
+    return candidate
+
+
+# --- YAML ------------------------------------------------------------------------------------------------------------
+
+
 class _Shallow:
     """Ends at a hundred brackets in brackets: PyYAML's time grows with their square, 100 kB of them take minutes."""
 
@@ -238,3 +273,60 @@ def parse_yaml(text: str | bytes, parse: Callable = yaml.load, loader: type = Va
         raise yaml.YAMLError("it is nested too deep") from None
     except TypeError as error:  # a key that is a list
         raise yaml.YAMLError(one_line(error)) from None
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+# Said of features and drawn images, which evaluation keeps.
+CACHE_REFUSED = "run the command again, or name another --cache_dir; what is kept there is used"
+
+
+class UnusableCacheError(Exception):
+    """Why a cache file must not be used; its message continues the sentence "<file> ..."."""
+
+
+def read_tensors(path: Path, key: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What `write_tensors` wrote under this key: the tensors, and what else was said about them.
+
+    Raises:
+        UnusableCacheError: another key, a torn or damaged file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                raise UnusableCacheError("belongs to another model, other images or another size")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dictionary)
+    except (SafetensorError, OSError) as error:
+        raise UnusableCacheError(f"can't be read ({one_line(error)})") from error
+    if metadata.get("digest") != tensors_digest(tensors):
+        raise UnusableCacheError("is damaged")
+    return tensors, metadata
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], key: str, way_out: str = "run the command again", **metadata: str
+) -> None:
+    """Write a safetensors file with its key and digest, whole or not at all.
+
+    Args:
+        key: what the tensors were made from; `read_tensors` refuses the file under any other key.
+        way_out: see `refusals_of_disk`.
+        metadata: what else a reader needs to know.
+
+    Raises:
+        DiskError: where that can't be done.
+    """
+    about = {"key": key, "digest": tensors_digest(tensors), **metadata}
+    with refusals_of_disk(path, way_out):
+        write_whole(path, lambda unfinished: save_file(dict(tensors), unfinished, metadata=about))
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of tensors with their names, types and shapes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

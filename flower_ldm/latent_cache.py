@@ -2,28 +2,25 @@
 
 One safetensors file, keyed by autoencoder, data and size; never used when the key differs or the file is torn. It
 keeps mean and std, not samples: `LatentDataset` draws a fresh sample each epoch, as EDM2 does. Made from
-`data.ImageDataset`; read by `train_latent_diffusion.py`. `features` keys its own cache with `tensors_digest`.
+`data.ImageDataset`; read by `train_latent_diffusion.py`.
 
 Shapes: N images, B of them in a batch; C latent channels of h x w; axis 1 of (N, 2, C, h, w) is image, flipped image.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .data import ImageDataset, image_rng, keep_batch
 from .errors import InputError, one_line
-from .files import write_whole
+from .files import UnusableCacheError, read_tensors, tensors_digest, write_tensors
 
 FORMAT_VERSION = "1"
 NOT_ENCODER_CONFIG = ("latents_mean", "latents_std")  # measured from the latents: they don't change them
@@ -50,10 +47,6 @@ class LatentCache:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What goes into the file, by name."""
         return {"mean": self.mean, "std": self.std, "labels": self.labels}
-
-
-class UnusableCacheError(Exception):
-    """Why a cache file must not be used; its message continues the sentence "<file> ..."."""
 
 
 def cache_key(vae: torch.nn.Module, dataset: ImageDataset) -> str:
@@ -110,31 +103,24 @@ def load_or_build_latent_cache(
             print(f"latent cache {path} {reason}: encoding the images again", flush=True)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=keep_batch, num_workers=num_workers)
     cache = _encode(vae, loader, torch.device(device), autocast_dtype)
-    _write(cache, path, key)
+    write_tensors(path, cache.tensors(), key, class_names=json.dumps(cache.class_names))
     return cache
 
 
 def read_latent_cache(path: Path, key: str) -> LatentCache:
-    """Read a cache file, the key from its header before anything else.
+    """Read a cache file.
 
     Raises:
         UnusableCacheError: another key, a torn or damaged file, latents that are not finite.
     """
+    tensors, metadata = read_tensors(path, key)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") != key:
-                raise UnusableCacheError("belongs to another autoencoder, other images or another size")
-            cache = LatentCache(
-                **{name: file.get_tensor(name) for name in ("mean", "std", "labels")},
-                class_names=json.loads(metadata["class_names"]),
-            )
-    except (SafetensorError, OSError, LookupError, ValueError, RecursionError) as error:
+        names = json.loads(metadata["class_names"])
+        cache = LatentCache(tensors["mean"], tensors["std"], tensors["labels"], names)
+    except (LookupError, ValueError, RecursionError) as error:
         raise UnusableCacheError(f"can't be read ({one_line(error)})") from error
     if cache.mean.shape != cache.std.shape or cache.mean.shape[:2] != (len(cache), 2) or cache.mean.ndim != 5:
         raise UnusableCacheError("is no cache of latents by its shapes")
-    if metadata.get("digest") != tensors_digest(cache.tensors()):
-        raise UnusableCacheError("is damaged")
     if not _is_finite(cache.mean, cache.std):
         raise UnusableCacheError("holds latents that are not finite")
     return cache
@@ -200,15 +186,6 @@ class LatentDataset(Dataset):
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
 
-def tensors_digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
-    """SHA-256 of a text and of tensors with their names, types and shapes."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _encode(
     vae: torch.nn.Module, loader: DataLoader, device: torch.device, autocast_dtype: torch.dtype | None
 ) -> LatentCache:
@@ -232,16 +209,6 @@ def _encode(
                 )
             progress.update(len(images))
     return LatentCache(torch.cat(means), torch.cat(stds), dataset.labels, list(dataset.class_names))
-
-
-def _write(cache: LatentCache, path: Path, key: str) -> None:
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "key": key,
-        "class_names": json.dumps(cache.class_names),
-        "digest": tensors_digest(cache.tensors()),
-    }
-    write_whole(path, lambda unfinished: save_file(cache.tensors(), unfinished, metadata=metadata))
 
 
 def _is_finite(*tensors: torch.Tensor) -> bool:

@@ -24,9 +24,8 @@ import yaml
 from PIL import Image, ImageSequence
 from safetensors import SafetensorError, safe_open
 
-from .data import file_safe_name
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
-from .files import file_path, parse_yaml, write_whole
+from .files import file_path, file_safe_name, parse_yaml, write_whole
 from .images import open_image
 from .recipes import common_parser
 from .report_curves import is_finite, number, sweep_charts, timestep_chart, training_curves

@@ -18,9 +18,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from . import FlowerLDMPipeline
-from .data import file_safe_name
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
-from .files import check_writable, file_path, path_text, write_whole
+from .files import file_path, file_safe_name, fresh_folder, path_text, write_whole
 from .images import MAX_IMAGE_PIXELS, open_image
 from .lettering import drawable, pillow_font, wrapped
 from .pipelines.pipeline_flower_ldm import upright_srgb
@@ -156,21 +155,6 @@ def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> N
     """
     with refusals_of_input():
         pipe.check_inputs(num_labels, **options)
-
-
-def fresh_folder(folder: Path) -> Path:
-    """Make `folder`, or `folder-2`, `folder-3` ... where there is something already: what is there stays as it was."""
-    folder = folder.resolve()  # "." gets a name to number
-    candidate, number = folder, 1
-    while candidate.exists() and not (candidate.is_dir() and not any(candidate.iterdir())):
-        number += 1
-        candidate = folder.parent / f"{folder.name}-{number}"
-    check_writable(candidate, "--output")
-    try:
-        candidate.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder} can't be made: {error.strerror}") from error
-    return candidate
 
 
 def file_names(names: list[str]) -> list[str]:

@@ -387,7 +387,7 @@ def test_latents_of_another_autoencoder_are_encoded_again(flags, run_script, fin
     run_script(train_latent_diffusion.main, [*words, "--autoencoder", other, "--output_dir", tmp_path / "second"])
     printed = capsys.readouterr().out
     for path, key in keys.items():
-        reason = "belongs to another autoencoder, other images or another size: encoding the images again"
+        reason = "belongs to another model, other images or another size: encoding the images again"
         assert f"latent cache {path} {reason}" in printed
         assert key_of(path) != key
     assert len(keys) == 2

@@ -226,10 +226,10 @@ def test_features_are_cached_and_a_stale_or_torn_file_is_made_anew(tmp_path, cap
         assert torch.equal(load_or_extract_features(network, small, tmp_path / "cache"), features)
         assert capsys.readouterr().out == ""
     assert len(load_or_extract_features(network, other, tmp_path / "cache")) == 8
-    assert "is of another network, other images or another size" in capsys.readouterr().out
+    assert "belongs to another model, other images or another size" in capsys.readouterr().out
     network.digest = "other weights"
     load_or_extract_features(network, other, tmp_path / "cache")
-    assert "is of another network" in capsys.readouterr().out
+    assert "belongs to another model" in capsys.readouterr().out
 
 
 def test_cache_that_cannot_be_written_is_one_line(tmp_path):

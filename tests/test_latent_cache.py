@@ -130,7 +130,7 @@ def test_stale_cache_is_rebuilt_with_a_message(changed, vae, dataset, tmp_path, 
     capsys.readouterr()
     rebuilt = build(vae, dataset, tmp_path)
     message = capsys.readouterr().out
-    assert str(cache_path(tmp_path, dataset)) in message and "another autoencoder" in message
+    assert str(cache_path(tmp_path, dataset)) in message and "another model" in message
     assert not all(torch.equal(tensor, stale.tensors()[name]) for name, tensor in rebuilt.tensors().items())
     assert_same(rebuilt, build(vae, dataset, tmp_path / "fresh"))
     assert_same(rebuilt, build(vae, dataset, tmp_path))

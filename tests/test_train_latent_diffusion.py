@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
 from flower_ldm.checkpoint_files import load_state
-from flower_ldm.data import file_safe_name, load_datasets
+from flower_ldm.data import load_datasets
+from flower_ldm.files import file_safe_name
 from flower_ldm.latent_cache import LatentDataset, cache_key, cache_path, read_latent_cache
 from flower_ldm.synthetic import CLASS_NAMES
 from flower_ldm.training import read_log
