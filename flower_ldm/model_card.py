@@ -16,23 +16,20 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .errors import InputError, one_line
 from .files import write_whole
+from .formatting import duration, is_finite, joined, number, percent
 from .report import (
     DATASETS,
     Run,
-    duration,
     facts,
     lede,
     memorization_table,
     metrics_table,
     part,
-    percent,
     read_run,
     sampling_words,
     training_command,
     training_seconds,
-    words,
 )
-from .report_curves import is_finite, number
 from .runs import CARD_MARK as MARK
 
 FILE_NAME = "README.md"
@@ -283,7 +280,7 @@ def protocol(run: Run) -> str:
     evaluation = run.evaluation
     features, splits = part(evaluation, "features"), part(evaluation, "splits")
     sentence = "Samples, reconstructions and real training images, each against held-out images"
-    sentence += f" (split {plain(words(splits['held_out']))})" if splits.get("held_out") else ""
+    sentence += f" (split {plain(joined(splits['held_out']))})" if splits.get("held_out") else ""
     if features.get("name"):
         sentence += f", by {number(features.get('num_features'))} features of {plain(features['name'])}"
         sentence += f" on images of {number(features['input_size'])} pixels" if features.get("input_size") else ""
@@ -295,7 +292,7 @@ def _held_out(run: Run) -> str:
     """Which images were held out, and how many."""
     of = part(run.evaluation, "reconstruction")
     count, splits = of.get("n") or run.metrics.get("num_images"), of.get("split") or run.metrics.get("splits")
-    return f"{number(count)} held-out images" + (f" ({plain(words(splits))})" if splits else "")
+    return f"{number(count)} held-out images" + (f" ({plain(joined(splits))})" if splits else "")
 
 
 def _reconstruction(run: Run) -> list[tuple[str, str]]:

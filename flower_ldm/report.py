@@ -26,9 +26,10 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .files import file_path, file_safe_name, parse_yaml, write_whole
+from .formatting import count_of_parameters, duration, is_finite, joined, number, percent
 from .images import open_image
 from .recipes import common_parser
-from .report_curves import is_finite, number, sweep_charts, timestep_chart, training_curves
+from .report_curves import sweep_charts, timestep_chart, training_curves
 from .training import read_log
 
 FILE_NAME = "report.html"
@@ -305,33 +306,6 @@ def _count_parameters(folder: Path) -> int:
 # --- numbers and words -----------------------------------------------------------------------------------------------
 
 
-def percent(value: object) -> str:
-    """A share between 0 and 1 as a percentage."""
-    return "–" if number(value) == "–" else f"{100 * value:.1f} %"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them, such as "1 h 32 min"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, hours = round(seconds / 60), round(seconds / 3600, 1)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours / 24:.1f} days"
-
-
-def count_of_parameters(value: int) -> str:
-    """Such as "12.3 million"."""
-    if value >= 1_000_000:
-        return f"{value / 1e6:.3g} million"
-    return number(value)
-
-
-def words(values: object) -> str:
-    """A list as text; anything else as it is."""
-    return ", ".join(map(str, values)) if isinstance(values, (list, tuple)) else str(values)
-
-
 def training_seconds(run: Run) -> float | None:
     """What the metrics say; of a run that hasn't finished, the sum over its log lines."""
     if number(run.metrics.get("training_seconds")) != "–":
@@ -432,8 +406,8 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         "Data": [
             ("Data set", data_name(run)),
             ("Classes", number(class_count(run))),
-            ("Trained on", words(trained_on) if trained_on else None),
-            ("Held out", (words(held_out) if held_out else "") + (f", {number(images)} images" if images else "")),
+            ("Trained on", joined(trained_on) if trained_on else None),
+            ("Held out", (joined(held_out) if held_out else "") + (f", {number(images)} images" if images else "")),
             ("Size", f"{size} × {size} pixels" if size else None),
         ],
         "Training": [
@@ -673,7 +647,7 @@ def sampling_words(evaluation: dict) -> str:
         f"seed {sampling['seed']}" if "seed" in sampling else "",
         str(sampling.get("scheduler") or ""),
         f"{sampling['num_inference_steps']} steps" if sampling.get("num_inference_steps") else "",
-        f"guidance {scale}" + (f", {words(interval)} of the way" if interval and interval != [0, 1] else "")
+        f"guidance {scale}" + (f", {joined(interval)} of the way" if interval and interval != [0, 1] else "")
         if scale is not None else "",
         f"{number(rate, 1)} images a second" if is_finite(rate) else "",
         " ".join(str(sampling[key]) for key in ("device", "dtype") if sampling.get(key)),
@@ -689,14 +663,14 @@ def reconstruction_figures(run: Run) -> list[tuple[str, str]]:
     distance = part(measured, "perceptual_distance")
     if measured:
         rows = [
-            ("Images", f"{number(measured.get('n'))} of {words(measured.get('split'))}"),
+            ("Images", f"{number(measured.get('n'))} of {joined(measured.get('split'))}"),
             ("PSNR", number(measured.get("psnr"), 2)), ("SSIM", number(measured.get("ssim"), 3)),
             (f"Perceptual distance ({distance.get('name')})", number(distance.get("value"))),
             ("Accuracy of the head", percent(measured.get("head_accuracy"))),
         ]  # fmt: skip
     elif run.stage == "autoencoder":
         rows = [
-            ("Images", f"{number(metrics.get('num_images'))} of {words(metrics.get('splits'))}"),
+            ("Images", f"{number(metrics.get('num_images'))} of {joined(metrics.get('splits'))}"),
             ("PSNR, mean over images", number(metrics.get("psnr"), 2)),
             ("PSNR of the mean squared error", number(metrics.get("psnr_of_mean_squared_error"), 2)),
             ("SSIM", number(metrics.get("ssim"), 3)),
@@ -796,7 +770,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
 def versions(run: Run) -> list[tuple[str, str]]:
     """Of the packages: what the run and its evaluation noted, and what the models were saved with."""
     saved = {config.get("_diffusers_version") for config in run.configs.values()} - {None}
-    noted = {"diffusers": words(sorted(saved))} if saved else {}
+    noted = {"diffusers": joined(sorted(saved))} if saved else {}
     noted |= part(run.metrics, "versions") | part(run.evaluation, "versions")
     return [(str(name), str(version)) for name, version in noted.items()]
 

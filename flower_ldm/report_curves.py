@@ -5,12 +5,12 @@ nothing is drawn by it.
 """
 
 import math
-import re
 from typing import NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
-LARGEST = 1e100  # of all numbers that are shown
+from .formatting import LARGEST, is_finite, number
+
 MAX_POINTS = 600  # of a curve; of a longer log, the lowest and the highest of each stretch are drawn
 LOG_SCALE_RATIO = 8  # of the highest to the lowest value, above which a loss is drawn on a log scale
 # What else a log line holds beside losses: how the optimizer fared.
@@ -31,23 +31,6 @@ SWEPT = {
     "kid": ("KID", "lower is better"),
     "class_accuracy": ("Class accuracy", "higher is better"),
 }
-
-
-def number(value: object, decimals: int | None = None) -> str:
-    """A number for people: thousands apart, four digits that count unless `decimals` are asked for; else a dash."""
-    if not is_finite(value):
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if decimals is not None:
-        return f"{value:,.{decimals}f}".replace("-", "−")
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return re.sub(r"e([+-])0*(\d)", lambda match: "e" + match[1].strip("+") + match[2], text).replace("-", "−")
-
-
-def is_finite(value: object) -> bool:
-    """Whether it is a number, and one that can be drawn: beyond `LARGEST` nothing is measured, and axes overflow."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 class Series(NamedTuple):

@@ -23,11 +23,11 @@ from . import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
 from .data import ImageDataset, load_datasets, to_uint8, uint8_images
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from .files import file_path, file_safe_name, fresh_folder, path_text, write_whole
+from .formatting import is_finite
 from .lettering import drawable, wrapped, write_figure
 from .memorization import TrainingNeighbours, memorized
 from .pipelines.pipeline_flower_ldm import plain_name
 from .report import is_bin, read_args
-from .report_curves import is_finite
 from .sample import load_pipeline
 from .training import read_log
 from .trajectory import LatentPlane
