@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flower_ldm import checkpoints, hub, recipes, training
+from flower_ldm import checkpoints, hub, recipes, runs, training
 from flower_ldm.autoencoder_losses import (
     HIGHEST_PSNR,
     AdaptiveAdversarialWeight,
@@ -206,7 +206,7 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
         but = InputError if step == args.max_train_steps else ()
         with training.optional("pictures of this validation", but=but):
             curves = Path(args.output_dir) / "autoencoder_losses.png"
-            save_loss_curves(training.read_log(log.path), AUTOENCODER_CURVES, curves)
+            save_loss_curves(runs.read_log(log.path), AUTOENCODER_CURVES, curves)
             rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
             log.show(step, {"reconstructions": rows, "autoencoder_losses": curves})
     score = metrics["val_pixel_loss"] + metrics.get("val_perceptual_loss", 0.0)

@@ -23,7 +23,16 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel, checkpoints, hub, recipes, training
+from flower_ldm import (
+    FlowerAutoencoderKL,
+    FlowerLDMPipeline,
+    FlowerUNet2DModel,
+    checkpoints,
+    hub,
+    recipes,
+    runs,
+    training,
+)
 from flower_ldm.data import ImageDataset, keep_batch
 from flower_ldm.diffusion import (
     BETA_SCHEDULES,
@@ -145,7 +154,7 @@ def draw_preview(
     """The class grid and the loss curves of this step, on disk and in the trackers. Returns the grid's latents."""
     grid, curves = samples_path(args, step), Path(args.output_dir) / "diffusion_loss.png"
     generated = draw_class_grid(accelerator, args, pipeline, grid)
-    save_diffusion_loss(training.read_log(log.path), curves)
+    save_diffusion_loss(runs.read_log(log.path), curves)
     log.show(step, {"samples": grid, "diffusion_loss": curves})
     return generated
 

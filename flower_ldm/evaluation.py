@@ -67,7 +67,8 @@ from .images import MAX_IMAGE_PIXELS
 from .memorization import TrainingNeighbours, memorization_rates
 from .model_card import write_model_card
 from .pipelines.pipeline_flower_ldm import plain_name
-from .report import read_args, write_report
+from .report import write_report
+from .runs import read_flags
 from .sample import SCHEDULERS, check_sampling, load_pipeline
 from .trajectory import draw
 from .visualization import save_figure, save_nearest_neighbours
@@ -141,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_data_flags(args: argparse.Namespace) -> None:
     """Fill in what no flag says about the data: from the run's `args.yaml` where that is of the same data set."""
-    saved = read_args(Path(args.pipeline))
+    saved = read_flags(Path(args.pipeline))
     args.dataset = whole_path(args.dataset)
     if args.dataset is not None and args.dataset != saved.get("dataset"):
         saved = {}

@@ -19,18 +19,16 @@ from .files import write_whole
 from .formatting import duration, is_finite, joined, number, percent
 from .report import (
     DATASETS,
-    Run,
     facts,
     lede,
     memorization_table,
     metrics_table,
-    part,
-    read_run,
     sampling_words,
     training_command,
     training_seconds,
 )
 from .runs import CARD_MARK as MARK
+from .runs import Run, nested, read_run
 
 FILE_NAME = "README.md"
 ANYWHERE = {"autoencoder": "user/flower-autoencoder", "latent_diffusion": "user/flower-ldm"}  # until it is pushed
@@ -179,7 +177,7 @@ def use(run: Run, repo_id: str) -> str:
         travels = "auto_map" in run.configs["autoencoder"]
     else:
         load, kind, library = "pipe", "FlowerLDMPipeline", "DiffusionPipeline"
-        scales = part(run.evaluation, "sampling").get("guidance_scale"), run.args.get("guidance_scale")
+        scales = nested(run.evaluation, "sampling").get("guidance_scale"), run.args.get("guidance_scale")
         scale = next(filter(is_finite, scales), 2.0)
         lines = [f"images = pipe({_labels(run)}, num_images_per_label=4, guidance_scale={scale}).images",
                  'images[0].save("image.png")']  # fmt: skip
@@ -278,19 +276,19 @@ def measured(run: Run) -> str:
 def protocol(run: Run) -> str:
     """One paragraph: what was compared with what, through which network."""
     evaluation = run.evaluation
-    features, splits = part(evaluation, "features"), part(evaluation, "splits")
+    features, splits = nested(evaluation, "features"), nested(evaluation, "splits")
     sentence = "Samples, reconstructions and real training images, each against held-out images"
     sentence += f" (split {plain(joined(splits['held_out']))})" if splits.get("held_out") else ""
     if features.get("name"):
         sentence += f", by {number(features.get('num_features'))} features of {plain(features['name'])}"
         sentence += f" on images of {number(features['input_size'])} pixels" if features.get("input_size") else ""
-    drawn = sampling_words({"sampling": part(evaluation, "sampling")})
+    drawn = sampling_words({"sampling": nested(evaluation, "sampling")})
     return f"{sentence}. Drawn with {plain(drawn)}." if drawn else f"{sentence}."
 
 
 def _held_out(run: Run) -> str:
     """Which images were held out, and how many."""
-    of = part(run.evaluation, "reconstruction")
+    of = nested(run.evaluation, "reconstruction")
     count, splits = of.get("n") or run.metrics.get("num_images"), of.get("split") or run.metrics.get("splits")
     return f"{number(count)} held-out images" + (f" ({plain(joined(splits))})" if splits else "")
 
@@ -310,7 +308,7 @@ def _reconstruction(run: Run) -> list[tuple[str, str]]:
 
 def reconstruction_values(run: Run) -> dict[str, float]:
     """PSNR, SSIM and the head's accuracy, from the evaluation or from stage 1's own validation."""
-    source = part(run.evaluation, "reconstruction")
+    source = nested(run.evaluation, "reconstruction")
     if run.stage == "autoencoder" and not source:
         source = run.metrics | {"head_accuracy": run.metrics.get("val_accuracy")}
     return {name: source[name] for name in RECONSTRUCTION_NAMES if is_finite(source.get(name))}
@@ -323,7 +321,7 @@ def limits(run: Run) -> str:
         known += " of the kind that it was trained on; others, faces and text above all, come out blurred or wrong."
     else:
         known += " and the classes that it was trained on: no text, no other subject."
-        rates = part(run.evaluation, "memorisation", "samples")
+        rates = nested(run.evaluation, "memorisation", "samples")
         known += (
             f" Of {number(rates.get('n'))} samples, {percent(rates['feature_rate'])} were memorised training images "
             "by the measure above." if is_finite(rates.get("feature_rate"))
@@ -394,7 +392,7 @@ def again(run: Run, repo_id: str) -> str:
         notes.append("`data` is the folder with the images.")
     if any(of.args.get("vgg_weights") and of.args.get("perceptual_weight") for of, _, _ in stages):
         notes.append("VGG16 came from a local file: `--vgg_weights PATH`; without it, torchvision's is downloaded.")
-    if run.stage == "latent_diffusion" and (sampling := part(run.evaluation, "sampling")):
+    if run.stage == "latent_diffusion" and (sampling := nested(run.evaluation, "sampling")):
         commands.append(_evaluation_command(run, sampling))
     return "\n\n".join(["## Train it again", "In a clone of flower_ldm:",
                         _code(*commands, language="sh"), " ".join(notes)]).strip()  # fmt: skip
@@ -416,7 +414,7 @@ def public_command(run: Run, script: str, config: str) -> str:
 def _evaluation_command(run: Run, sampling: dict) -> str:
     """From what the evaluation noted, since its own command holds paths."""
     flags = {name: sampling.get(name) for name in ("num_samples", "seed", "num_inference_steps", "guidance_scale")}
-    flags["features"] = part(run.evaluation, "features").get("name")
+    flags["features"] = nested(run.evaluation, "features").get("name")
     words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
     return f"python -m flower_ldm.evaluation --pipeline results/flower-ldm \\\n    {words}"
 
@@ -444,7 +442,7 @@ def metadata(run: Run, name: str) -> ModelCardData:
 def eval_results(run: Run) -> list[EvalResult]:
     """Each measured number with what one needs to know to compare it."""
     dataset, evaluation = public_run(run).args["dataset"], run.evaluation
-    splits = part(evaluation, "splits").get("held_out") or run.metrics.get("splits")
+    splits = nested(evaluation, "splits").get("held_out") or run.metrics.get("splits")
     splits = list(map(str, splits)) if isinstance(splits, list) else None
     task_type, task_name = TASKS[run.stage]
     size = run.args.get("resolution")
@@ -453,25 +451,25 @@ def eval_results(run: Run) -> list[EvalResult]:
         "dataset_name": DATASETS.get(dataset, dataset), "dataset_split": "+".join(splits) if splits else None,
         "dataset_args": {"resolution": size} if size else None,
     }  # fmt: skip
-    network = part(evaluation, "features")
+    network = nested(evaluation, "features")
     features = {"features": network.get("name"), "num_features": network.get("num_features")}
     drawn = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "seed")
-    sampling = {name: part(evaluation, "sampling").get(name) for name in drawn}
-    samples = part(evaluation, "against_held_out", "samples")
+    sampling = {name: nested(evaluation, "sampling").get(name) for name in drawn}
+    samples = nested(evaluation, "against_held_out", "samples")
     counts = {"n": samples.get("n"), "n_reference": samples.get("n_reference")}
     rows = [
         (names, samples[key], counts | features | sampling | ({"std": samples.get("kid_std")} if key == "kid" else {}))
         for key, names in METRIC_NAMES.items()
         if is_finite(samples.get(key))
     ]
-    memorised = part(evaluation, "memorisation", "samples")
-    null = part(evaluation, "memorisation", "held_out")
+    memorised = nested(evaluation, "memorisation", "samples")
+    null = nested(evaluation, "memorisation", "held_out")
     for space, key in (("feature", "feature_rate"), ("pixel", "pixel_rate")):
         if is_finite(memorised.get(key)):
             names = ("memorisation_rate", f"Memorisation rate in {space} space")
             rows.append((names, memorised[key], {"n": memorised.get("n"), "held_out": null.get(key)} |
                          (features if space == "feature" else {})))  # fmt: skip
-    n = part(evaluation, "reconstruction").get("n") or run.metrics.get("num_images")
+    n = nested(evaluation, "reconstruction").get("n") or run.metrics.get("num_images")
     rows += [(RECONSTRUCTION_NAMES[key], value, {"n": n}) for key, value in reconstruction_values(run).items()]
     return [
         EvalResult(metric_type=kind, metric_name=name, metric_value=value,

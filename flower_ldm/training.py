@@ -468,26 +468,6 @@ def append_lines(path: Path, lines: list[str]) -> None:
             raise
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a `log.jsonl`, in order of steps; of a step logged twice, the later line.
-
-    Where a resumed run goes back to a step, what stood there and beyond is no longer part of the run: it may have had
-    another learning rate. What is no object with a step, such as a killed run's last words, is passed over.
-    """
-    lines = {}
-    for text in path.read_bytes().split(b"\n"):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63:
-            if lines and line["step"] < next(reversed(lines))[0]:
-                while lines and next(reversed(lines))[0] >= line["step"]:
-                    lines.popitem()
-            lines[line["step"], "steps_per_second" not in line] = line  # held-out values stand behind training losses
-    return [lines[key] for key in sorted(lines)]
-
-
 def stop_signals() -> tuple[int, ...]:
     """What asks a process to stop: Ctrl-C, a scheduler, a terminal that is gone unless `nohup` has that ignored."""
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows

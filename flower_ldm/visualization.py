@@ -3,7 +3,7 @@
     python -m flower_ldm.visualization --pipeline results/flower-ldm --output pictures
 
 draws all that can be drawn from a pipeline, or with `--autoencoder` from stage 1's folder. Images are `(B, 3, H, W)`
-in [-1, 1], logs as `training.read_log` gives them. What a pipeline does on its way to an image is in `trajectory`.
+in [-1, 1], logs as `runs.read_log` gives them. What a pipeline does on its way to an image is in `trajectory`.
 """
 
 import argparse
@@ -27,9 +27,8 @@ from .formatting import is_finite
 from .lettering import drawable, wrapped, write_figure
 from .memorization import TrainingNeighbours, memorized
 from .pipelines.pipeline_flower_ldm import plain_name
-from .report import is_bin, read_args
+from .runs import is_bin, read_flags, read_log
 from .sample import load_pipeline
-from .training import read_log
 from .trajectory import LatentPlane
 
 matplotlib.use("Agg")
@@ -423,7 +422,7 @@ def load_images(args: argparse.Namespace, folder: str, resolution: int) -> dict[
     """Training and held-out images, of the flags or of the run that is in `folder`; none where neither names any."""
     options = {}
     if args.dataset is None:
-        options = {name: value for name, value in read_args(Path(folder)).items() if name in DATA_FLAGS}
+        options = {name: value for name, value in read_flags(Path(folder)).items() if name in DATA_FLAGS}
     given = {name: getattr(args, name) for name in DATA_FLAGS if name != "seed"}
     options |= {name: value for name, value in given.items() if value is not None}
     if options.get("dataset", "none") == "none":

@@ -21,7 +21,7 @@ import train_autoencoder
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
 from flower_ldm.errors import InputError
-from flower_ldm.training import read_log
+from flower_ldm.runs import read_log
 
 ROOT = Path(__file__).parent.parent
 MAINS = {"autoencoder": train_autoencoder.main, "latent_diffusion": train_latent_diffusion.main}

@@ -1371,7 +1371,7 @@ class Logs(Kind):
     def run(self, case):
         path = self.folder / "log.jsonl"
         path.write_bytes(case)
-        steps = [line["step"] for line in training.read_log(path)]
+        steps = [line["step"] for line in runs.read_log(path)]
         assert steps == sorted(steps), "lines in another order"
 
     def named(self, case):

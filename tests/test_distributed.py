@@ -17,7 +17,7 @@ from conftest import tiny_stages
 from test_resume import MAINS, STAGES, apart, contents, tensors
 
 from flower_ldm.errors import InputError
-from flower_ldm.training import read_log
+from flower_ldm.runs import read_log
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ import torch
 import train_autoencoder
 import train_latent_diffusion
 from flower_ldm import FlowerLDMPipeline
-from flower_ldm.training import read_log
+from flower_ldm.runs import read_log
 
 pytestmark = [
     pytest.mark.gpu,

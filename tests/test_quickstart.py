@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from flower_ldm import FlowerLDMPipeline
+from flower_ldm.runs import read_log
 from flower_ldm.synthetic import synthetic_flower
-from flower_ldm.training import read_log
 
 ROOT = Path(__file__).parent.parent
 NUM_CLASSES = 10

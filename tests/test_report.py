@@ -21,8 +21,9 @@ import train_latent_diffusion
 from flower_ldm.errors import InputError
 from flower_ldm.model_card import write_model_card
 from flower_ldm.recipes import common_parser
-from flower_ldm.report import Album, fold_command, read_run, training_command, write_report
+from flower_ldm.report import Album, fold_command, training_command, write_report
 from flower_ldm.report_curves import thin
+from flower_ldm.runs import read_run
 
 HOSTILE = "<script>alert('x')</script> & \"rose\" '>"
 EVALUATION = {

@@ -33,8 +33,8 @@ import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, checkpoints
 from flower_ldm.checkpoint_files import load_state, save_state, write_manifest
 from flower_ldm.errors import InputError
+from flower_ldm.runs import read_log
 from flower_ldm.synthetic import synthetic_flower
-from flower_ldm.training import read_log
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAINS = {"autoencoder": train_autoencoder.main, "latent_diffusion": train_latent_diffusion.main}

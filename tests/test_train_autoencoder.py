@@ -26,7 +26,8 @@ from flower_ldm.checkpoint_files import load_state
 from flower_ldm.data import load_datasets
 from flower_ldm.discriminator import PatchDiscriminator
 from flower_ldm.files import replace_files
-from flower_ldm.training import choose_precision, read_log
+from flower_ldm.runs import read_log
+from flower_ldm.training import choose_precision
 from train_autoencoder import parse_args
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -23,8 +23,8 @@ from flower_ldm.checkpoint_files import load_state
 from flower_ldm.data import load_datasets
 from flower_ldm.files import file_safe_name
 from flower_ldm.latent_cache import LatentDataset, cache_key, cache_path, read_latent_cache
+from flower_ldm.runs import read_log
 from flower_ldm.synthetic import CLASS_NAMES
-from flower_ldm.training import read_log
 from flower_ldm.trajectory import PANEL
 from train_latent_diffusion import parse_args
 

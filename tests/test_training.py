@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from flower_ldm import training
+from flower_ldm import runs, training
 from flower_ldm.checkpoints import Progress
 from flower_ldm.data import load_datasets
 from flower_ldm.errors import InputError
@@ -135,7 +135,7 @@ def test_log_line_is_the_means_since_the_last(log):
     log.update(3, {"pixel_loss": torch.tensor(7.0)})
     next_line = log.write(3)
     assert next_line["pixel_loss"] == 7.0
-    assert training.read_log(log.path) == [{"step": 2, **line}, {"step": 3, **next_line}]
+    assert runs.read_log(log.path) == [{"step": 2, **line}, {"step": 3, **next_line}]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -158,7 +158,7 @@ def test_held_out_values_stand_behind_the_training_losses_of_their_step(log):
         log.update(step, {"loss": torch.tensor(float(step))})
         log.write(step)
         log.append(step, {"val_loss": 10.0 * step})
-    lines = training.read_log(log.path)
+    lines = runs.read_log(log.path)
     assert [line["step"] for line in lines] == [1, 1, 2, 2]
     assert [line.get("loss") for line in lines] == [1.0, None, 2.0, None]
     assert [line.get("val_loss") for line in lines] == [None, 10.0, None, 20.0]
@@ -168,7 +168,7 @@ def test_of_a_step_logged_twice_the_later_line_counts(tmp_path):
     path = tmp_path / "log.jsonl"
     written = [(1, 0.1), (2, 0.2), (3, 0.3), (2, 0.25), (3, 0.35)]  # resumed at step 1
     path.write_text("".join(json.dumps({"step": s, "loss": v, "steps_per_second": 1.0}) + "\n" for s, v in written))
-    assert [(line["step"], line["loss"]) for line in training.read_log(path)] == [(1, 0.1), (2, 0.25), (3, 0.35)]
+    assert [(line["step"], line["loss"]) for line in runs.read_log(path)] == [(1, 0.1), (2, 0.25), (3, 0.35)]
 
 
 def test_what_a_resumed_run_has_gone_back_from_is_not_shown_beside_it(tmp_path):
@@ -177,7 +177,7 @@ def test_what_a_resumed_run_has_gone_back_from_is_not_shown_beside_it(tmp_path):
     written = [*((step, 9.0) for step in range(10, 100, 10)), (45, 0.5), (60, 0.4)]
     text = "".join(json.dumps({"step": s, "loss": v, "steps_per_second": 1.0}) + "\n" for s, v in written)
     path.write_text(text + '{"step": 60, "val_loss": 0.3}\n')
-    steps = [line["step"] for line in training.read_log(path)]
+    steps = [line["step"] for line in runs.read_log(path)]
     assert steps == [10, 20, 30, 40, 45, 60, 60]
 
 
@@ -190,7 +190,7 @@ def test_a_torn_last_line_swallows_nothing(log, torn):
     log.path.write_text(WHOLE + torn)
     log.append(3, {"loss": 0.125})
     log.append(4, {"loss": 0.0625})
-    losses = {line["step"]: line["loss"] for line in training.read_log(log.path)}
+    losses = {line["step"]: line["loss"] for line in runs.read_log(log.path)}
     assert losses.pop(2, 0.25) == 0.25
     assert losses == {1: 0.5, 3: 0.125, 4: 0.0625}
 
@@ -201,7 +201,7 @@ def test_a_torn_last_line_swallows_nothing(log, torn):
 def test_what_is_no_line_of_a_log_is_passed_over(tmp_path, line):
     path = tmp_path / "log.jsonl"
     path.write_bytes((WHOLE + line + "\n" + WHOLE.replace("1", "2", 1)).encode("latin-1"))
-    assert [read["step"] for read in training.read_log(path)] == [1, 2]
+    assert [read["step"] for read in runs.read_log(path)] == [1, 2]
 
 
 @pytest.mark.parametrize("written", [0, 7])
@@ -224,7 +224,7 @@ def test_lines_that_cannot_be_written_wait_for_the_next(log, monkeypatch, capsys
     assert log.path.read_bytes() == before
     assert "log.jsonl, its lines follow when it can be written: [Errno 28] No space left" in capsys.readouterr().err
     log.append(3, {"loss": 0.125})
-    assert [(line["step"], line["loss"]) for line in training.read_log(log.path)] == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    assert [(line["step"], line["loss"]) for line in runs.read_log(log.path)] == [(1, 0.5), (2, 0.25), (3, 0.125)]
     log.close()
 
 
@@ -236,7 +236,7 @@ def test_a_tracker_that_fails_costs_nothing(log, monkeypatch, capsys):
     monkeypatch.setattr(log.accelerator, "end_training", fail)
     log.append(1, {"loss": 0.5})
     training.end_trackers(log.accelerator)
-    assert training.read_log(log.path) == [{"step": 1, "loss": 0.5}]
+    assert runs.read_log(log.path) == [{"step": 1, "loss": 0.5}]
     assert capsys.readouterr().err.count("no route to host") == 2
 
 
