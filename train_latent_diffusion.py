@@ -52,7 +52,7 @@ from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_late
 from flower_ldm.model_card import write_model_card
 from flower_ldm.pipelines.pipeline_flower_ldm import check_statistics
 from flower_ldm.report import write_report
-from flower_ldm.trajectory import decode, draw_classes
+from flower_ldm.sampling import decode, draw_classes
 from flower_ldm.visualization import (
     GRID_IMAGES,
     MAP_SETS,

@@ -9,7 +9,6 @@ Shapes: N samples, M reference images; D features; K classes; (H, W) pixels.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -36,7 +35,7 @@ from tqdm import tqdm
 from . import FlowerLDMPipeline, __version__
 from .autoencoder_losses import PerceptualLoss, fidelity
 from .data import ImageDataset, load_datasets, to_uint8
-from .errors import InputError, OneLineParser, exit_on_input_error, refusals_of_input
+from .errors import InputError, OneLineParser, exit_on_input_error
 from .features import (
     DEFAULT_FEATURES,
     KID_MAX_SUBSET,
@@ -52,15 +51,10 @@ from .features import (
     neighbourhood_metrics,
 )
 from .files import (
-    CACHE_REFUSED,
-    UnusableCacheError,
     file_path,
     path_text,
-    read_tensors,
     refusals_of_disk,
-    tensors_digest,
     whole_path,
-    write_tensors,
     write_whole,
 )
 from .images import MAX_IMAGE_PIXELS
@@ -69,8 +63,7 @@ from .model_card import write_model_card
 from .pipelines.pipeline_flower_ldm import plain_name
 from .report import write_report
 from .runs import read_flags
-from .sample import SCHEDULERS, check_sampling, load_pipeline
-from .trajectory import draw
+from .sampling import SCHEDULERS, Sampler, check_sampling, load_pipeline, sample_labels
 from .visualization import save_figure, save_nearest_neighbours
 
 # What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
@@ -228,93 +221,6 @@ def reconstruct(
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
-
-
-def sample_labels(num_samples: int, num_classes: int) -> torch.Tensor:
-    """The class of each sample `(N,)`: one of each class in turn, so that more samples begin with the same ones."""
-    return torch.arange(num_samples) % num_classes
-
-
-class Sampler:
-    """Draws from a pipeline, keeps every batch in a folder of its own settings, and goes on where it was stopped.
-
-    Image i is of class i mod K and has a generator with the seed `seed + i`, so it depends neither on the batch size
-    nor on how many are drawn.
-    """
-
-    def __init__(self, pipe: FlowerLDMPipeline, cache_dir: str | Path, *, seed: int = 0, batch_size: int = 64):
-        self.pipe = pipe
-        self.cache_dir = Path(cache_dir)
-        self.seed = seed
-        self.batch_size = batch_size
-        self.digest = pipeline_digest(pipe)
-
-    def draw(self, num_samples: int, **options) -> tuple[np.ndarray, float]:
-        """`(N, H, W, 3)` uint8, and the seconds that drawing them took, now or earlier.
-
-        Args:
-            options: `guidance_scale`, `guidance_interval` and `num_inference_steps` of the pipeline's call.
-        """
-        about = json.dumps([self.digest, self.seed, options], sort_keys=True, default=list)
-        key = hashlib.sha256(about.encode()).hexdigest()
-        folder = self.cache_dir / f"samples-{key[:16]}"
-        images, seconds = self._kept(folder, key, num_samples)
-        missing = [number for number in range(num_samples) if number not in images]
-        self.pipe.set_progress_bar_config(desc="denoising", leave=False)
-        with tqdm(total=num_samples, initial=len(images), desc="sampling", unit=" images") as progress:
-            for start in range(0, len(missing), self.batch_size):
-                numbers = missing[start : start + self.batch_size]
-                started = time.perf_counter()
-                try:
-                    batch = self._draw_batch(numbers, options)
-                except KeyboardInterrupt:
-                    progress.close()
-                    kept = f"{len(images)} of {num_samples} images are kept in {folder}"
-                    print(f"stopped: {kept}; the same command goes on from there", file=sys.stderr)
-                    raise SystemExit(130) from None
-                spent = time.perf_counter() - started
-                tensors = {"images": torch.from_numpy(batch), "numbers": torch.tensor(numbers)}
-                path = folder / f"{numbers[0]:06d}-{numbers[-1]:06d}.safetensors"
-                write_tensors(path, tensors, key, CACHE_REFUSED, seconds=str(spent))
-                images |= dict(zip(numbers, batch, strict=True))
-                seconds += spent
-                progress.update(len(numbers))
-        return np.stack([images[number] for number in range(num_samples)]), seconds
-
-    def _draw_batch(self, numbers: list[int], options: dict) -> np.ndarray:
-        labels = [number % self.pipe.num_classes for number in numbers]
-        generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
-        with refusals_of_input():  # what comes of so few steps shows when they are done
-            return np.ascontiguousarray(draw(self.pipe, labels, generator=generators, **options))
-
-    def _kept(self, folder: Path, key: str, num_samples: int) -> tuple[dict[int, np.ndarray], float]:
-        """The images that are there already, by number, and the seconds they took; what is damaged is drawn again."""
-        images: dict[int, np.ndarray] = {}
-        seconds = 0.0
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                tensors, metadata = read_tensors(path, key)
-            except UnusableCacheError as reason:
-                print(f"samples {path} {reason}: drawing them again", flush=True)
-                path.unlink()
-                continue
-            wanted = [row for row, number in enumerate(tensors["numbers"].tolist()) if number < num_samples]
-            images |= {tensors["numbers"][row].item(): tensors["images"][row].numpy() for row in wanted}
-            seconds += float(metadata["seconds"]) * len(wanted) / len(tensors["numbers"])
-        return images, seconds
-
-
-def pipeline_digest(pipe: FlowerLDMPipeline) -> str:
-    """Hex digest of all in a pipeline that its images depend on: weights, configs, scheduler and precision."""
-
-    def config_of(component) -> dict:
-        return {name: value for name, value in dict(component.config).items() if not name.startswith("_")}
-
-    parts = {name: part for name, part in pipe.components.items() if hasattr(part, "config")}
-    about = [[name, type(part).__name__, config_of(part)] for name, part in parts.items()] + [str(pipe.dtype)]
-    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    weights = {f"{name}.{key}": value for name, part in models.items() for key, value in part.state_dict().items()}
-    return tensors_digest(weights, json.dumps(about, sort_keys=True, default=str))
 
 
 # --- the data that go with a pipeline --------------------------------------------------------------------------------

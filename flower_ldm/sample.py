@@ -5,37 +5,22 @@ one PNG per image and `grid.png`.
 """
 
 import argparse
-import itertools
-import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from . import FlowerLDMPipeline
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from .files import file_path, file_safe_name, fresh_folder, path_text, write_whole
 from .images import MAX_IMAGE_PIXELS, open_image
 from .lettering import drawable, pillow_font, wrapped
 from .pipelines.pipeline_flower_ldm import upright_srgb
+from .sampling import SCHEDULERS, check_sampling, load_pipeline
 
 DEFAULT_NUM_LABELS = 10
-
-SCHEDULERS = {
-    "ddpm": diffusers.DDPMScheduler,
-    "ddim": diffusers.DDIMScheduler,
-    "pndm": diffusers.PNDMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler,
-    "dpm++": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,56 +69,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_pipeline(
-    name: str, scheduler: str | None, device: str, dtype: str, guide: str | None = None
-) -> FlowerLDMPipeline:
-    """Load a pipeline from a folder or the Hub, with another scheduler, or another pipeline's unet as its guide, where
-    one is named.
-
-    Raises:
-        InputError: where there is no such pipeline or no such device, or the guide doesn't fit.
-    """
-    pipe = _from_pretrained("--pipeline", name)
-    if guide is not None:
-        pipe.guide = _from_pretrained("--guide", guide).unet
-    if scheduler is not None:
-        pipe.scheduler = pipe.make_scheduler(SCHEDULERS[scheduler])
-    try:
-        pipe.to(torch.device(device))
-        if dtype != "float32":  # what it is loaded as
-            pipe.to(getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise InputError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from error
-    return pipe
-
-
-def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
-    if os.path.exists(name) and not (Path(name) / FlowerLDMPipeline.config_name).is_file():
-        raise InputError(f"{flag} {name} is not the folder of a pipeline: it has no model_index.json")
-    try:
-        return FlowerLDMPipeline.from_pretrained(name)
-    except Exception as error:  # of files, of the network, of the Hub: they have no common base
-        reason = one_line(error, 300)
-        if isinstance(error, RemoteEntryNotFoundError) and FlowerLDMPipeline.config_name in reason:
-            raise InputError(f"{flag} {name} is no pipeline: there is no model_index.json on the Hub") from error
-        if Path(name).is_dir():
-            raise InputError(f"{flag} {name} can't be loaded: {missing_file(Path(name)) or reason}") from error
-        raise InputError(f"{flag} {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error
-
-
-def missing_file(folder: Path) -> str | None:
-    """What a pipeline's folder lacks, in words: diffusers names the last of several files that it has looked for."""
-    try:
-        index = FlowerLDMPipeline.load_config(folder)
-    except Exception:  # it has a message of its own
-        return None
-    parts = [name for name in ("vae", "unet", "guide") if isinstance(index.get(name), list) and index[name][0]]
-    for part, file in itertools.product(parts, ("config.json", "diffusion_pytorch_model*.safetensors")):
-        if not any((folder / part).glob(file)) and not any((folder / part).glob("*.bin")):
-            return f"{part}/{file.replace('*', '')} is missing"
-    return None
-
-
 def open_picture(flag: str, file: Path, max_pixels: int, background: str = "white") -> Image.Image:
     """A picture in sRGB, upright, what is transparent in it on `background`.
 
@@ -145,16 +80,6 @@ def open_picture(flag: str, file: Path, max_pixels: int, background: str = "whit
             return upright_srgb(image, background)
     except Exception as error:  # Pillow's readers raise OSError, ValueError, SyntaxError, struct.error and more
         raise InputError(f"{flag} {file} can't be read as a picture: {one_line(error)}") from error
-
-
-def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> None:
-    """Refuse options of the pipeline's call that it, or its scheduler, can't take.
-
-    Raises:
-        InputError: for the first of them.
-    """
-    with refusals_of_input():
-        pipe.check_inputs(num_labels, **options)
 
 
 def file_names(names: list[str]) -> list[str]:

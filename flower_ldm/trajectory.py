@@ -15,7 +15,6 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -24,6 +23,7 @@ from sklearn.decomposition import PCA
 from . import FlowerLDMPipeline
 from .files import write_whole
 from .lettering import drawable, pillow_font, write_figure
+from .sampling import decode, draw, same_seed, seeded_noise
 
 PANEL = 192  # pixels a side of an image in an animation
 MAX_GIF_BYTES = 2_000_000
@@ -57,18 +57,6 @@ class Trajectory:
 
     def __len__(self) -> int:
         return len(self.noise_levels)
-
-
-def seeded_noise(pipeline: FlowerLDMPipeline, generator: torch.Generator) -> torch.Tensor:
-    """The noise `(1, Z, h, w)` that the pipeline would start one image from with this generator, float32."""
-    return randn_tensor((1, *pipeline.latents_shape), generator, pipeline.device, torch.float32)
-
-
-@torch.no_grad()
-def decode(pipeline: FlowerLDMPipeline, latents: torch.Tensor, batch_size: int = 32) -> np.ndarray:
-    """Latents `(B, Z, h, w)` -> images `(B, H, W, 3)` uint8; one at a time as the pipeline decodes one, to the bit."""
-    images = np.concatenate([pipeline.decode_latents(some, "np") for some in latents.split(batch_size)])
-    return (images * 255).round().astype(np.uint8)
 
 
 def record_trajectory(
@@ -177,32 +165,6 @@ def sweep_guidance(
         for scale in scales
     ]
     return np.stack(columns, axis=1)
-
-
-def draw_classes(
-    pipeline: FlowerLDMPipeline, labels: Sequence[int], seed: int = 0, images_per_class: int = 10, **options
-) -> torch.Tensor:
-    """Latents `(len(labels) * images_per_class, Z, h, w)`, class by class, always from the same noise: those of one
-    image are the same however many are drawn of a class.
-    """
-    numbers = np.arange(images_per_class) * len(labels) + np.arange(len(labels))[:, None]  # by class and image
-    return pipeline(
-        labels,
-        num_images_per_label=images_per_class,
-        generator=[torch.Generator("cpu").manual_seed(seed + number) for number in numbers.flatten().tolist()],
-        output_type="latent",
-        **options,
-    ).images
-
-
-def same_seed(seed: int, count: int) -> list[torch.Generator]:
-    """As many generators, all at the same place."""
-    return [torch.Generator("cpu").manual_seed(seed) for _ in range(count)]
-
-
-def draw(pipeline: FlowerLDMPipeline, labels, **options) -> np.ndarray:
-    """The pipeline's images as `(B, H, W, 3)` uint8."""
-    return (pipeline(labels, output_type="np", **options).images * 255).round().astype(np.uint8)
 
 
 # --- pictures of a path ----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from .lettering import drawable, wrapped, write_figure
 from .memorization import TrainingNeighbours, memorized
 from .pipelines.pipeline_flower_ldm import plain_name
 from .runs import is_bin, read_flags, read_log
-from .sample import load_pipeline
+from .sampling import decode, draw_classes, load_pipeline
 from .trajectory import LatentPlane
 
 matplotlib.use("Agg")
@@ -436,8 +436,8 @@ def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: d
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     columns = named_classes(pipe.num_classes)
     names = [pipe.class_names[label] for label in columns]
-    latents = trajectory.draw_classes(pipe, columns, args.seed, MAP_IMAGES, **options)
-    images = trajectory.decode(pipe, latents)
+    latents = draw_classes(pipe, columns, args.seed, MAP_IMAGES, **options)
+    images = decode(pipe, latents)
     images = images.reshape(len(columns), MAP_IMAGES, *images.shape[1:])
     generated = LatentSet(latents.cpu().numpy(), np.repeat(columns, MAP_IMAGES))
     save_class_grid(images[:, :GRID_IMAGES], names, folder / "vae_samples_grid_subset.png")
@@ -534,7 +534,7 @@ def save_side_by_side(
         print("left out original_reconstructed_generated.png: none of these classes has a held-out image")
         return []
     originals = images.__getitems__([first[labels[number]][0] for number in columns])["images"]
-    rebuilt = trajectory.decode(pipe, pipe.encode_images(originals))
+    rebuilt = decode(pipe, pipe.encode_images(originals))
     path = save_picture_table(
         np.stack([to_uint8(originals), rebuilt, generated[columns]]),
         folder / "original_reconstructed_generated.png",

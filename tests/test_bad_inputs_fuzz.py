@@ -53,6 +53,7 @@ from flower_ldm import (
     checkpoint_files,
     checkpoints,
     hub,
+    runs,
     sample,
     training,
 )

@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 
 from flower_ldm.diffusion import PREDICTION_TYPES, make_noise_scheduler
 from flower_ldm.pipelines.pipeline_flower_ldm import FlowerLDMPipeline
-from flower_ldm.sample import SCHEDULERS
+from flower_ldm.sampling import SCHEDULERS
 
 MEANS = (-1.0, 2.0)  # of the two classes
 STD = 0.5

@@ -11,14 +11,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel, trajectory
+from flower_ldm.sampling import decode, draw_classes
 from flower_ldm.trajectory import (
     MAX_FRAMES,
     MILLISECONDS,
     PANEL,
     LatentPlane,
     animation_frames,
-    decode,
-    draw_classes,
     draw_way,
     interpolate_classes,
     interpolate_seeds,
