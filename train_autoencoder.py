@@ -43,17 +43,11 @@ from flower_ldm.data import ImageDataset
 from flower_ldm.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
 from flower_ldm.files import path_text, replace_files, tensors_digest, write_whole
+from flower_ldm.latent_maps import encode_for_map, save_latent_maps
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 from flower_ldm.report import write_report
-from flower_ldm.visualization import (
-    AUTOENCODER_CURVES,
-    encode_for_map,
-    save_latent_maps,
-    save_loss_curves,
-    save_reconstructions,
-    vae_encoder,
-)
+from flower_ldm.visualization import AUTOENCODER_CURVES, save_loss_curves, save_reconstructions, vae_encoder
 
 
 def parse_args(argv: list[str] | None = None):

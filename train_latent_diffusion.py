@@ -49,23 +49,19 @@ from flower_ldm.diffusion import (
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
 from flower_ldm.files import path_text, replace_files, write_whole
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
+from flower_ldm.latent_maps import MAP_SETS, LatentSet, named_classes, save_latent_maps, spread_over_classes
 from flower_ldm.model_card import write_model_card
 from flower_ldm.pipelines.pipeline_flower_ldm import check_statistics
 from flower_ldm.report import write_report
 from flower_ldm.sampling import decode, draw_classes
 from flower_ldm.visualization import (
     GRID_IMAGES,
-    MAP_SETS,
-    LatentSet,
-    named_classes,
     save_class_grid,
     save_denoising,
     save_diffusion_loss,
     save_guidance_sweep,
     save_interpolations,
-    save_latent_maps,
     save_side_by_side,
-    spread_over_classes,
 )
 
 PATH_CLASSES = 3  # whose denoising is drawn at the end of a run

@@ -58,13 +58,14 @@ from .files import (
     write_whole,
 )
 from .images import MAX_IMAGE_PIXELS
+from .lettering import save_figure
 from .memorization import TrainingNeighbours, memorization_rates
 from .model_card import write_model_card
 from .pipelines.pipeline_flower_ldm import plain_name
 from .report import write_report
 from .runs import read_flags
 from .sampling import SCHEDULERS, Sampler, check_sampling, load_pipeline, sample_labels
-from .visualization import save_figure, save_nearest_neighbours
+from .visualization import save_nearest_neighbours
 
 # What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
 DATA_FLAGS = {

@@ -19,6 +19,9 @@ from tqdm import tqdm
 from .errors import printable
 from .files import write_whole
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+
 # No name is a formula, `a$b$` neither, whatever a matplotlibrc says.
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False, "axes.formatter.use_mathtext": False})
 LONGEST_NAME = 48  # letters; of a longer name the beginning is drawn
@@ -117,12 +120,15 @@ def spell_out(figure: Figure) -> None:
         text.set_fontfamily([*text.get_fontfamily(), *(font.family for font in fonts[1:])])
 
 
-def write_figure(figure: Figure, path: Path) -> None:
-    """A figure as PNG, its names spelled out; the folder is made where there is none."""
-    spell_out(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # `fonts_for` has said it
-        write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, its names spelled out, and let go of it; the folder is made where there is none."""
+    try:
+        spell_out(figure)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # `fonts_for` has said it
+            write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
+    finally:
+        plt.close(figure)
 
 
 def pillow_font(text: str, size: int) -> ImageFont.FreeTypeFont:

@@ -18,11 +18,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.decomposition import PCA
 
 from . import FlowerLDMPipeline
 from .files import write_whole
-from .lettering import drawable, pillow_font, write_figure
+from .latent_maps import LatentPlane
+from .lettering import drawable, pillow_font, save_figure
 from .sampling import decode, draw, same_seed, seeded_noise
 
 PANEL = 192  # pixels a side of an image in an animation
@@ -170,30 +170,6 @@ def sweep_guidance(
 # --- pictures of a path ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LatentPlane:
-    """The plane in which latents vary most (PCA), and where those lie that it was laid through.
-
-    Attributes:
-        pca: maps flattened latents to two coordinates.
-        points: `(N, 2)`, the latents that it was fitted to; labels: `(N,)`, their classes.
-    """
-
-    pca: PCA
-    points: np.ndarray
-    labels: np.ndarray
-
-    @classmethod
-    def fit(cls, latents: np.ndarray, labels: np.ndarray) -> "LatentPlane":
-        """From latents `(N, Z, h, w)`, N at least 2, and labels `(N,)`."""
-        pca = PCA(n_components=2, random_state=0).fit(latents.reshape(len(latents), -1))
-        return cls(pca, pca.transform(latents.reshape(len(latents), -1)), labels)
-
-    def project(self, latents: np.ndarray) -> np.ndarray:
-        """`(N, Z, h, w)` -> `(N, 2)`."""
-        return self.pca.transform(latents.reshape(len(latents), -1))
-
-
 def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) -> None:
     """The noisy latents, decoded, above the clean image predicted from each; beside them the way through the plane."""
     states = np.unique(np.linspace(0, len(trajectory) - 1, PATH_COLUMNS).round().astype(int))
@@ -213,7 +189,7 @@ def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) 
     lower.set_ylabel("predicted\nclean image", fontsize=9)
     left = 0.7 + strip + 0.85
     draw_way(figure.add_axes((left / width, 0.45 / height, 4.2 / width, 2.4 / height)), trajectory, plane)
-    write_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_strip(axis: Axes, images: np.ndarray, gap: float) -> np.ndarray:

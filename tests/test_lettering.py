@@ -13,10 +13,11 @@ from matplotlib.text import Text
 from PIL import Image
 
 from flower_ldm import lettering
-from flower_ldm.lettering import drawable, fonts_for, pillow_font, wrapped
+from flower_ldm.latent_maps import LatentPlane, latent_map
+from flower_ldm.lettering import drawable, fonts_for, pillow_font, save_figure, wrapped
 from flower_ldm.sample import label_grid
-from flower_ldm.trajectory import LatentPlane, Trajectory, animation_frames, save_denoising_path
-from flower_ldm.visualization import class_grid, latent_map, save_class_grid, save_figure, save_picture_table
+from flower_ldm.trajectory import Trajectory, animation_frames, save_denoising_path
+from flower_ldm.visualization import class_grid, save_class_grid, save_picture_table
 
 NAMES = ["Ca$$h", "a$b$", r"$\frac{$", "$", "_rose", "foto-\udce9", "red\nrose\t\x1b[31m", "x" * 300, "", " ",
          "牡丹", "🌹", "100 % {rose} \\ ^_ #"]  # fmt: skip

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel, trajectory
+from flower_ldm.latent_maps import LatentPlane
 from flower_ldm.sampling import decode, draw_classes
 from flower_ldm.trajectory import (
     MAX_FRAMES,
     MILLISECONDS,
     PANEL,
-    LatentPlane,
     animation_frames,
     draw_way,
     interpolate_classes,

@@ -17,26 +17,28 @@ import train_latent_diffusion
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import load_datasets, to_uint8
 from flower_ldm.errors import InputError
-from flower_ldm.synthetic import CLASS_NAMES
-from flower_ldm.visualization import (
+from flower_ldm.latent_maps import (
     COLOURS,
     OTHERS,
     LatentSet,
+    latent_map,
+    named_classes,
+    save_latent_maps,
+    spread_over_classes,
+    tsne,
+)
+from flower_ldm.synthetic import CLASS_NAMES
+from flower_ldm.visualization import (
     class_grid,
     image_grid,
-    latent_map,
     main,
-    named_classes,
     picture_table,
     save_class_grid,
     save_denoising,
     save_diffusion_loss,
-    save_latent_maps,
     save_loss_curves,
     save_reconstructions,
     save_side_by_side,
-    spread_over_classes,
-    tsne,
 )
 
 SIZE, GAP = 64, 2  # of images that need no enlarging
