@@ -26,9 +26,7 @@ import numpy as np
 import sklearn
 import torch
 import torchmetrics
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.pipeline import Pipeline
 from torch import nn
 from tqdm import tqdm
 
@@ -38,17 +36,11 @@ from .data import ImageDataset, load_datasets, to_uint8
 from .errors import InputError, OneLineParser, exit_on_input_error
 from .features import (
     DEFAULT_FEATURES,
-    KID_MAX_SUBSET,
-    KID_SUBSETS,
-    MIN_IMAGES,
     NETWORKS,
     FeatureNetwork,
     extract_features,
-    frechet_distance,
-    kernel_distance,
     load_feature_network,
     load_or_extract_features,
-    neighbourhood_metrics,
 )
 from .files import (
     file_path,
@@ -60,6 +52,15 @@ from .files import (
 from .images import MAX_IMAGE_PIXELS
 from .lettering import save_figure
 from .memorization import TrainingNeighbours, memorization_rates
+from .metrics import (
+    KID_MAX_SUBSET,
+    KID_SUBSETS,
+    MIN_IMAGES,
+    class_accuracy,
+    frechet_distance,
+    measure_set,
+    train_classifier,
+)
 from .model_card import write_model_card
 from .pipelines.pipeline_flower_ldm import plain_name
 from .report import write_report
@@ -147,41 +148,6 @@ def add_data_flags(args: argparse.Namespace) -> None:
 
 
 # --- classes and sets ------------------------------------------------------------------------------------------------
-
-
-def train_classifier(features: torch.Tensor, class_labels: torch.Tensor) -> Pipeline | None:
-    """A linear probe: multinomial logistic regression on standardised features of real images; None for one class."""
-    if len(class_labels.unique()) < 2:
-        return None
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
-    return probe.fit(features.numpy(), class_labels.numpy())
-
-
-def class_accuracy(classifier: Pipeline | None, features: torch.Tensor, class_labels: torch.Tensor) -> float | None:
-    """Share of images that the classifier takes for the class that they should be of."""
-    if classifier is None:
-        return None
-    return float((classifier.predict(features.numpy()) == class_labels.numpy()).mean())
-
-
-def measure_set(
-    features: torch.Tensor,
-    class_labels: torch.Tensor,
-    reference: torch.Tensor,
-    classifier: Pipeline | None,
-    neighbourhoods: bool = True,
-) -> dict[str, float | int | None]:
-    """All that `metrics.json` says of one set of images, by its features `(N, D)`, against a reference `(M, D)`."""
-    kid, kid_std = kernel_distance(features, reference)
-    return {
-        "n": len(features),
-        "n_reference": len(reference),
-        "frechet_distance": frechet_distance(features, reference),
-        "kid": kid,
-        "kid_std": kid_std,
-        **(neighbourhood_metrics(features, reference) if neighbourhoods else {}),
-        "class_accuracy": class_accuracy(classifier, features, class_labels),
-    }
 
 
 # --- reconstruction --------------------------------------------------------------------------------------------------

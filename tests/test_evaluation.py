@@ -21,19 +21,10 @@ from safetensors.torch import load_file
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import load_datasets, uint8_images
 from flower_ldm.errors import InputError
-from flower_ldm.evaluation import (
-    class_accuracy,
-    hold_back,
-    main,
-    measure_set,
-    parse_args,
-    reconstruct,
-    save_sweep,
-    train_classifier,
-    write_metrics,
-)
+from flower_ldm.evaluation import hold_back, main, parse_args, reconstruct, save_sweep, write_metrics
 from flower_ldm.features import extract_features, load_feature_network, load_or_extract_features
 from flower_ldm.memorization import TrainingNeighbours, memorization_rates
+from flower_ldm.metrics import class_accuracy, measure_set, train_classifier
 from flower_ldm.sampling import Sampler, pipeline_digest, sample_labels
 
 OPTIONS = {"guidance_scale": 2.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 2}

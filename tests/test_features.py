@@ -19,14 +19,12 @@ from flower_ldm.features import (
     clip,
     dinov2,
     extract_features,
-    frechet_distance,
     inception,
-    kernel_distance,
     load_feature_network,
     load_or_extract_features,
-    neighbourhood_metrics,
     torchscript,
 )
+from flower_ldm.metrics import frechet_distance, kernel_distance, neighbourhood_metrics
 
 
 class ChannelMeans(nn.Module):
