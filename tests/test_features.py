@@ -12,6 +12,7 @@ from conftest import Payload
 from torch import nn
 
 from flower_ldm import features as features_module
+from flower_ldm import metrics
 from flower_ldm.data import load_datasets
 from flower_ldm.errors import InputError
 from flower_ldm.features import (
@@ -24,6 +25,7 @@ from flower_ldm.features import (
     load_or_extract_features,
     torchscript,
 )
+from flower_ldm.files import UnusableCacheError, read_tensors
 from flower_ldm.metrics import frechet_distance, kernel_distance, neighbourhood_metrics
 
 
@@ -317,7 +319,7 @@ def brute_force(features: np.ndarray, reference: np.ndarray) -> dict[str, float]
 
 
 def test_neighbourhood_metrics_are_their_definitions(monkeypatch):
-    monkeypatch.setattr(features_module, "ROWS_AT_A_TIME", 7)  # several blocks, the last one shorter
+    monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 7)  # several blocks, the last one shorter
     rng = np.random.default_rng(0)
     features, reference = rng.normal(0.7, 1.3, size=(30, 4)), rng.normal(size=(40, 4))
     stretch = np.array([1.0, 100.0, 0.01, 3.0])  # says nothing about neighbours: deviations are evened out
@@ -342,5 +344,5 @@ def test_a_torn_header_steers_no_terminal(tmp_path):
     """safetensors says the type that it doesn't know as it is written there."""
     header = b'{"features": {"dtype": "\\u001b[31m", "shape": [1], "data_offsets": [0, 4]}}'
     (tmp_path / "torn.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(features_module.UnusableCacheError, match=r"unknown variant `\\x1b\[31m`"):
-        features_module.read_tensors(tmp_path / "torn.safetensors", "key")
+    with pytest.raises(UnusableCacheError, match=r"unknown variant `\\x1b\[31m`"):
+        read_tensors(tmp_path / "torn.safetensors", "key")
