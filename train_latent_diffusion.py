@@ -218,7 +218,7 @@ def latent_shape(vae: nn.Module, images: ImageDataset) -> tuple[int, int, int]:
 
 
 def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDataset) -> LatentDataset:
-    """The normalised latents of a split, from the cache. One process encodes, the others wait for it."""
+    """The normalized latents of a split, from the cache. One process encodes, the others wait for it."""
     cache_dir = args.latent_cache_dir or Path(args.output_dir) / "latent_cache"
     with accelerator.main_process_first():
         cache = load_or_build_latent_cache(

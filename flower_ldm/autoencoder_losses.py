@@ -112,7 +112,7 @@ class CenterLoss(nn.Module):
 class PerceptualLoss(nn.Module):
     """Distance of VGG16 features at relu1_2, relu2_2 and relu3_3 (Johnson et al. 2016; Zhang et al. 2018, eq. 1).
 
-    Features are normalised to unit length at each position, so that the scale of a layer doesn't matter. The network
+    Features are normalized to unit length at each position, so that the scale of a layer doesn't matter. The network
     is frozen; gradients pass through it to the reconstruction.
 
     Args:

@@ -1,4 +1,4 @@
-"""Labelled images in, batches in [-1, 1] out: flowers102, synthetic, an image folder or any Hub data set.
+"""Labeled images in, batches in [-1, 1] out: flowers102, synthetic, an image folder or any Hub data set.
 
 Every image is decoded once, at the start, and kept as small uint8 pixels; training only crops, flips and scales those,
 by random numbers that depend on nothing but (seed, epoch, image index). First box of the data flow: `synthetic` draws
@@ -130,9 +130,9 @@ def _decode(record: Record, resolution: int) -> np.ndarray | str:
 
 
 class ImageDataset(Dataset):
-    """Labelled images, decoded once.
+    """Labeled images, decoded once.
 
-    A key is an `int` (evaluation: centre crop, no flip, no noise) or `(epoch, index)` (training: a random crop along
+    A key is an `int` (evaluation: center crop, no flip, no noise) or `(epoch, index)` (training: a random crop along
     the long side, a horizontal flip with probability 1/2 and, where `noise_shape` is set, standard normal noise).
 
     Attributes:
@@ -247,7 +247,7 @@ class ImageDataset(Dataset):
         """One sample: the batch of `__getitems__` without its first dimension."""
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
-    def centre_crops(self, indices: Sequence[int]) -> torch.Tensor:
+    def center_crops(self, indices: Sequence[int]) -> torch.Tensor:
         """Some images, cropped to the middle and not flipped, `(B, resolution, resolution, 3)` uint8."""
         size = self.resolution
         crops = torch.empty(len(indices), size, size, 3, dtype=torch.uint8)
@@ -266,7 +266,7 @@ class ImageDataset(Dataset):
         """
         training = isinstance(keys[0], tuple)
         indices = [key[1] if training else int(key) for key in keys]
-        crops, noise = self._random_crops(keys) if training else (self.centre_crops(indices), None)
+        crops, noise = self._random_crops(keys) if training else (self.center_crops(indices), None)
         index = torch.tensor(indices, dtype=torch.int64)
         batch = {
             "images": crops.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0),
@@ -276,7 +276,7 @@ class ImageDataset(Dataset):
         return batch if noise is None else batch | {"noise": noise}
 
     def _random_crops(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """For training keys the images, cropped and flipped, as in `centre_crops`; and noise, with a `noise_shape`."""
+        """For training keys the images, cropped and flipped, as in `center_crops`; and noise, with a `noise_shape`."""
         size = self.resolution
         crops = torch.empty(len(keys), size, size, 3, dtype=torch.uint8)
         noise = np.empty((len(keys), *(self.noise_shape or ())), dtype=np.float32)
@@ -300,8 +300,8 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 def uint8_images(images: ImageDataset | np.ndarray, keys: Sequence[int], mirrored: bool = False) -> np.ndarray:
-    """Some images of a data set (centre-cropped) or an array, or what a mirror shows, as `(B, H, W, 3)` uint8."""
-    chosen = images[np.asarray(keys)] if isinstance(images, np.ndarray) else images.centre_crops(keys).numpy()
+    """Some images of a data set (center-cropped) or an array, or what a mirror shows, as `(B, H, W, 3)` uint8."""
+    chosen = images[np.asarray(keys)] if isinstance(images, np.ndarray) else images.center_crops(keys).numpy()
     return np.ascontiguousarray(chosen[:, :, ::-1]) if mirrored else chosen
 
 
@@ -719,7 +719,7 @@ def load_datasets(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     show_progress: bool | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Load the training images and the held-out ones, decoded and relabelled.
+    """Load the training images and the held-out ones, decoded and relabeled.
 
     Args:
         dataset: "flowers102", "synthetic", "imagefolder", or what `datasets.load_dataset` takes: a Hub id or a folder.
@@ -728,7 +728,7 @@ def load_datasets(
         train_splits: default "train", for flowers102 "train" and "test" (7,169 images).
         val_splits: default the first of "val", "validation", "valid", "dev", "test" that exists and is not trained on;
             where there is none, and for "none", 10 % of each class are held out.
-        classes: a subset by index or name, relabelled 0..k-1 in the order given.
+        classes: a subset by index or name, relabeled 0..k-1 in the order given.
         images_per_class: synthetic only, for training; a tenth of it, at least 8, is held out.
         seed: of crops, flips and noise. It changes neither the synthetic images nor the splits.
         download: fetch flowers102 where it is absent. With several processes, let the first one do it alone.

@@ -1,6 +1,6 @@
 """The diffusion process in training, function by function: timesteps, label dropout, targets, weights; their loss.
 
-Its neighbours: `latent_cache` brings latents, noise and uniforms; `train_latent_diffusion.py` strings these functions
+Its neighbors: `latent_cache` brings latents, noise and uniforms; `train_latent_diffusion.py` strings these functions
 together around `FlowerUNet2DModel`. Everything runs on the device of its inputs and never makes the host wait for it.
 
 Shapes: B batch, C channels, H W latent height and width, T num_train_timesteps.

@@ -1,6 +1,6 @@
 """PatchGAN: one real-or-reconstructed logit for every overlapping patch of an image. Training only.
 
-Its neighbours: trained by `train_autoencoder.py` with the hinge losses of `autoencoder_losses`; outside of checkpoints
+Its neighbors: trained by `train_autoencoder.py` with the hinge losses of `autoencoder_losses`; outside of checkpoints
 it is never saved.
 """
 
@@ -13,9 +13,9 @@ SMALLEST_IMAGE = 12  # pixels a side that leave one patch
 
 
 class PatchDiscriminator(nn.Module):
-    """The patch discriminator of pix2pix (Isola et al. 2017), with layer normalisation over channels.
+    """The patch discriminator of pix2pix (Isola et al. 2017), with layer normalization over channels.
 
-    No batch normalisation: its statistics would differ between processes and between real and reconstructed batches.
+    No batch normalization: its statistics would differ between processes and between real and reconstructed batches.
 
     Args:
         in_channels: channels of the images.

@@ -2,7 +2,7 @@
 
 Samples, the autoencoder's reconstructions and real training images are all measured against held-out images, with the
 same features and as many of each: real images are the floor of every distance, reconstructions the ceiling of what the
-denoiser can reach. Then memorisation, with held-out images as the null. Networks and features come from `features`,
+denoiser can reach. Then memorization, with held-out images as the null. Networks and features come from `features`,
 images from `data`; writes the key "evaluation" of a run's `metrics.json`, and the pictures beside it.
 
 Shapes: N samples, M reference images; D features; K classes; (H, W) pixels.
@@ -51,7 +51,7 @@ from .files import (
 )
 from .images import MAX_IMAGE_PIXELS
 from .lettering import save_figure
-from .memorization import TrainingNeighbours, memorization_rates
+from .memorization import TrainingNeighbors, memorization_rates
 from .metrics import (
     KID_MAX_SUBSET,
     KID_SUBSETS,
@@ -66,7 +66,7 @@ from .pipelines.pipeline_flower_ldm import plain_name
 from .report import write_report
 from .runs import read_flags
 from .sampling import SCHEDULERS, Sampler, check_sampling, load_pipeline, sample_labels
-from .visualization import save_nearest_neighbours
+from .visualization import save_nearest_neighbors
 
 # What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
 DATA_FLAGS = {
@@ -126,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_samples", "sweep_samples"):
         value = getattr(args, name)
         if value is not None and value < MIN_IMAGES:
-            raise InputError(f"--{name} must be at least {MIN_IMAGES} (neighbours are counted), got {value}")
+            raise InputError(f"--{name} must be at least {MIN_IMAGES} (neighbors are counted), got {value}")
     add_data_flags(args)
     if args.output is None:
         args.output = Path(args.pipeline if os.path.isdir(args.pipeline) else ".") / "metrics.json"
@@ -254,7 +254,7 @@ def hold_back(class_labels: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind eyes too
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by color-blind eyes too
 
 
 def save_sweep(sweep: list[dict], against_held_out: dict[str, dict], path: Path) -> None:
@@ -275,7 +275,7 @@ def save_sweep(sweep: list[dict], against_held_out: dict[str, dict], path: Path)
             spread = [point["kid_std"] for point in drawn] if name == "kid" else None
             axis.errorbar(
                 [point[over] for point in drawn], [point[name] for point in drawn], spread, fmt="o-", markersize=4,
-                linewidth=1.4, capsize=3, color=COLOURS[number % len(COLOURS)], label=f"{words[lines]} {value:g}",
+                linewidth=1.4, capsize=3, color=COLORS[number % len(COLORS)], label=f"{words[lines]} {value:g}",
             )  # fmt: skip
         for reference, style in (("real", ":"), ("reconstructions", "--")):
             known = against_held_out[reference]
@@ -356,7 +356,7 @@ def measure_sweep(args: argparse.Namespace, sampler: Sampler, network: FeatureNe
     for options in sweep_options(args):
         images, seconds = sampler.draw(num_samples, **options)
         features = extract_features(network, images, batch_size=args.batch_size, title="features of samples")
-        measured = measure_set(features, labels, real.held_out_features, real.classifier, neighbourhoods=False)
+        measured = measure_set(features, labels, real.held_out_features, real.classifier, neighborhoods=False)
         del measured["n_reference"]
         point = {name: options[name] for name in ("guidance_scale", "num_inference_steps")}
         sweep.append(point | measured | {"seconds": seconds})
@@ -384,15 +384,15 @@ def evaluate(
         name: measure_set(features, of_class, real.held_out_features, real.classifier)
         for name, (features, of_class) in sets.items()
     }
-    neighbours = TrainingNeighbours(real.train, real.train_features)
+    neighbors = TrainingNeighbors(real.train, real.train_features)
     mirrored = look(samples, title="features of samples in a mirror", mirrored=True)
-    found = neighbours.search(samples, sets["samples"][0], mirrored)
+    found = neighbors.search(samples, sets["samples"][0], mirrored)
     mirrored = load_or_extract_features(
         network, real.held_out, args.cache_dir, batch_size=args.batch_size, mirrored=True
     )
-    held_out_found = neighbours.search(real.held_out, real.held_out_features, mirrored)
+    held_out_found = neighbors.search(real.held_out, real.held_out_features, mirrored)
     names = [pipe.class_names[label] for label in labels.tolist()]
-    save_nearest_neighbours(samples, names, real.train, found, args.output.parent / "nearest_neighbours.png")
+    save_nearest_neighbors(samples, names, real.train, found, args.output.parent / "nearest_neighbours.png")
     sweep = measure_sweep(args, sampler, network, real)
     if sweep:
         save_sweep(sweep, against_held_out, args.output.parent / "evaluation_sweep.png")
@@ -475,7 +475,7 @@ def remarks_on(args: argparse.Namespace, against_held_out: dict[str, dict], real
     )
     remarks.append(
         "precision, recall, density and coverage: every feature is first brought to the held-out images' mean 0 and "
-        "deviation 1, so they don't compare with figures elsewhere; memorisation: each image as it is and mirrored"
+        "deviation 1, so they don't compare with figures elsewhere; memorization: each image as it is and mirrored"
     )
     return remarks
 
@@ -511,7 +511,7 @@ def table(evaluation: dict) -> str:
     ]
     for name, entry in evaluation["memorisation"].items():
         lines.append(
-            f"memorised {name.replace('_', '-')}: {entry['feature_rate']:.2%} by features, "
+            f"memorized {name.replace('_', '-')}: {entry['feature_rate']:.2%} by features, "
             f"{entry['pixel_rate']:.2%} by pixels, {entry['exact_duplicates']:,} exact copies (of {entry['n']:,})"
         )
     for point in evaluation.get("sweep", []):

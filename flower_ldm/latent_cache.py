@@ -82,7 +82,7 @@ def load_or_build_latent_cache(
 
     Args:
         vae: anything with diffusers' `encode(images).latent_dist`, on `device` and in evaluation mode.
-        dataset: images `(B, 3, H, W)` in [-1, 1]; read by plain indices, so centre-cropped and not flipped.
+        dataset: images `(B, 3, H, W)` in [-1, 1]; read by plain indices, so center-cropped and not flipped.
         batch_size: images encoded at a time, each together with its flip.
         autocast_dtype: `torch.bfloat16`, `torch.float16`, or `None` to encode in the weights' own precision. It is no
             part of the key: a cache made in another precision is used.
@@ -127,7 +127,7 @@ def read_latent_cache(path: Path, key: str) -> LatentCache:
 
 
 class LatentDataset(Dataset):
-    """Normalised latents and all the randomness of a denoising step, from (seed, epoch, image index) alone.
+    """Normalized latents and all the randomness of a denoising step, from (seed, epoch, image index) alone.
 
     A key is `(epoch, index)`; neither the batch it comes in nor process or worker changes what it gives. Feed it with
     `data.TrainingSampler` and `collate_fn=data.keep_batch`.
@@ -152,7 +152,7 @@ class LatentDataset(Dataset):
         """The items of a batch, each tensor already batched.
 
         Returns:
-            "latents" `(B, C, h, w)`: a sample of the posterior of image or flip, normalised by the statistics;
+            "latents" `(B, C, h, w)`: a sample of the posterior of image or flip, normalized by the statistics;
             "noise" `(B, C, h, w)`: standard normal, for the diffusion; "uniforms" `(B, 2)` in [0, 1): for the timestep
             and for label dropout; "class_labels" and "index" `(B,)` int64; all else float32.
         """
@@ -178,7 +178,7 @@ class LatentDataset(Dataset):
         }
 
     def posterior_means(self, indices: Sequence[int]) -> torch.Tensor:
-        """The normalised latents of these images, not flipped and without chance: `(B, C, h, w)` float32."""
+        """The normalized latents of these images, not flipped and without chance: `(B, C, h, w)` float32."""
         return (self.cache.mean[torch.as_tensor(indices), 0].float() - self.latents_mean) / self.latents_std
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from .data import ImageDataset
 from .lettering import drawable, save_figure
 
-NAMED_CLASSES = 10  # that a picture shows by name; it has as many colours
-# Of CARTO's "Safe" palette, after Paul Tol's: colours that stay apart for the colour-blind.
-COLOURS = (
+NAMED_CLASSES = 10  # that a picture shows by name; it has as many colors
+# Of CARTO's "Safe" palette, after Paul Tol's: colors that stay apart for the color-blind.
+COLORS = (
     "#88CCEE",
     "#CC6677",
     "#DDCC77",
@@ -35,7 +35,7 @@ MAP_SETS = {"training": (1200, "o", 12), "held out": (500, "^", 26), "generated"
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Latents of one origin: `latents` `(N, Z, h, w)` float32, normalised, and `labels` `(N,)` int64."""
+    """Latents of one origin: `latents` `(N, Z, h, w)` float32, normalized, and `labels` `(N,)` int64."""
 
     latents: np.ndarray
     labels: np.ndarray
@@ -73,15 +73,15 @@ def named_classes(num_classes: int, count: int = NAMED_CLASSES) -> list[int]:
     return np.linspace(0, num_classes - 1, min(num_classes, count)).round().astype(int).tolist()
 
 
-def spread_over_classes(labels: np.ndarray, limit: int, favoured: Sequence[int] = (), seed: int = 0) -> np.ndarray:
+def spread_over_classes(labels: np.ndarray, limit: int, favored: Sequence[int] = (), seed: int = 0) -> np.ndarray:
     """At most `limit` indices into `labels` `(N,)`, in order and as many of each class as there can be; of the
-    `favoured` classes up to eight times as many, so that a cloud of theirs has a shape. The same for the same seed.
+    `favored` classes up to eight times as many, so that a cloud of theirs has a shape. The same for the same seed.
     """
     rank = np.empty(len(labels))
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
-        rank[members] = np.arange(len(members)) / (8 if label in favoured else 1)
+        rank[members] = np.arange(len(members)) / (8 if label in favored else 1)
     return np.sort(shuffled[np.argsort(rank[shuffled], kind="stable")[:limit]])
 
 
@@ -94,7 +94,7 @@ def tsne(latents: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def save_latent_maps(sets: dict[str, LatentSet], class_names: list[str], folder: Path, seed: int = 0) -> LatentPlane:
-    """Write `latent_space_tsne.png` and `latent_space_pca.png`: the sets in one picture, coloured by class.
+    """Write `latent_space_tsne.png` and `latent_space_pca.png`: the sets in one picture, colored by class.
 
     Args:
         sets: by name, "training" and, where there are any, "held out" and "generated". Of each no more are drawn than
@@ -103,10 +103,10 @@ def save_latent_maps(sets: dict[str, LatentSet], class_names: list[str], folder:
     Returns:
         the plane of the PCA, which is laid through the training latents alone.
     """
-    favoured = named_classes(len(class_names))
+    favored = named_classes(len(class_names))
     shown = {}
     for name in [name for name in MAP_SETS if name in sets]:
-        kept = spread_over_classes(sets[name].labels, MAP_SETS[name][0], favoured, seed)
+        kept = spread_over_classes(sets[name].labels, MAP_SETS[name][0], favored, seed)
         shown[name] = LatentSet(sets[name].latents[kept], sets[name].labels[kept])
     plane = LatentPlane.fit(shown["training"].latents, shown["training"].labels)
     by_pca = {name: plane.project(latents.latents) for name, latents in shown.items()}
@@ -125,7 +125,7 @@ def save_latent_maps(sets: dict[str, LatentSet], class_names: list[str], folder:
     figure, axis = plt.subplots(figsize=(8.2, 6.2), layout="constrained")
     latent_map(axis, by_tsne, labels, class_names)
     axis.set(xticks=[], yticks=[])
-    axis.set_title("Latents, neighbours beside each other (t-SNE)", fontsize=10)
+    axis.set_title("Latents, neighbors beside each other (t-SNE)", fontsize=10)
     save_figure(figure, folder / "latent_space_tsne.png")
     return plane
 
@@ -133,20 +133,20 @@ def save_latent_maps(sets: dict[str, LatentSet], class_names: list[str], folder:
 def latent_map(
     axis: plt.Axes, points: dict[str, np.ndarray], labels: dict[str, np.ndarray], class_names: list[str]
 ) -> None:
-    """Each set's points `(N, 2)` with its own marker; up to 10 classes in colours of their own, the others grey."""
-    colour_of = dict(zip(named_classes(len(class_names)), COLOURS, strict=False))
+    """Each set's points `(N, 2)` with its own marker; up to 10 classes in colors of their own, the others gray."""
+    color_of = dict(zip(named_classes(len(class_names)), COLORS, strict=False))
     for name, of_set in points.items():
         _, marker, area = MAP_SETS[name]
         style = {"marker": marker, "s": area, "linewidths": 0, "alpha": 0.75 if name == "training" else 0.9}
         if name != "training":
             style |= {"edgecolors": "black", "linewidths": 0.5}
-        named = np.isin(labels[name], list(colour_of))
+        named = np.isin(labels[name], list(color_of))
         axis.scatter(*of_set[~named].T, color=OTHERS, **(style | {"s": area / 2, "linewidths": 0}))
-        axis.scatter(*of_set[named].T, c=[colour_of[label] for label in labels[name][named].tolist()], **style)
+        axis.scatter(*of_set[named].T, c=[color_of[label] for label in labels[name][named].tolist()], **style)
     handles = [plt.Line2D([], [], marker="s", linestyle="", color=c, label=drawable(class_names[k]))
-               for k, c in colour_of.items()]  # fmt: skip
-    if len(class_names) > len(colour_of):
-        rest = len(class_names) - len(colour_of)
+               for k, c in color_of.items()]  # fmt: skip
+    if len(class_names) > len(color_of):
+        rest = len(class_names) - len(color_of)
         handles.append(plt.Line2D([], [], marker="s", linestyle="", color=OTHERS, label=f"{rest} other classes"))
     for name, of_set in points.items():
         marker, size = MAP_SETS[name][1], 11 if name == "generated" else 6
@@ -175,7 +175,7 @@ def encode_for_map(encode: Callable, datasets: dict[str, ImageDataset], device: 
     """What `save_latent_maps` will show of each data set, and no more, encoded."""
     sets = {}
     for name, dataset in datasets.items():
-        favoured = named_classes(dataset.num_classes)
-        kept = spread_over_classes(dataset.labels.numpy(), MAP_SETS[name][0], favoured)
+        favored = named_classes(dataset.num_classes)
+        kept = spread_over_classes(dataset.labels.numpy(), MAP_SETS[name][0], favored)
         sets[name] = encode_some(encode, dataset, kept, device)
     return sets

@@ -1,4 +1,4 @@
-"""Whether samples are memorised training images: the training images nearest to others, by features and by pixels.
+"""Whether samples are memorized training images: the training images nearest to others, by features and by pixels.
 
 Knows neither networks nor pictures: `evaluation` gives it features and `visualization` draws what it finds; images
 come from `data`.
@@ -30,7 +30,7 @@ def nearest_two(
     queries: torch.Tensor,
     reference_rows: Rows,
     references: torch.Tensor,
-    title: str = "nearest neighbours",
+    title: str = "nearest neighbors",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two nearest references of each query: distances `(Q, 2)` and their keys `(Q, 2)`, nearest first.
 
@@ -59,10 +59,10 @@ def nearest_two(
     return distances, keys
 
 
-class TrainingNeighbours:
+class TrainingNeighbors:
     """The training images, each distinct one once, to look up the two nearest to any other image.
 
-    Copies of an image count as one: else the nearest of a memorised image and the second nearest could be the same
+    Copies of an image count as one: else the nearest of a memorized image and the second nearest could be the same
     picture, and the rule would miss it, or see it everywhere.
 
     Args:
@@ -78,7 +78,7 @@ class TrainingNeighbours:
             self.first_of.setdefault(digest, key)
         self.distinct = torch.tensor(list(self.first_of.values()))
         if len(self.distinct) < 2:
-            raise InputError("memorisation needs at least 2 different training images: choose other --train_splits")
+            raise InputError("memorization needs at least 2 different training images: choose other --train_splits")
 
     def search(
         self,
@@ -86,7 +86,7 @@ class TrainingNeighbours:
         features: torch.Tensor | None = None,
         mirrored_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """For Q images: what `memorization_rates` and `save_nearest_neighbours` need.
+        """For Q images: what `memorization_rates` and `save_nearest_neighbors` need.
 
         Each is looked up as it is and mirrored, since models are trained on mirrored images too.
 
@@ -107,7 +107,7 @@ class TrainingNeighbours:
         found = {}
         for space, (sides, training_rows) in rows_in.items():
             upright, mirrored = (
-                nearest_two(rows, queries, training_rows, self.distinct, title=f"neighbours by {space}s{side}")
+                nearest_two(rows, queries, training_rows, self.distinct, title=f"neighbors by {space}s{side}")
                 for rows, side in zip(sides, ("", ", mirrored"), strict=True)
             )
             found[f"{space}_distances"], found[f"{space}_keys"] = nearest_of_either(upright, mirrored)
@@ -156,7 +156,7 @@ def memorized(distances: torch.Tensor) -> torch.Tensor:
 
 
 def memorization_rates(found: dict[str, torch.Tensor]) -> dict[str, float | int]:
-    """The entry of `metrics.json` for what `TrainingNeighbours.search` has found."""
+    """The entry of `metrics.json` for what `TrainingNeighbors.search` has found."""
     return {
         "n": len(found["is_copy"]),
         "feature_rate": memorized(found["feature_distances"]).double().mean().item(),

@@ -11,8 +11,8 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # as in the papers
-MIN_IMAGES = DENSITY_NEIGHBOURS + 1  # an image is no neighbour of its own
+PRECISION_NEIGHBORS, DENSITY_NEIGHBORS = 3, 5  # as in the papers
+MIN_IMAGES = DENSITY_NEIGHBORS + 1  # an image is no neighbor of its own
 KID_SUBSETS, KID_MAX_SUBSET = 100, 500
 ROWS_AT_A_TIME = 1024  # of a distance matrix
 
@@ -47,16 +47,16 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor, seed: int =
     return mean.item(), std.item()
 
 
-def neighbour_radii(features: torch.Tensor, neighbours: Sequence[int]) -> list[torch.Tensor]:
+def neighbor_radii(features: torch.Tensor, neighbors: Sequence[int]) -> list[torch.Tensor]:
     """Distance `(N,)` of each feature vector to its k-th nearest other one, for each k."""
     nearest = [
-        torch.cdist(rows, features).topk(max(neighbours) + 1, largest=False).values  # the first is itself
+        torch.cdist(rows, features).topk(max(neighbors) + 1, largest=False).values  # the first is itself
         for rows in features.split(ROWS_AT_A_TIME)
     ]
-    return list(torch.cat(nearest)[:, list(neighbours)].T)
+    return list(torch.cat(nearest)[:, list(neighbors)].T)
 
 
-def neighbourhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+def neighborhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     """Precision and recall (Kynkäänniemi et al. 2019, eq. 1, 2), density and coverage (Naeem et al. 2020, eq. 4, 5).
 
     Of samples `(N, D)` against a reference `(M, D)`, with k = 3 for the first two and k = 5 for the others. Every
@@ -66,8 +66,8 @@ def neighbourhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> di
     """
     scaler = StandardScaler().fit(reference.double().numpy())
     features, reference = (torch.from_numpy(scaler.transform(rows.double().numpy())) for rows in (features, reference))
-    wide, wider = neighbour_radii(reference, (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS))  # (M,) each
-    [own] = neighbour_radii(features, (PRECISION_NEIGHBOURS,))  # (N,)
+    wide, wider = neighbor_radii(reference, (PRECISION_NEIGHBORS, DENSITY_NEIGHBORS))  # (M,) each
+    [own] = neighbor_radii(features, (PRECISION_NEIGHBORS,))  # (N,)
     precise = inside = 0.0
     recalled, covered = torch.zeros(2, len(reference), dtype=torch.bool)
     for rows, radii in zip(features.split(ROWS_AT_A_TIME), own.split(ROWS_AT_A_TIME), strict=True):
@@ -79,13 +79,13 @@ def neighbourhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> di
     return {
         "precision": precise / len(features),
         "recall": recalled.double().mean().item(),
-        "density": inside / (DENSITY_NEIGHBOURS * len(features)),
+        "density": inside / (DENSITY_NEIGHBORS * len(features)),
         "coverage": covered.double().mean().item(),
     }
 
 
 def train_classifier(features: torch.Tensor, class_labels: torch.Tensor) -> Pipeline | None:
-    """A linear probe: multinomial logistic regression on standardised features of real images; None for one class."""
+    """A linear probe: multinomial logistic regression on standardized features of real images; None for one class."""
     if len(class_labels.unique()) < 2:
         return None
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
@@ -104,7 +104,7 @@ def measure_set(
     class_labels: torch.Tensor,
     reference: torch.Tensor,
     classifier: Pipeline | None,
-    neighbourhoods: bool = True,
+    neighborhoods: bool = True,
 ) -> dict[str, float | int | None]:
     """All that `metrics.json` says of one set of images, by its features `(N, D)`, against a reference `(M, D)`."""
     kid, kid_std = kernel_distance(features, reference)
@@ -114,6 +114,6 @@ def measure_set(
         "frechet_distance": frechet_distance(features, reference),
         "kid": kid,
         "kid_std": kid_std,
-        **(neighbourhood_metrics(features, reference) if neighbourhoods else {}),
+        **(neighborhood_metrics(features, reference) if neighborhoods else {}),
         "class_accuracy": class_accuracy(classifier, features, class_labels),
     }

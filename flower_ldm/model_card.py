@@ -104,7 +104,7 @@ def render(run: Run, repo_id: str | None = None) -> str:
         training(run),
         measured(run),
         limits(run),
-        licence(run),
+        license(run),
         again(run, repo_id or ANYWHERE[run.stage]),
         MARK,
     ]
@@ -260,8 +260,8 @@ def measured(run: Run) -> str:
         parts.append("\n".join(f"- {plain(remark)}" for remark in evaluation.get("remarks") or []))
     if rows := memorization_table(evaluation):
         parts.append(
-            "**Memorisation.** The share of images whose nearest training image is nearer than a third of the second "
-            "nearest, in feature and in pixel space; held-out images, which can't have been memorised, are the null."
+            "**Memorization.** The share of images whose nearest training image is nearer than a third of the second "
+            "nearest, in feature and in pixel space; held-out images, which can't have been memorized, are the null."
         )
         head = ["", "n", "by features", "by pixels", "byte-identical"]
         parts.append(_table(head, [[name, *values] for name, values in rows]))
@@ -323,7 +323,7 @@ def limits(run: Run) -> str:
         known += " and the classes that it was trained on: no text, no other subject."
         rates = nested(run.evaluation, "memorisation", "samples")
         known += (
-            f" Of {number(rates.get('n'))} samples, {percent(rates['feature_rate'])} were memorised training images "
+            f" Of {number(rates.get('n'))} samples, {percent(rates['feature_rate'])} were memorized training images "
             "by the measure above." if is_finite(rates.get("feature_rate"))
             else " Whether it repeats training images has not been measured."
         )  # fmt: skip
@@ -335,7 +335,7 @@ def _of_flowers(run: Run) -> bool:
     return public_run(run).args["dataset"] == "flowers102"
 
 
-def licence(run: Run) -> str:
+def license(run: Run) -> str:
     dataset = public_run(run).args["dataset"]
     if dataset == "flowers102":
         data = (
@@ -351,7 +351,7 @@ def licence(run: Run) -> str:
             f"The weights were trained on {what}: what may be done with them depends on the rights in "
             "those images, which this card doesn't know. Whoever publishes them should say it here."
         )
-    return f"## Licence and data\n\nThe code is Apache-2.0. {data}"
+    return f"## License and data\n\nThe code is Apache-2.0. {data}"
 
 
 # --- doing it again --------------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def metadata(run: Run, name: str) -> ModelCardData:
     kind = ["autoencoder", "vae"] if run.stage == "autoencoder" else ["latent-diffusion", "class-conditional"]
     return ModelCardData(
         library_name="diffusers",
-        # Only of invented flowers the code's licence can be that of the weights.
+        # Only of invented flowers the code's license can be that of the weights.
         license="apache-2.0" if dataset == "synthetic" else "unknown",
         pipeline_tag=TASKS[run.stage][0] if run.stage == "latent_diffusion" else None,
         tags=["diffusers", "flower_ldm", *kind, "image-generation"],
@@ -462,12 +462,12 @@ def eval_results(run: Run) -> list[EvalResult]:
         for key, names in METRIC_NAMES.items()
         if is_finite(samples.get(key))
     ]
-    memorised = nested(evaluation, "memorisation", "samples")
+    memorized = nested(evaluation, "memorisation", "samples")
     null = nested(evaluation, "memorisation", "held_out")
     for space, key in (("feature", "feature_rate"), ("pixel", "pixel_rate")):
-        if is_finite(memorised.get(key)):
-            names = ("memorisation_rate", f"Memorisation rate in {space} space")
-            rows.append((names, memorised[key], {"n": memorised.get("n"), "held_out": null.get(key)} |
+        if is_finite(memorized.get(key)):
+            names = ("memorisation_rate", f"Memorization rate in {space} space")
+            rows.append((names, memorized[key], {"n": memorized.get("n"), "held_out": null.get(key)} |
                          (features if space == "feature" else {})))  # fmt: skip
     n = nested(evaluation, "reconstruction").get("n") or run.metrics.get("num_images")
     rows += [(RECONSTRUCTION_NAMES[key], value, {"n": n}) for key, value in reconstruction_values(run).items()]

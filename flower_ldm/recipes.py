@@ -47,7 +47,7 @@ def common_parser(description: str) -> OneLineParser:
     flag("--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images count as unreadable")
     flag("--train_splits", nargs="+", help="splits to train on")
     flag("--val_splits", nargs="+", help="splits held out")
-    flag("--classes", nargs="+", help="names, else 0-based indices; relabelled 0..k-1 in this order")
+    flag("--classes", nargs="+", help="names, else 0-based indices; relabeled 0..k-1 in this order")
     flag("--images_per_class", type=int, default=100, help="training images of each synthetic class")
     flag("--resolution", type=int, default=64, help="pixels a side")
     flag("--dataloader_num_workers", type=int, default=2)
@@ -59,7 +59,7 @@ def common_parser(description: str) -> OneLineParser:
          help="auto: bf16 where the device has instructions for it, else no; unset: accelerate's")  # fmt: skip
     flag("--torch_compile", action=switch, default=False)
     flag("--gradient_checkpointing", action=switch, default=False, help="less memory, slower")
-    # optimisation
+    # optimization
     flag("--train_batch_size", type=int, default=64, help="per process and micro-batch")
     flag("--gradient_accumulation_steps", type=int, default=1)
     flag("--max_train_steps", type=int, help="optimizer updates; wins over --num_train_epochs")

@@ -75,12 +75,12 @@ METRICS = {  # name: (title, which way is better, decimals, how to read it)
     ),
     "density": (
         "Density", "higher", 3,
-        "Precision that counts how many held-out images each image is a neighbour of, so that outliers matter less. "
+        "Precision that counts how many held-out images each image is a neighbor of, so that outliers matter less. "
         "It can exceed 1.",
     ),
     "coverage": (
         "Coverage", "higher", 3,
-        "The share of held-out images that have an image of the set in their neighbourhood.",
+        "The share of held-out images that have an image of the set in their neighborhood.",
     ),
     "class_accuracy": (
         "Class accuracy", "higher", 3,
@@ -150,12 +150,12 @@ def class_count(run: Run) -> int | None:
 def headline(run: Run) -> list[tuple[str, str]]:
     """Up to four figures for the first screen, each with its name."""
     samples = nested(run.evaluation, "against_held_out", "samples")
-    memorised = nested(run.evaluation, "memorisation", "samples").get("feature_rate")
+    memorized = nested(run.evaluation, "memorisation", "samples").get("feature_rate")
     metrics = run.metrics
     candidates = [
         (f"Fréchet distance, n = {number(samples.get('n'))}", number(samples.get("frechet_distance"), 1)),
         ("Class accuracy", percent(samples.get("class_accuracy"))),
-        ("Memorised samples", percent(memorised)),
+        ("Memorized samples", percent(memorized)),
         ("PSNR, held out", f"{number(metrics.get('psnr'), 1)} dB".replace("– dB", "–")),
         ("SSIM, held out", number(metrics.get("ssim"), 3)),
         ("Accuracy of the head", percent(metrics.get("val_accuracy"))),
@@ -365,10 +365,10 @@ def pictures_over_time(run: Run, album: Album) -> list[dict]:
 
 def latent_maps(run: Run, album: Album) -> list[dict]:
     kinds = {
-        "tsne": ("t-SNE", "t-SNE: neighbours stay neighbours; distances between clouds mean little."),
+        "tsne": ("t-SNE", "t-SNE: neighbors stay neighbors; distances between clouds mean little."),
         "pca": ("PCA", "PCA: the two directions along which the latents vary most; distances are true to scale."),
     }
-    pictures = [album.picture(run.folder / f"latent_space_{kind}.png", f"Latents by {name}, coloured by class", note)
+    pictures = [album.picture(run.folder / f"latent_space_{kind}.png", f"Latents by {name}, colored by class", note)
                 for kind, (name, note) in kinds.items()]  # fmt: skip
     return [picture for picture in pictures if picture]
 
@@ -475,7 +475,7 @@ def reconstruction_figures(run: Run) -> list[tuple[str, str]]:
 
 
 def memorization_table(evaluation: dict) -> list[tuple[str, list[str]]]:
-    """Samples and, as the null, held-out images: how many, memorised by features, by pixels, byte-identical."""
+    """Samples and, as the null, held-out images: how many, memorized by features, by pixels, byte-identical."""
     rows = []
     for name, heading in (("samples", "Samples"), ("held_out", "Held-out images")):
         if values := nested(evaluation, "memorisation", name):

@@ -39,7 +39,7 @@ class Series(NamedTuple):
     name: str
     points: list[tuple[float, float]]
     marked: bool = False
-    style: str = "s1"  # a class of the style sheet: colour and dashes
+    style: str = "s1"  # a class of the style sheet: color and dashes
 
 
 def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:

@@ -188,7 +188,7 @@ CHECKED = {
         "a list of names": "remarks",
         "a text or a list of names": "command",
         "a list of mappings of numbers": "sweep",
-        "a mapping": "sampling features splits reconstruction against_held_out memorisation versions",
+        "a mapping": "sampling features splits reconstruction against_held_out memorization versions",
     },
     "index": {"a mapping of labels to names": "id2label"},
     "config": {

@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("BEGIN", "END"),
         help="from where to where guidance acts, in fractions of the trajectory; 0 is pure noise",
     )  # fmt: skip
-    parser.add_argument("--guidance_rescale", type=float, default=0.0, help="0 (off) to 1, against glaring colours")
+    parser.add_argument("--guidance_rescale", type=float, default=0.0, help="0 (off) to 1, against glaring colors")
     parser.add_argument(
         "--guide",
         type=path_text,

@@ -1,7 +1,7 @@
 """Procedural flowers: a data set that needs no download, drawn from nothing but (seed, class, index).
 
 A class is a form (petal count and outline, whorls, disc) in a palette; position, size, tilt, rotation, light and the
-blurred background vary from image to image. Its neighbour `data` serves it as `--dataset synthetic`.
+blurred background vary from image to image. Its neighbor `data` serves it as `--dataset synthetic`.
 
 Units: the frame spans [-1, 1] in both directions, y downwards; on the flower, 1 is the length of an outer petal.
 """
@@ -22,7 +22,7 @@ SHADOW_LENGTH = 0.93  # of a petal: what casts its shadow has a blunt end, from 
 
 @dataclass(frozen=True)
 class Form:
-    """What a class looks like apart from its colours. Lengths are in units of the outer petals."""
+    """What a class looks like apart from its colors. Lengths are in units of the outer petals."""
 
     noun: str
     petals: int  # in each whorl
@@ -43,7 +43,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Palette:
-    """The colours of a class as `#rrggbb`: along the petal from throat to tip, then disc and its dots or rim."""
+    """The colors of a class as `#rrggbb`: along the petal from throat to tip, then disc and its dots or rim."""
 
     adjective: str
     throat: str
@@ -54,7 +54,7 @@ class Palette:
 
 
 # 13 forms and 17 palettes have no common factor: class i takes form i mod 13 and palette i mod 17. No pair comes
-# twice, and 13 classes in a row share neither form nor palette. Neighbours in both lists are chosen to be unlike.
+# twice, and 13 classes in a row share neither form nor palette. Neighbors in both lists are chosen to be unlike.
 FORMS = (
     Form("daisy", 15, 0.135, 0.7, 0.38, "seeds", 0.27),
     Form("poppy", 4, 0.68, 0.75, 0.36, "stamens", 0.24, fringe=0.022, overlap_shadow=0.5),
@@ -115,8 +115,8 @@ class View:
     rotation: float  # radians
     tilt: tuple[float, float, float]  # direction (x, y), and how much the flower is foreshortened along it
     light: tuple[float, float]  # towards the light; its length is the contrast
-    tone: np.ndarray  # (3,), multiplies the petals' colours
-    tint: np.ndarray  # (3,), multiplies every colour
+    tone: np.ndarray  # (3,), multiplies the petals' colors
+    tint: np.ndarray  # (3,), multiplies every color
 
 
 def synthetic_flower(class_index: int, index: int, *, seed: int = 0, resolution: int = 64) -> np.ndarray:
@@ -179,7 +179,7 @@ def _draw_view(rng: np.random.Generator) -> View:
 
 
 def _draw_background(rng: np.random.Generator, view: View) -> Image.Image:
-    """Two colours melting into each other, discs of light, and the flower's own stem and leaves, all out of focus."""
+    """Two colors melting into each other, discs of light, and the flower's own stem and leaves, all out of focus."""
     x, y = _pixel_grid(BACKGROUND_SIZE)
     above, below, glow = (_rgb(color) for color in SCENES[rng.integers(len(SCENES))])
     slope, wave_x, wave_y, phase_x, phase_y = rng.uniform((-0.3, 2, 1, 0, 0), (0.3, 6, 3, 6.3, 6.3)).tolist()
@@ -197,7 +197,7 @@ def _draw_background(rng: np.random.Generator, view: View) -> Image.Image:
 def _draw_leaves(
     canvas: np.ndarray, x: np.ndarray, y: np.ndarray, radius: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """A bent stem and two leaves over `canvas` (N, 3); x and y, each (N,), are measured from the flower's centre."""
+    """A bent stem and two leaves over `canvas` (N, 3); x and y, each (N,), are measured from the flower's center."""
     green = _rgb("#3f7a35") * rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
     stem = np.clip((0.055 - np.abs(x - rng.uniform(-0.35, 0.35) * y**2)) / 0.04 + 0.5, 0, 1) * (y > 0)
     canvas = _mix(canvas, green * 0.85, stem)
@@ -249,7 +249,7 @@ def _paint_whorl(
     pixel: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """One ring of petals over `flower` (N, 4) at `polar` (4, N), cut and coloured by `tables`.
+    """One ring of petals over `flower` (N, 4) at `polar` (4, N), cut and colored by `tables`.
 
     A pixel lies between the mid-ribs of two petals and can only be on one of these, so each is evaluated once for all
     pixels, as (2, N). The first of the two always lies on top: every petal overlaps the next, as in real flowers.
@@ -293,7 +293,7 @@ def _paint_whorl(
         flower[:, :3] *= (1 - depth)[:, None]
     light *= 1 - 0.05 * (form.whorls - 1 - whorl)
     for which in (1, 0):
-        # Light falls through petals: in the shade a colour deepens rather than turns grey.
+        # Light falls through petals: in the shade a color deepens rather than turns gray.
         color = gradient[step[which]]
         color *= 1 + (1.5 * (light[which] - 1))[:, None] * (1 - 0.65 * color)
         _paint_over(flower, color, cover[which])
@@ -315,7 +315,7 @@ def _petal_tables(form: Form, palette: Palette, tone: np.ndarray) -> tuple[np.nd
 def _paint_disc(
     flower: np.ndarray, polar: np.ndarray, form: Form, palette: Palette, view: View, pixel: float
 ) -> np.ndarray:
-    """The flower's centre, and its shadow on the petals, over `flower` (N, 4) at `polar` (4, N)."""
+    """The flower's center, and its shadow on the petals, over `flower` (N, 4) at `polar` (4, N)."""
     radius, angle, light_out, _ = polar
     radius = radius / form.disc_radius
     cover, blend, light = DISCS[form.disc](radius, angle - np.float32(view.rotation), form.disc_radius / pixel)
@@ -328,7 +328,7 @@ def _paint_disc(
 
 
 # Each disc takes radius (N,), 1 at its rim, angle (N,) and the pixels in a unit of radius,
-# and returns, each (N,), its cover, the share of the accent colour and the light.
+# and returns, each (N,), its cover, the share of the accent color and the light.
 
 
 def _seeds(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -374,7 +374,7 @@ DISCS = {"seeds": _seeds, "stamens": _stamens, "star": _star, "trumpet": _trumpe
 
 
 def _pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y, each (size * size,), of the pixels' centres in the frame."""
+    """x and y, each (size * size,), of the pixels' centers in the frame."""
     line = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     return np.tile(line, size), np.repeat(line, size)
 

@@ -42,7 +42,7 @@ class Trajectory:
     Attributes:
         label, name: its class.
         noise_levels: `(S,)`, the share of noise in each state: 1 is pure noise, 0 the sample.
-        noisy_latents: `(S, Z, h, w)` float32, normalised to unit variance whatever the scheduler.
+        noisy_latents: `(S, Z, h, w)` float32, normalized to unit variance whatever the scheduler.
         denoised_latents: `(S, Z, h, w)` float32, the clean latents predicted from each state; of the last, itself.
         noisy_images, denoised_images: `(S, H, W, 3)` uint8, the same decoded.
     """
@@ -180,10 +180,10 @@ def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) 
     figure.text(0.7 / width, 0.92, f"{drawable(trajectory.name)}: from noise to image", fontsize=12)
     box = (strip / width, side / height)
     upper, lower = (figure.add_axes((0.7 / width, bottom / height, *box)) for bottom in (0.35 + side + gap, 0.35))
-    centres = draw_strip(upper, trajectory.noisy_images[states], gap / side)
+    centers = draw_strip(upper, trajectory.noisy_images[states], gap / side)
     draw_strip(lower, trajectory.denoised_images[states], gap / side)
-    upper.set_xticks(centres, [f"{100 * level:.0f} % noise" for level in trajectory.noise_levels[states]])
-    lower.set_xticks(centres, [f"step {state}" for state in states])
+    upper.set_xticks(centers, [f"{100 * level:.0f} % noise" for level in trajectory.noise_levels[states]])
+    lower.set_xticks(centers, [f"step {state}" for state in states])
     upper.xaxis.tick_top()
     upper.set_ylabel("noisy latents,\ndecoded", fontsize=9)
     lower.set_ylabel("predicted\nclean image", fontsize=9)
@@ -214,11 +214,11 @@ def draw_way(axis: Axes, trajectory: Trajectory, plane: LatentPlane) -> None:
     own = plane.labels == trajectory.label
     axis.scatter(*plane.points[~own].T, s=5, color="#d3d3d3", linewidths=0, label="other classes")
     axis.scatter(*plane.points[own].T, s=12, color="#44AA99", linewidths=0, label=drawable(trajectory.name, 24))
-    for latents, colour, label in (
+    for latents, color, label in (
         (trajectory.denoised_latents, "#CC6677", "predicted clean latents"),
         (trajectory.noisy_latents, "#332288", "noisy latents"),
     ):
-        axis.plot(*plane.project(latents).T, ".-", color=colour, markersize=4, linewidth=1.2, label=label)
+        axis.plot(*plane.project(latents).T, ".-", color=color, markersize=4, linewidth=1.2, label=label)
     noise, sample = plane.project(trajectory.noisy_latents[[0, -1]])
     axis.plot(*noise, "o", color="white", markeredgecolor="#332288", markersize=7, label="noise")
     axis.plot(*sample, "*", color="#DDCC77", markeredgecolor="black", markersize=13, label="sample")
@@ -262,7 +262,7 @@ def animation_frames(trajectory: Trajectory) -> list[np.ndarray]:
 
 
 def to_palette(frame: np.ndarray, dither: Image.Dither) -> Image.Image:
-    """256 colours, by octree: of noise, Pillow's median cut takes half a second a frame, and looks no better."""
+    """256 colors, by octree: of noise, Pillow's median cut takes half a second a frame, and looks no better."""
     image = Image.fromarray(frame)
     return image.quantize(palette=image.quantize(256, Image.Quantize.FASTOCTREE), dither=dither)
 
@@ -275,7 +275,7 @@ def save_animation(trajectory: Trajectory, path: Path) -> list[Path]:
     """
     frames = animation_frames(trajectory)
     durations = [MILLISECONDS["first"], *[MILLISECONDS["between"]] * (len(frames) - 2), MILLISECONDS["last"]]
-    for dither in (Image.Dither.FLOYDSTEINBERG, Image.Dither.NONE):  # noise may have to do with coarser colours
+    for dither in (Image.Dither.FLOYDSTEINBERG, Image.Dither.NONE):  # noise may have to do with coarser colors
         pages, gif = [to_palette(frame, dither) for frame in frames], io.BytesIO()
         pages[0].save(gif, "GIF", save_all=True, append_images=pages[1:], duration=durations, loop=0)
         if gif.tell() < MAX_GIF_BYTES:

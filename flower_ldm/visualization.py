@@ -23,7 +23,7 @@ from .files import file_path, file_safe_name, fresh_folder, path_text, write_who
 from .formatting import is_finite
 from .latent_maps import LatentPlane, LatentSet, encode_for_map, named_classes, save_latent_maps
 from .lettering import drawable, save_figure, wrapped
-from .memorization import TrainingNeighbours, memorized
+from .memorization import TrainingNeighbors, memorized
 from .pipelines.pipeline_flower_ldm import plain_name
 from .runs import is_bin, read_flags, read_log
 from .sampling import decode, draw_classes, load_pipeline
@@ -117,7 +117,7 @@ def save_picture_table(images: np.ndarray, path: Path, **names) -> Path:
     return path
 
 
-def save_nearest_neighbours(
+def save_nearest_neighbors(
     samples: np.ndarray,
     names: Sequence[str],
     train: ImageDataset | np.ndarray,
@@ -130,7 +130,7 @@ def save_nearest_neighbours(
         samples: `(N, H, W, 3)` uint8.
         names: the class of each.
         train: the training images that `found` counts.
-        found: what `TrainingNeighbours.search` found for the samples; a panel for each space that it has.
+        found: what `TrainingNeighbors.search` found for the samples; a panel for each space that it has.
     """
     num_columns = min(SUSPECTS, len(samples))
     spaces = [space for space in ("feature", "pixel") if f"{space}_keys" in found]
@@ -154,7 +154,7 @@ def save_nearest_neighbours(
             if copied:
                 caption.set(color="#c1272d", fontweight="bold")
         axis.set_title(
-            f"Most suspicious in {space} space. Memorised (ratio of distances at most 0.33): "
+            f"Most suspicious in {space} space. Memorized (ratio of distances at most 0.33): "
             f"{memorized(distances).sum()} of {len(samples):,} samples",
             fontsize=10,
         )
@@ -287,8 +287,8 @@ def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: d
         sets = encode_for_map(pipe.encode_images, datasets, pipe.device)
         plane = save_latent_maps({**sets, "generated": generated}, pipe.class_names, folder)
         save_side_by_side(pipe, datasets["held out"], columns, images[:, 0], folder)
-        found = TrainingNeighbours(datasets["training"]).search(images[:, 0])
-        save_nearest_neighbours(images[:, 0], names, datasets["training"], found, folder / "nearest_neighbours.png")
+        found = TrainingNeighbors(datasets["training"]).search(images[:, 0])
+        save_nearest_neighbors(images[:, 0], names, datasets["training"], found, folder / "nearest_neighbours.png")
     else:
         plane = LatentPlane.fit(generated.latents, generated.labels)
     labels = pipe.get_label_ids(args.labels) if args.labels else named_classes(pipe.num_classes, 3)
@@ -397,7 +397,7 @@ def draw_autoencoder(vae: FlowerAutoencoderKL, datasets: dict[str, ImageDataset]
 
 
 def vae_encoder(vae: FlowerAutoencoderKL) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Images `(B, 3, H, W)` -> normalised latents `(B, Z, h, w)`, the posterior's mean."""
+    """Images `(B, 3, H, W)` -> normalized latents `(B, Z, h, w)`, the posterior's mean."""
     return lambda images: vae.normalize(vae.encode(images).latent_dist.mean)
 
 

@@ -81,7 +81,7 @@ class Original(NamedTuple):
     """An image that is drawn over, for each one drawn; without a mask the last two are None."""
 
     pixels: torch.Tensor  # (B, 3, H, W) in [0, 1]
-    latents: torch.Tensor  # (B, Z, h, w), normalised
+    latents: torch.Tensor  # (B, Z, h, w), normalized
     mask: torch.Tensor | None  # (B, 1, H, W) bool, True where it is drawn anew
     latents_mask: torch.Tensor | None  # (B, 1, h, w) bool, True wherever a pixel is
 
@@ -233,7 +233,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
             generator: one, or a list of B: with a list an image doesn't depend on the others in the batch.
             latents: `(B, Z, h, w)` standard normal noise to start from, in place of noise drawn here.
             output_type: "pil"; "np" `(B, H, W, 3)` or "pt" `(B, 3, H, W)` float32 in [0, 1]; "latent" `(B, Z, h, w)`,
-                normalised to unit variance as the unet sees them.
+                normalized to unit variance as the unet sees them.
             callback_on_step_end: called as `(pipe, step_index, timestep, {"latents": latents})` after each step;
                 latents that it returns in a dict take the place of these.
             callback_on_step_end_tensor_inputs: what that dict holds: "latents" after the step, as the scheduler scales
@@ -353,7 +353,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
     def predict_denoised_latents(
         self, prediction: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor
     ) -> torch.Tensor:
-        """The clean latents `(B, Z, h, w)`, normalised, that a prediction at this step stands for, nothing clipped.
+        """The clean latents `(B, Z, h, w)`, normalized, that a prediction at this step stands for, nothing clipped.
 
         The noisy latents are alpha x clean + sigma x noise; the prediction is one of the two, or the velocity
         alpha x noise - sigma x clean (Salimans & Ho 2022). To be asked before the scheduler makes its step.
@@ -481,7 +481,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in accepted}
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil", original: Original | None = None) -> Any:
-        """Normalised latents `(B, Z, h, w)` -> images of `output_type` "pil", "np" or "pt".
+        """Normalized latents `(B, Z, h, w)` -> images of `output_type` "pil", "np" or "pt".
 
         Where an original's mask is False its pixels are pasted in, so that they aren't what the autoencoder makes of
         them but the same to the bit.
@@ -500,7 +500,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> the mean of their latents `(B, Z, h, w)`, normalised, float32."""
+        """Images `(B, 3, H, W)` in [-1, 1] -> the mean of their latents `(B, Z, h, w)`, normalized, float32."""
         images = images.to(self._execution_device, self.vae.dtype)  # where an offloaded autoencoder will be, not is
         raw_latents = self.vae.encode(images).latent_dist.mean.float()
         if hasattr(self.vae, "normalize"):
@@ -879,15 +879,15 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
             image = image.copy()
             image.info["transparency"] = tuple(value >> 8 for value in transparent)
         rgba = image.convert("RGBA")
-        grey = image.mode in ("1", "L", "LA")
-        return rgba.getchannel("R") if grey else rgba.convert("RGB"), rgba.getchannel("A")
+        gray = image.mode in ("1", "L", "LA")
+        return rgba.getchannel("R") if gray else rgba.convert("RGB"), rgba.getchannel("A")
     if image.mode in ("L", "RGB", "CMYK"):
         return image, None
     return image.convert("L" if image.mode == "1" else "RGB"), None
 
 
 def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Grey of 16 bits, or of 12 in some TIFF files, as `_eight_bits`.
+    """Gray of 16 bits, or of 12 in some TIFF files, as `_eight_bits`.
 
     Arrays of integers come as mode I too, whatever was meant by them: where all are below 256, black can't be told
     from 8 bits.
@@ -911,7 +911,7 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 @functools.cache
 def _to_8_bits(white: int, white_is_zero: bool) -> list[int]:
-    """What each of 65,536 levels of grey becomes."""
+    """What each of 65,536 levels of gray becomes."""
     table = [round(min(value, white) * 255 / white) for value in range(65536)]
     return [255 - value for value in table] if white_is_zero else table
 

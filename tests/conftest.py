@@ -1,4 +1,4 @@
-"""What several test files need: a tiny folder of labelled images, a tiny training run, a VGG16 with random weights."""
+"""What several test files need: a tiny folder of labeled images, a tiny training run, a VGG16 with random weights."""
 
 import argparse
 import json
@@ -30,14 +30,14 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """`DIR/<class>/*.jpg`: daisy, rose and tulip with 10 images each, 40 x 30 pixels or 30 x 40, of one colour."""
+    """`DIR/<class>/*.jpg`: daisy, rose and tulip with 10 images each, 40 x 30 pixels or 30 x 40, of one color."""
     rng = np.random.default_rng(0)
     for class_name in ("tulip", "daisy", "rose"):  # not in order: the loader sorts
         folder = tmp_path / "flowers" / class_name
         folder.mkdir(parents=True)
         for i in range(10):
-            colour = tuple(rng.integers(0, 256, size=3).tolist())
-            Image.new("RGB", (40, 30) if i % 2 else (30, 40), colour).save(folder / f"{i}.jpg", quality=95)
+            color = tuple(rng.integers(0, 256, size=3).tolist())
+            Image.new("RGB", (40, 30) if i % 2 else (30, 40), color).save(folder / f"{i}.jpg", quality=95)
     return tmp_path / "flowers"
 
 

@@ -228,7 +228,7 @@ def test_channels_last_gives_the_same_and_keeps_the_layout(vae, images, noise):
     assert output.posterior.parameters.is_contiguous(memory_format=torch.channels_last)
 
 
-# Normalised latents
+# Normalized latents
 
 
 def test_latents_are_as_they_are_before_the_statistics_are_known(vae, noise):

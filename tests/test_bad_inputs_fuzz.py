@@ -846,15 +846,15 @@ def picture_files() -> tuple[list[bytes], list[bytes]]:
     """Small files of the formats that are read, in many variants, and of such as never are."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8))
-    rgba, grey = rgb.convert("RGBA"), rgb.convert("L")
+    rgba, gray = rgb.convert("RGBA"), rgb.convert("L")
     deep = Image.fromarray(rng.integers(0, 65536, (20, 24), np.uint16))
     exif = Image.Exif()
     exif[0x0112] = 6
     read = [
         saved(rgb, "PNG"), saved(rgba, "PNG"), saved(deep, "PNG"), saved(rgb.convert("P"), "PNG", transparency=3),
-        saved(grey.convert("1"), "PNG"), saved(grey.convert("LA"), "PNG"), saved(rgb, "PNG", exif=exif),
+        saved(gray.convert("1"), "PNG"), saved(gray.convert("LA"), "PNG"), saved(rgb, "PNG", exif=exif),
         saved(rgb, "JPEG"), saved(rgb, "JPEG", progressive=True, exif=exif), saved(rgb.convert("CMYK"), "JPEG"),
-        saved(grey, "JPEG"), saved(rgb, "WEBP"), saved(rgba, "WEBP", lossless=True),
+        saved(gray, "JPEG"), saved(rgb, "WEBP"), saved(rgba, "WEBP", lossless=True),
         saved(rgb, "WEBP", save_all=True, append_images=[rgb.rotate(90)]), saved(rgb, "BMP"),
         saved(rgb.convert("P"), "BMP"),
         saved(rgb, "GIF"), saved(rgb, "GIF", save_all=True, append_images=[rgb.rotate(90)], transparency=1),
@@ -864,7 +864,7 @@ def picture_files() -> tuple[list[bytes], list[bytes]]:
         saved(deep, "PPM"), b"P3 2 2 255 " + b"1 2 3 " * 4, b"P2 2 2 9 1 2 3 4", b"P1 2 2 1 0 0 1",
     ]  # fmt: skip
     foreign = [saved(rgb, kind) for kind in ("EPS", "PDF", "ICO", "PCX", "TGA", "SGI", "IM", "JPEG2000", "DDS")]
-    foreign += [saved(grey.convert("1"), "XBM"), saved(rgb, "MPO", save_all=True, append_images=[rgb])[:0]]
+    foreign += [saved(gray.convert("1"), "XBM"), saved(rgb, "MPO", save_all=True, append_images=[rgb])[:0]]
     foreign += [
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n", b"<svg xmlns='http://x'/>",
         b"GIF89a", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", b"P6", b"P6 9 9",
@@ -1209,7 +1209,7 @@ class Autoencoders(Repositories):
             if size <= 64:
                 latents = vae.encode(torch.zeros(1, 3, size, size)).latent_dist.mean
                 assert latents.isfinite().all(), "latents that are not finite"
-                assert vae.normalize(latents).isfinite().all(), "latents that can't be normalised"
+                assert vae.normalize(latents).isfinite().all(), "latents that can't be normalized"
         finally:
             shutil.rmtree(self.repository)
 

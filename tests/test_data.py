@@ -55,7 +55,7 @@ def test_crops_stay_inside_and_reach_both_ends(tmp_path: Path) -> None:
     assert 110 < sum(flips) < 190
 
 
-def test_evaluation_takes_the_centre_and_is_the_same_every_time(tmp_path: Path) -> None:
+def test_evaluation_takes_the_center_and_is_the_same_every_time(tmp_path: Path) -> None:
     _, val = load_folder(ramp_folder(tmp_path), resolution=16)
     val.noise_shape = (4, 2, 2)
     sample = val[0]
@@ -135,10 +135,10 @@ def test_workers_deliver_the_same_batches(image_folder: Path) -> None:
 
 
 def test_batch_has_the_promised_types_and_range(tmp_path: Path) -> None:
-    for name, colour in (("black", 0), ("white", 255)):
+    for name, color in (("black", 0), ("white", 255)):
         (tmp_path / name).mkdir()
         for i in range(2):
-            Image.new("L", (20, 24), colour).save(tmp_path / name / f"{i}.png")
+            Image.new("L", (20, 24), color).save(tmp_path / name / f"{i}.png")
     train, _ = load_folder(tmp_path, resolution=16)
     batch = train.__getitems__([(0, 0), (0, 1)])
     assert batch["images"].shape == (2, 3, 16, 16) and batch["images"].dtype == torch.float32
@@ -274,7 +274,7 @@ def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
     assert load_folder(tmp_path, resolution=8)[0].class_names == ["train", "tram"]
 
 
-def grey_images(root: Path, *folders: str, count: int = 2, name: str = "{}.png") -> Path:
+def gray_images(root: Path, *folders: str, count: int = 2, name: str = "{}.png") -> Path:
     """A few tiny images in each of these folders."""
     for folder in folders:
         (root / folder).mkdir(parents=True)
@@ -298,7 +298,7 @@ def grey_images(root: Path, *folders: str, count: int = 2, name: str = "{}.png")
     ids=str,
 )  # fmt: skip
 def test_splits_that_would_be_taken_for_classes(tmp_path: Path, folders: list[str], advice: str) -> None:
-    grey_images(tmp_path, *folders)
+    gray_images(tmp_path, *folders)
     with pytest.raises(InputError) as caught:
         load_folder(tmp_path, resolution=8)
     assert advice.format(root=tmp_path) in str(caught.value)
@@ -309,7 +309,7 @@ def test_splits_that_would_be_taken_for_classes(tmp_path: Path, folders: list[st
 
 
 def test_no_val_split_holds_out_a_tenth(tmp_path: Path) -> None:
-    grey_images(tmp_path, "train/ash", "val/ash", "none/ash", count=10)
+    gray_images(tmp_path, "train/ash", "val/ash", "none/ash", count=10)
     train, val = load_folder(tmp_path, resolution=8)
     assert (len(train), val.splits) == (10, ("val",))
     shutil.move(tmp_path / "none", tmp_path / "more")
@@ -322,7 +322,7 @@ def test_no_val_split_holds_out_a_tenth(tmp_path: Path) -> None:
 
 
 def test_what_systems_leave_in_folders_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    grey_images(tmp_path, "rose", "tulip", "@eaDir/photo.png", "rose/@eaDir", ".thumbnails")
+    gray_images(tmp_path, "rose", "tulip", "@eaDir/photo.png", "rose/@eaDir", ".thumbnails")
     for name in ("lost+found", "__MACOSX", "System Volume Information"):
         (tmp_path / name).mkdir()
     (tmp_path / "__MACOSX" / "._0.png").write_bytes(b"")
@@ -333,7 +333,7 @@ def test_what_systems_leave_in_folders_is_no_class(tmp_path: Path, capsys: pytes
 
 
 def test_what_is_no_image_of_a_class_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    grey_images(tmp_path, "rose", "tulip", "tulip/older")
+    gray_images(tmp_path, "rose", "tulip", "tulip/older")
     for name in ("rose/a.heic", "rose/b.HEIC", "tulip/notes", "loose.png"):
         (tmp_path / name).write_bytes(b"")
     load_folder(tmp_path, resolution=8, show_progress=True)
@@ -348,7 +348,7 @@ def test_what_is_no_image_of_a_class_is_counted(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("folder", [".", "rose", "train/rose"])
 def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    grey_images(tmp_path, "rose", "tulip") if "train" not in folder else grey_images(tmp_path, "train/rose")
+    gray_images(tmp_path, "rose", "tulip") if "train" not in folder else gray_images(tmp_path, "train/rose")
     scandir = os.scandir
 
     def forbid(path):  # root, who runs some tests, may read all
@@ -473,7 +473,7 @@ def test_bad_numbers(options: dict, message: str, image_folder: Path) -> None:
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
-def test_subset_is_relabelled_in_the_order_given(image_folder: Path) -> None:
+def test_subset_is_relabeled_in_the_order_given(image_folder: Path) -> None:
     full, _ = load_folder(image_folder, resolution=16)
     assert full.class_names == ["daisy", "rose", "tulip"] and full.num_classes == 3
     subset, val = load_folder(image_folder, resolution=16, classes=["tulip", "0"])
@@ -532,7 +532,7 @@ def test_select_classes_by_index_and_name() -> None:
 
 def test_a_class_is_called_by_its_plain_name(tmp_path: Path) -> None:
     """Whichever way a system spells it: macOS's archives have their letters in two parts."""
-    grey_images(tmp_path, "train/rose ", "train/cafe\u0301", "val/rose", "val/caf\u00e9")
+    gray_images(tmp_path, "train/rose ", "train/cafe\u0301", "val/rose", "val/caf\u00e9")
     train, val = load_folder(tmp_path, resolution=8)
     assert train.class_names == val.class_names == ["caf\u00e9", "rose"]
     for name in ("rose ", "rose", " ROSE", "1"):
@@ -544,14 +544,14 @@ def test_a_class_is_called_by_its_plain_name(tmp_path: Path) -> None:
 def test_a_class_folder_that_is_not_called_in_utf8(tmp_path: Path) -> None:
     """As an archive made on another system leaves it; its class is called by what can be written anywhere."""
     name = os.fsdecode(b"ros\xe9")
-    grey_images(tmp_path, name, "tulip")
+    gray_images(tmp_path, name, "tulip")
     train, _ = load_folder(tmp_path, resolution=8, classes=[name, "tulip"])
     assert train.class_names == ["ros\\udce9", "tulip"] and len(train) == 2
 
 
 @pytest.mark.parametrize("twins", [("rose", "rose "), ("sword lily", "sword  lily"), ("caf\u00e9", "cafe\u0301")])
 def test_twins_are_refused_where_they_are_listed(tmp_path: Path, hub_cache: None, twins: tuple[str, str]) -> None:
-    grey_images(tmp_path / "folder", *twins)
+    gray_images(tmp_path / "folder", *twins)
     with pytest.raises(InputError) as caught:
         load_folder(tmp_path / "folder", resolution=8)
     assert all(ascii(name) in str(caught.value) for name in twins) and "rename one" in str(caught.value)
@@ -563,7 +563,7 @@ def test_twins_are_refused_where_they_are_listed(tmp_path: Path, hub_cache: None
 
 
 def test_a_class_without_a_name_is_refused(tmp_path: Path, hub_cache: None) -> None:
-    grey_images(tmp_path / "folder", " ", "rose")
+    gray_images(tmp_path / "folder", " ", "rose")
     with pytest.raises(InputError, match="a class is called ' ': give it a name"):
         load_folder(tmp_path / "folder", resolution=8)
     repository = write_parquet(tmp_path / "trees", "train", ["oak", ""], datasets.Value("string"))
@@ -572,7 +572,7 @@ def test_a_class_without_a_name_is_refused(tmp_path: Path, hub_cache: None) -> N
 
 
 def test_twins_by_case_are_two_classes(tmp_path: Path) -> None:
-    grey_images(tmp_path, "rose", "Rose")
+    gray_images(tmp_path, "rose", "Rose")
     assert load_folder(tmp_path, resolution=8)[0].class_names == ["Rose", "rose"]
     assert load_folder(tmp_path, resolution=8, classes=["rose"])[0].class_names == ["rose"]
     with pytest.raises(InputError, match="--classes: label 'ROSE' may be any of 'Rose', 'rose'"):
@@ -595,7 +595,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_parquet(folder: Path, split: str, labels: list, label_feature, **columns) -> str:
-    """A repository as the Hub holds it, of images whose grey value is ten times their row."""
+    """A repository as the Hub holds it, of images whose gray value is ten times their row."""
     folder.mkdir(exist_ok=True)
     images = [Image.new("L", (20, 16), 10 * row) for row in range(len(labels))]
     features = datasets.Features({"photo": datasets.Image(), "species": label_feature})
@@ -635,7 +635,7 @@ def test_hub_dataset_without_held_out_split_and_with_text_labels(tmp_path: Path,
     assert (again[0].fingerprint, again[1].fingerprint) == (train.fingerprint, val.fingerprint)
 
 
-def test_hub_dataset_with_unlabelled_rows(tmp_path: Path, hub_cache: None) -> None:
+def test_hub_dataset_with_unlabeled_rows(tmp_path: Path, hub_cache: None) -> None:
     write_parquet(tmp_path / "trees", "train", [12, 7, 101], datasets.Value("int64"))
     repository = write_parquet(tmp_path / "trees", "test", [7, -1], datasets.Value("int64"))
     with pytest.raises(InputError, match="'species': 1 rows of split 'test' .* such as -1; .* --val_splits none"):
@@ -769,7 +769,7 @@ def test_flowers102_that_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         data.load_datasets("flowers102", tmp_path / "new", resolution=8)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []  # what is on disk is as it was
-    grey_images(tmp_path / "photos", "rose")
+    gray_images(tmp_path / "photos", "rose")
     monkeypatch.setattr(Flowers102, "download", lambda self: pytest.fail("downloads into a folder of other things"))
     with pytest.raises(InputError, match="such as 'rose': pass --dataset imagefolder") as caught:
         data.load_datasets("flowers102", tmp_path / "photos", resolution=8)

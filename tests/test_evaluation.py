@@ -1,4 +1,4 @@
-"""The evaluation command: numbers on sets whose answer is known, sampling that goes on, memorisation, bad input."""
+"""The evaluation command: numbers on sets whose answer is known, sampling that goes on, memorization, bad input."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from flower_ldm.data import load_datasets, uint8_images
 from flower_ldm.errors import InputError
 from flower_ldm.evaluation import hold_back, main, parse_args, reconstruct, save_sweep, write_metrics
 from flower_ldm.features import extract_features, load_feature_network, load_or_extract_features
-from flower_ldm.memorization import TrainingNeighbours, memorization_rates
+from flower_ldm.memorization import TrainingNeighbors, memorization_rates
 from flower_ldm.metrics import class_accuracy, measure_set, train_classifier
 from flower_ldm.sampling import Sampler, pipeline_digest, sample_labels
 
@@ -33,7 +33,7 @@ ENTRIES = ["n", "n_reference", "frechet_distance", "kid", "kid_std", "precision"
 
 
 class Pooled(torch.nn.Module):
-    """A feature network of 12 numbers: the mean colour of each quarter of the image."""
+    """A feature network of 12 numbers: the mean color of each quarter of the image."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
@@ -319,7 +319,7 @@ def test_second_run_takes_what_is_there(evaluated, finished_runs, pooled, tmp_pa
     for name, entry in evaluation["against_held_out"].items():
         assert again["against_held_out"][name] == pytest.approx(entry, rel=1e-3, abs=1e-3)
     assert "sweep" not in again and again["reconstruction"]["perceptual_distance"] is None
-    for words in ("real training images", "reconstructions", "samples", "Frechet", "KID", "memorised held-out"):
+    for words in ("real training images", "reconstructions", "samples", "Frechet", "KID", "memorized held-out"):
         assert words in captured.out
 
 
@@ -485,14 +485,14 @@ def test_real_images_beat_noise_by_far_and_know_their_classes(photographs):
 
 
 @pytest.mark.slow
-def test_training_photographs_are_memorised_and_held_out_ones_are_not(photographs):
+def test_training_photographs_are_memorized_and_held_out_ones_are_not(photographs):
     network, train, held_out, train_features, held_out_features = photographs
     in_a_mirror = [extract_features(network, images, mirrored=True) for images in (train, held_out)]
-    neighbours = TrainingNeighbours(train, train_features)
-    assert len(neighbours.distinct) < len(train)  # byte-identical pairs
-    rates = memorization_rates(neighbours.search(train, train_features, in_a_mirror[0]))
+    neighbors = TrainingNeighbors(train, train_features)
+    assert len(neighbors.distinct) < len(train)  # byte-identical pairs
+    rates = memorization_rates(neighbors.search(train, train_features, in_a_mirror[0]))
     assert rates["n"] == rates["exact_duplicates"] == 7169
     assert rates["feature_rate"] >= 0.999 and rates["pixel_rate"] >= 0.999
-    null = memorization_rates(neighbours.search(held_out, held_out_features, in_a_mirror[1]))
+    null = memorization_rates(neighbors.search(held_out, held_out_features, in_a_mirror[1]))
     assert null["n"] == 1020
     assert null["feature_rate"] <= 0.005 and null["pixel_rate"] <= 0.005

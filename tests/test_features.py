@@ -26,7 +26,7 @@ from flower_ldm.features import (
     torchscript,
 )
 from flower_ldm.files import UnusableCacheError, read_tensors
-from flower_ldm.metrics import frechet_distance, kernel_distance, neighbourhood_metrics
+from flower_ldm.metrics import frechet_distance, kernel_distance, neighborhood_metrics
 
 
 class ChannelMeans(nn.Module):
@@ -68,7 +68,7 @@ def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:
 
 
 def test_default_network_is_the_imagenet_one_and_needs_no_connection():
-    """Its features lead to the right classes by its own last layer: weights, normalisation and pooling are right."""
+    """Its features lead to the right classes by its own last layer: weights, normalization and pooling are right."""
     network = load_feature_network("efficientnet-lite0")
     assert (network.name, network.input_size) == ("efficientnet-lite0", 128)
     images = random_images(3, 64)
@@ -103,7 +103,7 @@ def test_file_in_nvidias_form_gives_features_and_not_classes(tmp_path):
 
 
 def test_scaling_is_antialiased():
-    """A checkerboard of single pixels shrinks to grey; without antialiasing it would stay black or white."""
+    """A checkerboard of single pixels shrinks to gray; without antialiasing it would stay black or white."""
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
     images = np.broadcast_to(board[None, :, :, None], (1, 64, 64, 3)).copy()
     network = FeatureNetwork("small", nn.Flatten(), 16, mean=[0.0] * 3, std=[1.0] * 3)
@@ -318,25 +318,25 @@ def brute_force(features: np.ndarray, reference: np.ndarray) -> dict[str, float]
     }
 
 
-def test_neighbourhood_metrics_are_their_definitions(monkeypatch):
+def test_neighborhood_metrics_are_their_definitions(monkeypatch):
     monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 7)  # several blocks, the last one shorter
     rng = np.random.default_rng(0)
     features, reference = rng.normal(0.7, 1.3, size=(30, 4)), rng.normal(size=(40, 4))
-    stretch = np.array([1.0, 100.0, 0.01, 3.0])  # says nothing about neighbours: deviations are evened out
-    measured = neighbourhood_metrics(torch.from_numpy(features * stretch), torch.from_numpy(reference * stretch))
+    stretch = np.array([1.0, 100.0, 0.01, 3.0])  # says nothing about neighbors: deviations are evened out
+    measured = neighborhood_metrics(torch.from_numpy(features * stretch), torch.from_numpy(reference * stretch))
     mean, deviation = reference.mean(axis=0), reference.std(axis=0)
     assert measured == pytest.approx(brute_force((features - mean) / deviation, (reference - mean) / deviation))
     assert all(0 < value < 1 for value in measured.values())
 
 
-def test_neighbourhood_metrics_of_identical_disjoint_and_one_sided_sets():
+def test_neighborhood_metrics_of_identical_disjoint_and_one_sided_sets():
     rng = torch.Generator().manual_seed(0)
     left, right = torch.randn(60, 3, generator=rng), torch.randn(60, 3, generator=rng) + 100
-    same = neighbourhood_metrics(left, left)
+    same = neighborhood_metrics(left, left)
     in_six = pytest.approx(6 / 5, abs=0.02)  # itself and five; the fifth is as far as the radius, up to rounding
     assert same == {"precision": 1, "recall": 1, "density": in_six, "coverage": 1}
-    assert neighbourhood_metrics(right, left) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
-    half = neighbourhood_metrics(left, torch.cat([left, right]))  # one of two modes is missing
+    assert neighborhood_metrics(right, left) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+    half = neighborhood_metrics(left, torch.cat([left, right]))  # one of two modes is missing
     assert half == {"precision": 1, "recall": 0.5, "density": in_six, "coverage": 0.5}
 
 

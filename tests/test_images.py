@@ -20,7 +20,7 @@ RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
 
 def block_picture() -> np.ndarray:
-    """24 x 16 pixels that no turn and no flip leaves as they are: grey, and the same after any compression."""
+    """24 x 16 pixels that no turn and no flip leaves as they are: gray, and the same after any compression."""
     pixels = np.full((16, 24, 3), 80, dtype=np.uint8)
     pixels[:8, :8], pixels[8:, 16:], pixels[:8, 16:] = 200, 20, 140
     return pixels
@@ -54,22 +54,22 @@ def upright(path: Path) -> np.ndarray:
 
 
 def in_mode(mode: str, pixels: np.ndarray) -> Image.Image:
-    grey = pixels[..., 0]
+    gray = pixels[..., 0]
     if mode in ("I;16", "I;16B"):
-        return Image.fromarray((grey * np.uint16(257)).astype("<u2" if mode == "I;16" else ">u2"))
+        return Image.fromarray((gray * np.uint16(257)).astype("<u2" if mode == "I;16" else ">u2"))
     if mode == "I":
-        return Image.fromarray(grey.astype(np.int32) * 257)
+        return Image.fromarray(gray.astype(np.int32) * 257)
     if mode == "inverted 16":
-        return Image.fromarray(((255 - grey) * np.uint16(257)).astype("<u2"))
+        return Image.fromarray(((255 - gray) * np.uint16(257)).astype("<u2"))
     if mode == "P":
         return Image.fromarray(pixels).quantize(16)
     if mode == "CMYK":
-        return Image.merge("CMYK", [Image.fromarray(255 - grey)] * 3 + [Image.new("L", grey.shape[::-1])])
+        return Image.merge("CMYK", [Image.fromarray(255 - gray)] * 3 + [Image.new("L", gray.shape[::-1])])
     if mode == "LAB":
         profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         return ImageCms.profileToProfile(Image.fromarray(pixels), *profiles, outputMode="LAB")
     if mode == "half clear":  # 2 x (v - 128) at half opacity on white is v
-        alpha = Image.fromarray(np.where(grey == 200, 128, 255).astype(np.uint8))
+        alpha = Image.fromarray(np.where(gray == 200, 128, 255).astype(np.uint8))
         image = Image.fromarray(np.where(pixels == 200, 145, pixels).astype(np.uint8))
         image.putalpha(alpha)
         return image
@@ -79,11 +79,11 @@ def in_mode(mode: str, pixels: np.ndarray) -> Image.Image:
 WHITE_IS_ZERO = {"tiffinfo": {262: 0}}
 KINDS = {  # file name -> mode, options of `save`
     "rgb.jpg": ("RGB", {"quality": 95}),
-    "grey.jpg": ("L", {"quality": 95}),
+    "gray.jpg": ("L", {"quality": 95}),
     "cmyk.jpg": ("CMYK", {"quality": 95}),
     "progressive.jfif": ("RGB", {"quality": 95, "progressive": True}),
     "rgb.png": ("RGB", {}),
-    "grey.png": ("L", {}),
+    "gray.png": ("L", {}),
     "sixteen.png": ("I;16", {}),
     "palette.png": ("P", {}),
     "alpha.png": ("half clear", {}),
@@ -92,7 +92,7 @@ KINDS = {  # file name -> mode, options of `save`
     "rgb.avif": ("RGB", {"quality": 95}),
     "rgb.tif": ("RGB", {}),
     "alpha.tif": ("half clear", {}),
-    "grey.tif": ("L", {}),
+    "gray.tif": ("L", {}),
     "palette.tif": ("P", {}),
     "sixteen.tif": ("I;16", {}),
     "sixteen_big_endian.tif": ("I;16B", {}),
@@ -155,11 +155,11 @@ def half_transparent(mode: str, opaque: tuple[int, ...], clear: tuple[int, ...])
     return image
 
 
-MODES = {  # file name -> image, colour of its left half, colour of its right half
+MODES = {  # file name -> image, color of its left half, color of its right half
     "bits.png": (Image.new("1", (16, 16), 1), WHITE, WHITE),
     "cmyk.jpg": (Image.new("CMYK", (16, 16), (55, 195, 225, 0)), (200, 60, 30), (200, 60, 30)),
-    "grey_alpha.png": (half_transparent("LA", (90, 255), (10, 0)), (90,) * 3, WHITE),
-    "grey_alpha.tif": (half_transparent("LA", (90, 255), (10, 0)), (90,) * 3, WHITE),
+    "gray_alpha.png": (half_transparent("LA", (90, 255), (10, 0)), (90,) * 3, WHITE),
+    "gray_alpha.tif": (half_transparent("LA", (90, 255), (10, 0)), (90,) * 3, WHITE),
     "half_alpha.png": (Image.new("RGBA", (16, 16), (0, 0, 0, 128)), (127,) * 3, (127,) * 3),
     "rgb_alpha.png": (half_transparent("RGBA", (*RED, 255), (*GREEN, 0)), RED, WHITE),
     "palette.gif": (Image.new("RGB", (16, 16), GREEN).quantize(4), GREEN, GREEN),
@@ -170,7 +170,7 @@ MODES = {  # file name -> image, colour of its left half, colour of its right ha
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_every_mode_gives_its_colours(name: str, tmp_path: Path) -> None:
+def test_every_mode_gives_its_colors(name: str, tmp_path: Path) -> None:
     image, left, right = MODES[name]
     with images.open_image(saved(image, name, tmp_path, quality=95)) as opened:
         pixels = images.small_pixels(opened, 16).astype(int)
@@ -193,7 +193,7 @@ def png(size: tuple[int, int], bits: int, color_type: int, compressed: bytes, ex
 @pytest.mark.parametrize(
     ("color_type", "row", "clear"),
     [(0, (51400, 771), (51400,)), (2, (65535, 0, 0, 771, 771, 771), (65535, 0, 0)), (4, (51400, 0, 771, 65535), None)],
-    ids=["grey", "colors", "grey with alpha"],
+    ids=["gray", "colors", "gray with alpha"],
 )
 def test_transparency_of_16_bits(color_type: int, row: tuple, clear: tuple | None) -> None:
     extra = png_chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) if clear else b""
@@ -254,7 +254,7 @@ def icc_profile(name: str) -> bytes:
     primaries = (PRIMARIES | {"another sRGB": SRGB}).get(name)
     gamma = b"curv" + struct.pack(">IIHH", 0, 1, round(GAMMA * 256), 0)
     as_srgb = b"para" + struct.pack(">IHH", 0, 3, 0) + s15(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
-    curve = gamma if name in ("Adobe RGB", "grey") else as_srgb
+    curve = gamma if name in ("Adobe RGB", "gray") else as_srgb
     tags = {b"wtpt": b"XYZ \0\0\0\0" + s15(0.9642, 1, 0.8249)}
     if primaries is None:
         tags[b"kTRC"] = curve
@@ -313,9 +313,9 @@ def test_a_profile_keeps_transparency_and_orientation(tmp_path: Path) -> None:
     assert np.array_equal(turned_pixels, plain)
 
 
-def test_a_profile_of_grey(tmp_path: Path) -> None:
+def test_a_profile_of_gray(tmp_path: Path) -> None:
     ramp = np.arange(256, dtype=np.uint8)[None]
-    path = saved(Image.fromarray(ramp), "grey.png", tmp_path, icc_profile=icc_profile("grey"))
+    path = saved(Image.fromarray(ramp), "gray.png", tmp_path, icc_profile=icc_profile("gray"))
     expected = 255 * linear_to_srgb((ramp / 255) ** GAMMA)
     assert abs(expected - ramp).max() > 5
     assert abs(upright(path) - expected[..., None]).max() < 1.5
@@ -329,9 +329,9 @@ def test_a_profile_of_grey(tmp_path: Path) -> None:
         b"junk",
         b"",
         icc_profile("Adobe RGB")[:200],
-        icc_profile("grey"),
+        icc_profile("gray"),
     ],
-    ids=["sRGB", "another sRGB", "junk", "empty", "torn", "of grey"],
+    ids=["sRGB", "another sRGB", "junk", "empty", "torn", "of gray"],
 )
 def test_a_profile_that_is_srgb_or_of_no_use_changes_no_bit(profile: bytes, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -541,7 +541,7 @@ def test_threads_have_a_bounded_number_of_pixels_in_memory(monkeypatch: pytest.M
 
 def test_the_short_side_is_scaled_and_nothing_is_squashed() -> None:
     image = Image.new("RGB", (96, 64), GREEN)
-    image.paste(RED, (32, 16, 64, 48))  # a centred square of half the height
+    image.paste(RED, (32, 16, 64, 48))  # a centered square of half the height
     pixels = images.small_pixels(image, 16)
     assert pixels.shape == (16, 24, 3)
     is_red = pixels[..., 0] > 127

@@ -287,7 +287,7 @@ def test_sample_follows_the_posterior_of_image_or_flip(latents):
         )  # flip tells nothing
 
 
-def test_posterior_means_are_normalised_and_not_flipped(latents):
+def test_posterior_means_are_normalized_and_not_flipped(latents):
     means = latents.posterior_means([2, 0])
     expected = latents.cache.mean[[2, 0], 0].float()
     expected = (expected - latents.latents_mean) / latents.latents_std

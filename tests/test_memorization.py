@@ -7,8 +7,8 @@ from PIL import Image
 
 from flower_ldm import memorization
 from flower_ldm.errors import InputError
-from flower_ldm.memorization import TrainingNeighbours, memorization_rates, memorized, nearest_two
-from flower_ldm.visualization import save_nearest_neighbours
+from flower_ldm.memorization import TrainingNeighbors, memorization_rates, memorized, nearest_two
+from flower_ldm.visualization import save_nearest_neighbors
 
 
 def random_images(n: int, size: int = 8, seed: int = 0) -> np.ndarray:
@@ -37,22 +37,22 @@ def test_nearest_two_are_the_nearest(monkeypatch):
     assert distances[3, 0] == 0 and found[3, 0] == 17
 
 
-def test_training_images_are_memorised_and_others_are_not():
+def test_training_images_are_memorized_and_others_are_not():
     train, others = random_images(60), random_images(40, seed=1)
-    neighbours = TrainingNeighbours(train, rows_of(train))
-    found = neighbours.search(train, rows_of(train), mirrored_rows_of(train))
+    neighbors = TrainingNeighbors(train, rows_of(train))
+    found = neighbors.search(train, rows_of(train), mirrored_rows_of(train))
     assert memorization_rates(found) == {"n": 60, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 60}
     assert found["pixel_keys"][:, 0].tolist() == found["feature_keys"][:, 0].tolist() == list(range(60))
     assert (found["pixel_distances"][:, 0] == 0).all()
-    rates = memorization_rates(neighbours.search(others, rows_of(others), mirrored_rows_of(others)))
+    rates = memorization_rates(neighbors.search(others, rows_of(others), mirrored_rows_of(others)))
     assert rates == {"n": 40, "feature_rate": 0, "pixel_rate": 0, "exact_duplicates": 0}
 
 
-def test_mirrored_copies_are_memorised_too():
+def test_mirrored_copies_are_memorized_too():
     train = random_images(60)
     mirrored = train[:20, :, ::-1].copy()
-    neighbours = TrainingNeighbours(train, rows_of(train))
-    found = neighbours.search(mirrored, rows_of(mirrored), mirrored_rows_of(mirrored))
+    neighbors = TrainingNeighbors(train, rows_of(train))
+    found = neighbors.search(mirrored, rows_of(mirrored), mirrored_rows_of(mirrored))
     assert memorization_rates(found) == {"n": 20, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 20}
     assert found["pixel_keys"][:, 0].tolist() == found["feature_keys"][:, 0].tolist() == list(range(20))
 
@@ -60,32 +60,32 @@ def test_mirrored_copies_are_memorised_too():
 def test_an_image_that_is_its_own_mirror_image_has_another_as_its_second():
     train = random_images(30)
     train[7] = train[7, :, ::-1] // 2 + train[7] // 2
-    found = TrainingNeighbours(train).search(train)
+    found = TrainingNeighbors(train).search(train)
     assert found["pixel_keys"][7, 0] == 7 and (found["pixel_keys"][:, 0] != found["pixel_keys"][:, 1]).all()
     assert (found["pixel_distances"][:, 1] > 1).all()
 
 
-def test_near_copies_are_memorised_though_no_byte_is_the_same():
+def test_near_copies_are_memorized_though_no_byte_is_the_same():
     train = random_images(60)
     copies = np.where(train[:20] > 127, train[:20] - 1, train[:20] + 1)
-    neighbours = TrainingNeighbours(train, rows_of(train))
-    rates = memorization_rates(neighbours.search(copies, rows_of(copies), mirrored_rows_of(copies)))
+    neighbors = TrainingNeighbors(train, rows_of(train))
+    rates = memorization_rates(neighbors.search(copies, rows_of(copies), mirrored_rows_of(copies)))
     assert rates == {"n": 20, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 0}
 
 
-def test_byte_identical_training_images_neither_hide_nor_fake_memorisation():
-    """With its twin as the second neighbour a near copy would have the ratio 1, and every exact one 0 / 0."""
+def test_byte_identical_training_images_neither_hide_nor_fake_memorization():
+    """With its twin as the second neighbor a near copy would have the ratio 1, and every exact one 0 / 0."""
     train = random_images(30)
     twins = np.concatenate([train, train[:10]])
-    neighbours = TrainingNeighbours(twins, rows_of(twins))
+    neighbors = TrainingNeighbors(twins, rows_of(twins))
     near = np.where(train[:10] > 127, train[:10] - 1, train[:10] + 1)
-    found = neighbours.search(near, rows_of(near), mirrored_rows_of(near))
+    found = neighbors.search(near, rows_of(near), mirrored_rows_of(near))
     assert memorization_rates(found)["feature_rate"] == memorization_rates(found)["pixel_rate"] == 1
     assert (found["pixel_keys"] < 30).all() and (found["pixel_distances"][:, 1] > 0).all()
-    exact = memorization_rates(neighbours.search(train[:10], rows_of(train[:10]), mirrored_rows_of(train[:10])))
+    exact = memorization_rates(neighbors.search(train[:10], rows_of(train[:10]), mirrored_rows_of(train[:10])))
     assert exact == {"n": 10, "feature_rate": 1, "pixel_rate": 1, "exact_duplicates": 10}
     others = random_images(20, seed=1)
-    assert memorization_rates(neighbours.search(others, rows_of(others), mirrored_rows_of(others)))["pixel_rate"] == 0
+    assert memorization_rates(neighbors.search(others, rows_of(others), mirrored_rows_of(others)))["pixel_rate"] == 0
 
 
 def test_the_one_third_rule():
@@ -93,19 +93,19 @@ def test_the_one_third_rule():
     assert memorized(distances).tolist() == [True, False, True, False, False]  # 0 of 0 says nothing
 
 
-def test_memorisation_needs_two_different_images():
+def test_memorization_needs_two_different_images():
     same = np.repeat(random_images(1), 5, axis=0)
-    with pytest.raises(InputError, match="memorisation needs at least 2 different training images"):
-        TrainingNeighbours(same, rows_of(same))
+    with pytest.raises(InputError, match="memorization needs at least 2 different training images"):
+        TrainingNeighbors(same, rows_of(same))
 
 
 def test_picture_shows_the_suspects_first(tmp_path):
     train = random_images(30, size=16) // 2 + 64  # no strong red in it
     samples = random_images(12, size=16, seed=1) // 2 + 64
     samples[7] = train[3]
-    found = TrainingNeighbours(train, rows_of(train)).search(samples, rows_of(samples), mirrored_rows_of(samples))
+    found = TrainingNeighbors(train, rows_of(train)).search(samples, rows_of(samples), mirrored_rows_of(samples))
     names = [f"a class with a long name {number}" for number in range(12)]
-    save_nearest_neighbours(samples, names, train, found, tmp_path / "new" / "nearest_neighbours.png")
+    save_nearest_neighbors(samples, names, train, found, tmp_path / "new" / "nearest_neighbours.png")
     picture = np.asarray(Image.open(tmp_path / "new" / "nearest_neighbours.png").convert("RGB")).astype(int)
     red = (picture[..., 0] > 170) & (picture[..., 1] < 60) & (picture[..., 2] < 70)
     columns = np.flatnonzero(red.any(axis=0))
@@ -115,10 +115,10 @@ def test_picture_shows_the_suspects_first(tmp_path):
 
 def test_without_features_pixels_decide_alone(tmp_path):
     train = random_images(30)
-    found = TrainingNeighbours(train).search(train[[4, 9]])
+    found = TrainingNeighbors(train).search(train[[4, 9]])
     assert found.keys() == {"pixel_distances", "pixel_keys", "is_copy"}
     assert found["pixel_keys"][:, 0].tolist() == [4, 9] and found["is_copy"].all()
-    save_nearest_neighbours(train[[4, 9]], ["rose", "daisy"], train, found, tmp_path / "one.png")
+    save_nearest_neighbors(train[[4, 9]], ["rose", "daisy"], train, found, tmp_path / "one.png")
     with_features = found | {f"feature_{name}": found[f"pixel_{name}"] for name in ("distances", "keys")}
-    save_nearest_neighbours(train[[4, 9]], ["rose", "daisy"], train, with_features, tmp_path / "two.png")
+    save_nearest_neighbors(train[[4, 9]], ["rose", "daisy"], train, with_features, tmp_path / "two.png")
     assert Image.open(tmp_path / "two.png").height > 1.8 * Image.open(tmp_path / "one.png").height

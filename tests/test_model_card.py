@@ -85,7 +85,7 @@ def test_card_of_a_pipeline_says_what_was_measured_and_how(runs):
     assert "# flowers\n" in card and "![Images that this model drew" in card
     for said in ("split val", "1,280 features of efficientnet-lite0", "33.50", "0.03350 ± 0.00025", "0.750",
                  "| Images (n) | 48 | 16 | 20 |", "| Samples | 20 | 5.0 % | 0.0 % | 1 |", "21.25", "guidance 2.5",
-                 "n = 20 is not above", "Of 20 samples, 5.0 % were memorised"):  # fmt: skip
+                 "n = 20 is not above", "Of 20 samples, 5.0 % were memorized"):  # fmt: skip
         assert said in card, said
     assert "| Learning rate | 0.0003, " in card  # no list begins there
     for unmeasured in ("Recall", "Class accuracy", "Density", "head", "nan"):

@@ -676,7 +676,7 @@ def test_a_mask_keeps_every_pixel_to_the_bit(pipe):
     assert not (latents[..., 3:] == original[..., 3:]).any()
 
 
-def test_masks_of_one_colour(pipe):
+def test_masks_of_one_color(pipe):
     white, black = (PIL.Image.new("L", (16, 16), value) for value in (255, 0))
     noise = torch.randn(1, *pipe.latents_shape)
     options = {"image": picture(), "strength": 1.0, "latents": noise, "output_type": "pt"}

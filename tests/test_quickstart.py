@@ -1,4 +1,4 @@
-"""The quickstart's promise: flowers whose petals and colours follow their class, judged by a classifier of its own."""
+"""The quickstart's promise: flowers whose petals and colors follow their class, judged by a classifier of its own."""
 
 import os
 import subprocess

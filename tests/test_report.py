@@ -55,9 +55,9 @@ EVALUATION = {
 # --- runs to show ----------------------------------------------------------------------------------------------------
 
 
-def picture(path: Path, colour: str = "seagreen", size: tuple[int, int] = (60, 30)) -> None:
+def picture(path: Path, color: str = "seagreen", size: tuple[int, int] = (60, 30)) -> None:
     path.parent.mkdir(exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def stage2(finished_runs, tmp_path_factory) -> Path:
     shutil.copytree(finished_runs.flower_ldm, folder, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
     for name in ("denoising_path_red_rose", "nearest_neighbours"):
         picture(folder / f"{name}.png")
-    frames = [Image.new("RGB", (32, 32), colour) for colour in ("gray", "olive", "red")]
+    frames = [Image.new("RGB", (32, 32), color) for color in ("gray", "olive", "red")]
     frames[0].save(folder / "diffusion_animation_red_rose.gif", save_all=True, append_images=frames[1:])
     index = json.loads((folder / "model_index.json").read_text())
     index["id2label"]["0"] = HOSTILE
@@ -617,16 +617,16 @@ def test_text_can_be_read_in_either_scheme(browser, stage2, dark):
             while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
             return [getComputedStyle(one).color, getComputedStyle(behind).backgroundColor];
         })""")
-    pairs = {tuple(luminance(colour) for colour in row) for row in rows}
+    pairs = {tuple(luminance(color) for color in row) for row in rows}
     assert len(pairs) >= 4
     for text, paper in pairs:
         assert (text > paper) == dark
         assert (max(text, paper) + 0.05) / (min(text, paper) + 0.05) >= 4.5
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance of "rgb(r, g, b)" (WCAG 2.2)."""
-    channels = [int(channel) / 255 for channel in re.findall(r"\d+", colour)[:3]]
+    channels = [int(channel) / 255 for channel in re.findall(r"\d+", color)[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -88,10 +88,10 @@ def test_images_are_neither_dark_nor_burnt_out():
     assert ((flowers == 255).all(axis=-1)).mean() < 0.02
 
 
-def labelled_flowers(num_classes: int, indices: range, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def labeled_flowers(num_classes: int, indices: range, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Features of fresh flowers, (N, D), and their classes, (N,).
 
-    Features: colour by distance from the middle, which no rotation changes, and contrast on the same rings.
+    Features: color by distance from the middle, which no rotation changes, and contrast on the same rings.
     """
     line = np.linspace(-1, 1, 32)
     ring = np.minimum(np.hypot(*np.meshgrid(line, line)) * 6, 6).astype(int).ravel()
@@ -109,8 +109,8 @@ def labelled_flowers(num_classes: int, indices: range, seed: int = 0) -> tuple[n
 
 
 def test_classes_can_be_told_apart_on_fresh_flowers():
-    train_features, train_labels = labelled_flowers(10, range(40))
-    fresh_features, fresh_labels = labelled_flowers(10, range(1000, 1020), seed=1)
+    train_features, train_labels = labeled_flowers(10, range(40))
+    fresh_features, fresh_labels = labeled_flowers(10, range(1000, 1020), seed=1)
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
     classifier.fit(train_features, train_labels)
     accuracy = classifier.score(fresh_features, fresh_labels)

@@ -105,9 +105,9 @@ def test_latents_statistics_are_those_of_the_training_split(run_dir, datasets, f
     assert len(vae.config.latents_mean) == len(vae.config.latents_std) == vae.config.latent_channels
     torch.testing.assert_close(torch.tensor(vae.config.latents_mean), drawn.mean(dim=(0, 2, 3)), atol=0.02, rtol=0)
     torch.testing.assert_close(torch.tensor(vae.config.latents_std), drawn.std(dim=(0, 2, 3)), atol=0, rtol=0.02)
-    normalised = vae.normalize(drawn)
-    assert normalised.mean(dim=(0, 2, 3)).abs().max() < 0.02
-    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(4), atol=0.02, rtol=0)
+    normalized = vae.normalize(drawn)
+    assert normalized.mean(dim=(0, 2, 3)).abs().max() < 0.02
+    torch.testing.assert_close(normalized.std(dim=(0, 2, 3)), torch.ones(4), atol=0.02, rtol=0)
 
 
 def test_saved_weights_are_the_moving_average(run_dir):

@@ -160,7 +160,7 @@ def test_animation_ends_with_what_the_pipeline_draws(run_dir):
         assert animation.n_frames == 26 and animation.info["loop"] == 0
         animation.seek(25)
         last = np.asarray(animation.convert("RGB")).astype(int)[4 : 4 + PANEL, 4 : 4 + PANEL]
-    assert abs(last - image.resize((PANEL, PANEL), Image.Resampling.BICUBIC)).mean() < 8  # 256 colours
+    assert abs(last - image.resize((PANEL, PANEL), Image.Resampling.BICUBIC)).mean() < 8  # 256 colors
 
 
 def test_without_final_pictures_there_are_the_cheap_ones(train):

@@ -186,8 +186,8 @@ def test_plane_is_that_of_largest_variance():
     latents = (coordinates @ axes.T).reshape(200, 4, 2, 2).astype(np.float32)
     plane = LatentPlane.fit(latents, np.arange(200) % 3)
     assert plane.pca.explained_variance_ratio_.sum() == pytest.approx(1, abs=1e-5)
-    centred = coordinates - coordinates.mean(axis=0)
-    np.testing.assert_allclose(np.linalg.norm(plane.points, axis=1), np.linalg.norm(centred, axis=1), rtol=1e-3)
+    centered = coordinates - coordinates.mean(axis=0)
+    np.testing.assert_allclose(np.linalg.norm(plane.points, axis=1), np.linalg.norm(centered, axis=1), rtol=1e-3)
     np.testing.assert_allclose(plane.project(latents[:7]), plane.points[:7], atol=1e-4)
 
 
@@ -243,7 +243,7 @@ def test_animation_holds_its_last_frame(recorded, tmp_path):
             durations.append(gif.info["duration"])
             last = np.asarray(gif.convert("RGB")).astype(int)
     assert durations == [MILLISECONDS["first"], *[MILLISECONDS["between"]] * (STEPS - 1), MILLISECONDS["last"]]
-    assert abs(last - animation_frames(recorded)[-1]).mean() < 4  # 256 colours
+    assert abs(last - animation_frames(recorded)[-1]).mean() < 4  # 256 colors
 
 
 def test_a_long_path_is_shown_in_as_many_frames_as_are_good_to_watch(pipe):

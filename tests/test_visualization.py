@@ -18,7 +18,7 @@ from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import load_datasets, to_uint8
 from flower_ldm.errors import InputError
 from flower_ldm.latent_maps import (
-    COLOURS,
+    COLORS,
     OTHERS,
     LatentSet,
     latent_map,
@@ -45,12 +45,12 @@ SIZE, GAP = 64, 2  # of images that need no enlarging
 
 
 def plain_images(values: list[float]) -> torch.Tensor:
-    """One image of a single grey for each value in [-1, 1]."""
+    """One image of a single gray for each value in [-1, 1]."""
     return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, SIZE, SIZE)
 
 
 def cells(grid: Image.Image) -> list[list[int]]:
-    """The grey in the middle of each cell of a grid, row by row."""
+    """The gray in the middle of each cell of a grid, row by row."""
     middles = np.asarray(grid)[GAP + SIZE // 2 :: SIZE + GAP, GAP + SIZE // 2 :: SIZE + GAP]
     return middles[..., 0].tolist()
 
@@ -152,18 +152,18 @@ def test_points_are_spread_over_the_classes():
     assert not np.array_equal(kept, spread_over_classes(labels, 30, seed=1))
     assert kept[labels[kept] == 0].max() > 50  # not the first ones, which are alike in many a data set
     assert np.array_equal(spread_over_classes(labels, 1000), np.arange(125))
-    few = np.bincount(labels[spread_over_classes(np.repeat(np.arange(3), 100), 100, favoured=[1])[:0]], minlength=3)
+    few = np.bincount(labels[spread_over_classes(np.repeat(np.arange(3), 100), 100, favored=[1])[:0]], minlength=3)
     assert few.sum() == 0
     counts = np.bincount(np.repeat(np.arange(3), 100)[spread_over_classes(np.repeat(np.arange(3), 100), 100, [1])])
     assert counts[1] == 80 and counts.sum() == 100
 
 
 def clouds(num_classes: int, of_each: int, spread: float = 0.1, seed: int = 0) -> LatentSet:
-    """Latents around a centre for each class; the centres are the same for every seed."""
-    centres = np.random.default_rng(99).standard_normal((num_classes, 4, 2, 2))
+    """Latents around a center for each class; the centers are the same for every seed."""
+    centers = np.random.default_rng(99).standard_normal((num_classes, 4, 2, 2))
     labels = np.repeat(np.arange(num_classes), of_each)
     noise = spread * np.random.default_rng(seed).standard_normal((len(labels), 4, 2, 2))
-    return LatentSet((centres[labels] + noise).astype(np.float32), labels)
+    return LatentSet((centers[labels] + noise).astype(np.float32), labels)
 
 
 def test_tsne_keeps_classes_together():
@@ -180,7 +180,7 @@ def test_tsne_of_few_images():
 
 
 @pytest.mark.parametrize("num_classes", [3, 102])
-def test_latent_map_shows_classes_by_colour_and_sets_by_marker(num_classes):
+def test_latent_map_shows_classes_by_color_and_sets_by_marker(num_classes):
     figure, axis = plt.subplots()
     names = [f"class {label} " for label in range(num_classes)]
     labels = {"training": np.arange(num_classes), "generated": np.array([0, num_classes - 1])}
@@ -189,11 +189,9 @@ def test_latent_map_shows_classes_by_colour_and_sets_by_marker(num_classes):
     shown = named_classes(num_classes)
     drawn = {}
     for collection in axis.collections:
-        for (x, _), colour in zip(collection.get_offsets(), collection.get_facecolors(), strict=False):
-            drawn.setdefault(int(x), set()).add(
-                "#{:02X}{:02X}{:02X}".format(*(int(255 * c + 0.5) for c in colour[:3]))
-            )
-    expected = {label: {COLOURS[shown.index(label)]} if label in shown else {OTHERS.upper()} for label in drawn}
+        for (x, _), color in zip(collection.get_offsets(), collection.get_facecolors(), strict=False):
+            drawn.setdefault(int(x), set()).add("#{:02X}{:02X}{:02X}".format(*(int(255 * c + 0.5) for c in color[:3])))
+    expected = {label: {COLORS[shown.index(label)]} if label in shown else {OTHERS.upper()} for label in drawn}
     assert drawn.keys() >= set(shown) and all(drawn[label] == expected[label] for label in shown)
     legend = [text.get_text() for text in axis.get_legend().get_texts()]
     others = [f"{num_classes - 10} other classes"] if num_classes > 10 else []
@@ -289,7 +287,7 @@ def test_every_picture_of_a_pipeline(finished_runs, tmp_path, capsys):
     main(["--pipeline", str(finished_runs.flower_ldm), *flags])
     first, second = (CLASS_NAMES[label].replace(" ", "_") for label in (0, 2))
     expected = "vae_samples_grid_subset latent_space_tsne latent_space_pca original_reconstructed_generated"
-    expected += " diffusion_loss nearest_neighbours guidance_sweep interpolation_classes interpolation_seeds"
+    expected += " diffusion_loss nearest_neighbors guidance_sweep interpolation_classes interpolation_seeds"
     expected = [f"{name}.png" for name in expected.split()] + of_paths(first, second)
     assert pictures(tmp_path / "out") == sorted(expected)
     for path in (tmp_path / "out").iterdir():

@@ -52,7 +52,7 @@ class FlowerAutoencoderOutput(BaseOutput):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer normalisation over the *channels* at each position (Ba et al. 2016, as in ConvNeXt, Liu et al. 2022).
+    """Layer normalization over the *channels* at each position (Ba et al. 2016, as in ConvNeXt, Liu et al. 2022).
 
     Statistics never mix positions, so they don't depend on the image's size. With channels-last memory both permutes
     are free.
@@ -203,7 +203,7 @@ def _is_whole(value: Any) -> bool:
 class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
     """A convolutional variational autoencoder with spatial latents (Kingma & Welling 2014; Rombach et al. 2022).
 
-    Residual blocks with Swish, each with channel and spatial attention; layer normalisation over channels; a
+    Residual blocks with Swish, each with channel and spatial attention; layer normalization over channels; a
     classifier head on the latents. One latent position stands for `downsample_factor` pixels a side, where
     `downsample_factor = patch_size * 2 ** (len(block_out_channels) - 1)`.
 

@@ -74,7 +74,7 @@ def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tens
 
 
 class FlowerAttention(nn.Module):
-    """Multi-head self-attention over the tokens of one sample; queries and keys normalised per head, then rotated.
+    """Multi-head self-attention over the tokens of one sample; queries and keys normalized per head, then rotated.
 
     The norm is a layer norm, as where query-key norms come from (Dehghani et al. 2023, "Scaling ViT to 22B"): on a CPU
     torch fuses it, while its RMS norm takes five times as long and trains no better.
