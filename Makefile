@@ -1,9 +1,9 @@
 # make quickstart   train both stages on synthetic flowers and draw a grid of classes, in minutes on a CPU
-# make test         the quick tests, a process for each core; the others: .venv/bin/python -m pytest -m slow (or gpu)
-# make lint         ruff's checks and its formatting, nothing is changed
+# make test         run the quick tests, one process per core; the others: .venv/bin/python -m pytest -m slow (or gpu)
+# make lint         run ruff's checks and check the formatting; it changes nothing
 #
-# Each sets up .venv the first time, and when requirements.txt or pyproject.toml change; otherwise it needs no network.
-# Another interpreter: make PYTHON=python3.12 ...
+# Each sets up .venv the first time, and again when requirements.txt or pyproject.toml change. Otherwise it needs no
+# network. Another interpreter: make PYTHON=python3.12 ...
 
 PYTHON ?= python3
 INSTALLED := .venv/.installed

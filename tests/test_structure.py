@@ -165,8 +165,8 @@ def test_no_file_knows_the_machine_it_was_written_on():
             assert hits == [], path
 
 
-def test_the_tests_that_the_readme_names_are_there():
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "README.md").read_text("utf-8"))
+def test_the_tests_that_the_promises_name_are_there():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/promises.md").read_text("utf-8"))
     assert named
     for file, test in named:
         assert test in {node.name for node in SOURCES[Path("tests") / file].body if isinstance(node, ast.FunctionDef)}
