@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from flower_ldm import data
+from flower_ldm import data, files
 from flower_ldm.errors import InputError
 from flower_ldm.synthetic import CLASS_NAMES
 
@@ -515,12 +515,12 @@ def test_bad_classes(classes: list, message: str) -> None:
     ],
 )
 def test_file_safe_name(name: str, safe: str) -> None:
-    assert data.file_safe_name(name) == safe
+    assert files.file_safe_name(name) == safe
     assert len(safe.encode()) <= 80
 
 
 def test_the_flowers_of_oxford_have_file_safe_names_of_their_own() -> None:
-    safe = {data.file_safe_name(name).lower() for name in data.FLOWERS102_CLASSES}
+    safe = {files.file_safe_name(name).lower() for name in data.FLOWERS102_CLASSES}
     assert len(safe) == 102
 
 

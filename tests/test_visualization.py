@@ -287,7 +287,7 @@ def test_every_picture_of_a_pipeline(finished_runs, tmp_path, capsys):
     main(["--pipeline", str(finished_runs.flower_ldm), *flags])
     first, second = (CLASS_NAMES[label].replace(" ", "_") for label in (0, 2))
     expected = "vae_samples_grid_subset latent_space_tsne latent_space_pca original_reconstructed_generated"
-    expected += " diffusion_loss nearest_neighbors guidance_sweep interpolation_classes interpolation_seeds"
+    expected += " diffusion_loss nearest_neighbours guidance_sweep interpolation_classes interpolation_seeds"
     expected = [f"{name}.png" for name in expected.split()] + of_paths(first, second)
     assert pictures(tmp_path / "out") == sorted(expected)
     for path in (tmp_path / "out").iterdir():
