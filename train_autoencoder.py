@@ -12,7 +12,7 @@ are in `flower_ldm/autoencoder_losses.py`.
 
 import json
 import math
-from argparse import BooleanOptionalAction
+from argparse import Namespace
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from flower_ldm.autoencoder_losses import (
 from flower_ldm.data import ImageDataset
 from flower_ldm.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
-from flower_ldm.files import path_text, replace_files, tensors_digest, write_whole
+from flower_ldm.files import replace_files, tensors_digest, write_whole
 from flower_ldm.latent_maps import encode_for_map, save_latent_maps
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
@@ -50,37 +50,15 @@ from flower_ldm.report import write_report
 from flower_ldm.visualization import AUTOENCODER_CURVES, save_loss_curves, save_reconstructions, vae_encoder
 
 
-def parse_args(argv: list[str] | None = None):
-    parser = recipes.common_parser(__doc__.splitlines()[0])
-    flag = parser.add_argument
-    parser.set_defaults(output_dir="results/autoencoder")
-    # loss weights; at 0 of what needs them, VGG16, the discriminator and the head are never built
-    flag("--pixel_weight", type=float, default=1.0)
-    flag("--perceptual_weight", type=float, default=0.5)
-    flag("--kl_weight", type=float, default=1e-4, help="of nats per latent element")
-    flag("--adversarial_weight", type=float, default=0.1)
-    flag("--classification_weight", type=float, default=0.01)
-    flag("--center_weight", type=float, default=0.01)
-    flag("--repulsion_weight", type=float, default=0.01)
-    # how they are used
-    flag("--adaptive_weight", action=BooleanOptionalAction, default=True,
-         help="balance the adversarial loss by gradient norms before its weight")  # fmt: skip
-    flag("--adaptive_weight_steps", type=int, default=16, help="updates between two measurements of that balance")
-    flag("--disc_start", type=int, default=1000, help="update at which the discriminator starts")
-    flag("--loss_ramp_steps", type=int, default=500, help="updates over which a loss other than pixel and KL rises")
-    flag("--disc_learning_rate", type=float, default=3e-4)
-    flag("--perceptual_every", type=int, default=1, help="every how many-th image of a batch VGG16 sees")
-    flag("--vgg_weights", type=path_text, help="a local file with torchvision's VGG16")
-    args = recipes.parse_arguments(parser, "autoencoder", argv)
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The flags, which `flower_ldm/recipes.py` declares; here is checked what concerns several of them."""
+    args = recipes.parse_arguments("autoencoder", argv, __doc__.splitlines()[0])
     hub.check_flags(args)
-    for name, value in vars(args).items():
-        if name.endswith("_weight") and value < 0:
-            raise InputError(f"--{name} must not be negative, got {value}")
     if args.pixel_weight == args.perceptual_weight == 0:
         raise InputError(
             "--pixel_weight and --perceptual_weight are both 0: nothing would tell the decoder what to draw"
         )
-    if args.perceptual_every < 1 or args.train_batch_size % args.perceptual_every:
+    if args.train_batch_size % args.perceptual_every:
         raise InputError(f"--perceptual_every {args.perceptual_every} must divide --train_batch_size")
     return args
 
@@ -333,7 +311,7 @@ def train(args) -> None:
             f"--resolution {args.resolution} must be a multiple of {vae.downsample_factor} for this model"
         )
     latent_size = args.resolution // vae.downsample_factor
-    train_images.noise_shape = (vae.config.latent_channels, latent_size, latent_size)
+    train_images.carry_noise((vae.config.latent_channels, latent_size, latent_size))
     vae = vae.to(accelerator.device, memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()

@@ -13,7 +13,7 @@ mathematics is in `flower_ldm/diffusion.py`.
 
 import json
 import shutil
-from argparse import BooleanOptionalAction
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,6 @@ from flower_ldm import (
 )
 from flower_ldm.data import ImageDataset, keep_batch
 from flower_ldm.diffusion import (
-    BETA_SCHEDULES,
-    PREDICTION_TYPES,
     LossByTimestep,
     check_schedule,
     denoising_loss,
@@ -47,7 +45,7 @@ from flower_ldm.diffusion import (
     sample_timesteps,
 )
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
-from flower_ldm.files import path_text, replace_files, write_whole
+from flower_ldm.files import replace_files, write_whole
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
 from flower_ldm.latent_maps import MAP_SETS, LatentSet, named_classes, save_latent_maps, spread_over_classes
 from flower_ldm.model_card import write_model_card
@@ -67,29 +65,12 @@ from flower_ldm.visualization import (
 PATH_CLASSES = 3  # whose denoising is drawn at the end of a run
 
 
-def parse_args(argv: list[str] | None = None):
-    parser = recipes.common_parser(__doc__.splitlines()[0])
-    flag = parser.add_argument
-    parser.set_defaults(output_dir="results/flower-ldm", train_batch_size=128)
-    flag("--autoencoder", type=path_text, default="results/autoencoder", help="stage 1's output folder, or a Hub id")
-    flag("--latent_cache_dir", type=path_text,
-         help="<output_dir>/latent_cache unless set; share it between runs on the same latents")  # fmt: skip
-    # the diffusion
-    flag("--prediction_type", choices=PREDICTION_TYPES, default="v_prediction")
-    flag("--beta_schedule", choices=BETA_SCHEDULES, default="squaredcos_cap_v2")
-    flag("--zero_terminal_snr", action=BooleanOptionalAction, default=False, help="the last timestep is pure noise")
-    flag("--snr_gamma", type=float, default=5.0, help="min-SNR loss weights; 0: all timesteps weigh alike")
-    flag("--label_dropout", type=float, default=0.1, help="share of labels dropped, for classifier-free guidance")
-    # previews
-    flag("--guidance_scale", type=float, default=2.0, help="of the previews; 1 means off")
-    args = recipes.parse_arguments(parser, "latent_diffusion", argv)
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The flags, which `flower_ldm/recipes.py` declares; here is checked what concerns several of them."""
+    args = recipes.parse_arguments("latent_diffusion", argv, __doc__.splitlines()[0])
     hub.check_flags(args)
-    if not 0 <= args.label_dropout < 1:
-        raise InputError(f"--label_dropout must be at least 0 and below 1, got {args.label_dropout}")
     if args.label_dropout == 0 and args.guidance_scale != 1:
         raise InputError("--label_dropout 0 never trains the null label that guidance needs: add --guidance_scale 1")
-    if args.snr_gamma < 0:
-        raise InputError(f"--snr_gamma must be at least 0, got {args.snr_gamma}")
     check_schedule(args.prediction_type, args.beta_schedule, args.zero_terminal_snr)
     return args
 

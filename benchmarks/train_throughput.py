@@ -40,7 +40,7 @@ import train_autoencoder
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel, training
 from flower_ldm.autoencoder_losses import PerceptualLoss
-from flower_ldm.data import load_datasets
+from flower_ldm.data import DataOptions
 from flower_ldm.diffusion import make_noise_scheduler
 from flower_ldm.errors import OneLineParser, exit_on_input_error
 from flower_ldm.files import file_path, path_text
@@ -380,8 +380,8 @@ class DenoiserTraining:
     def cached_batches(self, folder: Path) -> Iterator[dict]:
         """The script's own data path: a cache file of synthetic flowers' latents, its workers, its order."""
         args = self.args
-        images, _ = load_datasets(
-            "synthetic", resolution=args.resolution, classes=range(5), images_per_class=50, seed=args.seed
+        images, _ = DataOptions("synthetic", resolution=args.resolution, classes=range(5), images_per_class=50).load(
+            seed=args.seed
         )
         options = {"device": self.device, "autocast_dtype": training.autocast_dtype(self.accelerator)}
         load_or_build_latent_cache(self.vae, images, folder, **options)

@@ -19,25 +19,15 @@ from torch import nn
 
 from . import runs
 from .checkpoint_files import fit, fitting, load_state, save_state, why_invalid, write_manifest
-from .data import DEFAULT_DATA_DIR, VAL_SPLIT_NAMES
+from .data import VAL_SPLIT_NAMES, DataOptions
 from .errors import InputError, one_line
 from .files import DiskError, check_writable, refusals_of_disk, sync, write_whole
+from .recipes import flag_of
 from .run_lock import LOCK, lock_folder
 
 CHECKPOINT_PREFIX = "checkpoint-"
 CHECKPOINT_NAME = re.compile(f"{CHECKPOINT_PREFIX}(0|[1-9][0-9]*)")
 UNFINISHED_NAME = re.compile("unfinished-(0|[1-9][0-9]*)")  # one being written, or one being removed
-
-# What a resumed run may have otherwise. The paths among these are compared by what they lead to (`Progress.identity`),
-# the batch by the images of one update.
-MAY_CHANGE = {
-    "config", "data_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps",
-    "num_train_epochs", "val_splits", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "logging_steps", "report_to", "dataloader_num_workers", "torch_compile", "gradient_checkpointing",
-    "mixed_precision", "skip_bad_images", "train_batch_size", "gradient_accumulation_steps", "model_config",
-    "vgg_weights", "autoencoder", "latent_cache_dir", "guidance_scale", "final_pictures", "learning_rate",
-    "push_to_hub", "hub_model_id", "hub_private_repo", "dataset", "max_image_pixels",
-}  # fmt: skip
 
 
 # --- the output folder -----------------------------------------------------------------------------------------------
@@ -98,13 +88,10 @@ def lies_among_classes(args: argparse.Namespace) -> bool:
 
 def paths_read(args: argparse.Namespace) -> dict[str, str]:
     """The flags that name something on this disk that the run reads, and what they name."""
-    paths = {}
-    for name in ("data_dir", "dataset", "autoencoder", "config", "model_config", "vgg_weights", "latent_cache_dir",
-                 "resume_from_checkpoint"):  # fmt: skip
-        path = getattr(args, name, None)
-        if name == "data_dir" and path is None and args.dataset == "flowers102":
-            path = DEFAULT_DATA_DIR
-        if path and (name == "data_dir" or os.path.exists(path)):  # else an id on the Hub, or made by this run
+    folder = DataOptions.from_args(args).folder  # of the images, which may still have to be downloaded
+    paths = {"--data_dir": str(folder)} if folder else {}
+    for name, path in vars(args).items():
+        if flag_of(name).is_read and path and os.path.exists(path):  # else an id on the Hub, or made by this run
             paths[f"--{name}"] = path
     return paths
 
@@ -284,7 +271,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     saved = runs.read_args(checkpoint)
     if saved is None:
         raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read")
-    for name in sorted(set(vars(args)) - MAY_CHANGE):
+    for name in sorted(name for name in vars(args) if not flag_of(name).may_change):
         if saved.get(name) != getattr(args, name):
             if name not in saved:
                 raise InputError(

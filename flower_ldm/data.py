@@ -5,6 +5,7 @@ by random numbers that depend on nothing but (seed, epoch, image index). First b
 the offline flowers, `train_autoencoder.py` trains on the images, `latent_cache` encodes them once for stage 2.
 """
 
+import argparse
 import hashlib
 import io
 import itertools
@@ -13,9 +14,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -27,10 +28,15 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from .errors import InputError, one_line, printable
+from .files import hub_id, path_or_hub_id, path_text
+from .flags import POSITIVE, FlagParser, as_it_is
 from .images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, small_pixels
-from .pipelines.pipeline_flower_ldm import find_classes, plain_name
+from .pipelines.pipeline_flower_ldm import FlowerLDMPipeline, find_classes, plain_name
 from .synthetic import CLASS_NAMES, synthetic_flower
 
+# What people call them. Any other data set is one of the Hub.
+DATASET_TITLES = {"flowers102": "Oxford 102 Flowers", "synthetic": "synthetic flowers",
+                  "imagefolder": "an image folder"}  # fmt: skip
 VAL_SPLIT_NAMES = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
 HELD_OUT = "held-out 10 %"  # the name of the split we make where there is none
 DEFAULT_DATA_DIR = "data"  # of Oxford 102 Flowers
@@ -133,7 +139,7 @@ class ImageDataset(Dataset):
     """Labeled images, decoded once.
 
     A key is an `int` (evaluation: center crop, no flip, no noise) or `(epoch, index)` (training: a random crop along
-    the long side, a horizontal flip with probability 1/2 and, where `noise_shape` is set, standard normal noise).
+    the long side, a horizontal flip with probability 1/2 and, after `carry_noise`, standard normal noise).
 
     Attributes:
         class_names: one name a label. `num_classes` is their number.
@@ -141,7 +147,6 @@ class ImageDataset(Dataset):
         splits: the splits of the source that the images come from.
         fingerprint: sha256 (hex) of all small pixels, labels, class names and the resolution.
         num_bad_images: how many unreadable images were left out.
-        noise_shape: None, or the shape of the noise that each training image shall carry; may be set at any time.
     """
 
     def __init__(
@@ -164,7 +169,7 @@ class ImageDataset(Dataset):
         self.name = name
         self.splits = tuple(splits)
         self.seed = seed
-        self.noise_shape: tuple[int, ...] | None = None
+        self._noise_shape: tuple[int, ...] | None = None
         self._location = location
         self._records = self._decode_all(records, skip_bad_images, max_memory_gib, show_progress)
 
@@ -234,6 +239,10 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def carry_noise(self, shape: tuple[int, ...]) -> None:
+        """From now on, give standard normal noise of this shape along with every training image."""
+        self._noise_shape = shape
+
     def __getstate__(self) -> dict:
         """What is sent to workers that are not forked: the pixels without the rest of their buffer."""
         if self._pixels is not None:
@@ -262,7 +271,7 @@ class ImageDataset(Dataset):
 
         Returns:
             `images` `(B, 3, resolution, resolution)` float32 in [-1, 1], channels last in memory; `class_labels` and
-            `index` `(B,)` int64; for training keys with a `noise_shape` also `noise` `(B, *noise_shape)` float32.
+            `index` `(B,)` int64; for training keys, after `carry_noise`, also `noise` `(B, *shape)` float32.
         """
         training = isinstance(keys[0], tuple)
         indices = [key[1] if training else int(key) for key in keys]
@@ -276,10 +285,10 @@ class ImageDataset(Dataset):
         return batch if noise is None else batch | {"noise": noise}
 
     def _random_crops(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """For training keys the images, cropped and flipped, as in `center_crops`; and noise, with a `noise_shape`."""
+        """For training keys the images, cropped and flipped, as in `center_crops`; and noise, after `carry_noise`."""
         size = self.resolution
         crops = torch.empty(len(keys), size, size, 3, dtype=torch.uint8)
-        noise = np.empty((len(keys), *(self.noise_shape or ())), dtype=np.float32)
+        noise = np.empty((len(keys), *(self._noise_shape or ())), dtype=np.float32)
         for row, key in enumerate(keys):
             pixels = self._small_pixels(key[1])
             slack_y, slack_x = pixels.shape[0] - size, pixels.shape[1] - size  # one of them is 0
@@ -288,9 +297,9 @@ class ImageDataset(Dataset):
             top, left = int(along * (slack_y + 1)), int(along * (slack_x + 1))
             crop = pixels[top : top + size, left : left + size]
             crops[row] = crop.flip(1) if flip < 0.5 else crop
-            if self.noise_shape is not None:
-                noise[row] = rng.standard_normal(self.noise_shape, dtype=np.float32)
-        return crops, None if self.noise_shape is None else torch.from_numpy(noise)
+            if self._noise_shape is not None:
+                noise[row] = rng.standard_normal(self._noise_shape, dtype=np.float32)
+        return crops, None if self._noise_shape is None else torch.from_numpy(noise)
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -386,13 +395,13 @@ def _list_flowers102(
     train, val = _resolve_splits(("train", "val", "test"), train_splits, val_splits, default_train=("train", "test"))
     if data_dir.name == "flowers-102" and (data_dir / "jpg").is_dir():
         raise InputError(f"--data_dir {data_dir}: give the folder that holds flowers-102/, here {data_dir.parent}")
-    ways_out = "pass a --data_dir that holds flowers-102/, or --dataset synthetic"
+    advice = "pass a --data_dir that holds flowers-102/, or --dataset synthetic"
     created = [folder for folder in (data_dir / "flowers-102", data_dir) if not folder.exists()]
     try:
         Flowers102(str(data_dir), download=False)
     except RuntimeError:  # torchvision found no images, or not the two .mat files it knows
         if not download:
-            raise InputError(f"--data_dir {data_dir}: no complete flowers-102/ in it; {ways_out}") from None
+            raise InputError(f"--data_dir {data_dir}: no complete flowers-102/ in it; {advice}") from None
         folders, files = _scan(data_dir) if data_dir.is_dir() else ([], [])
         if others := [name for name in (*folders, *files) if name != "flowers-102"]:
             raise InputError(
@@ -406,7 +415,7 @@ def _list_flowers102(
                 with suppress(OSError):  # absent, or no longer empty
                     folder.rmdir()
             reason = f"cannot be downloaded to --data_dir {data_dir} ({one_line(error)})"
-            raise InputError(f"flowers102 {reason}; {ways_out}") from None
+            raise InputError(f"flowers102 {reason}; {advice}") from None
 
     records = {}
     for split in train + val:
@@ -701,62 +710,22 @@ def _hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     )
 
 
-def load_datasets(
-    dataset: str,
-    data_dir: str | Path | None = None,
-    *,
-    resolution: int,
-    train_splits: Sequence[str] | None = None,
-    val_splits: Sequence[str] | None = None,
-    classes: Sequence[int | str] | None = None,
-    image_column: str = "image",
-    label_column: str = "label",
-    skip_bad_images: bool = False,
-    images_per_class: int = 100,
-    seed: int = 0,
-    download: bool = True,
-    max_memory_gib: float = 8.0,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
-    show_progress: bool | None = None,
-) -> tuple[ImageDataset, ImageDataset]:
-    """Load the training images and the held-out ones, decoded and relabeled.
+@dataclass(frozen=True)
+class Selection:
+    """The chosen classes of a listing, relabeled 0..k-1, with what is trained on and what is held out."""
 
-    Args:
-        dataset: "flowers102", "synthetic", "imagefolder", or what `datasets.load_dataset` takes: a Hub id or a folder.
-        data_dir: the folder that holds `flowers-102/` (default `data`), or the class folders.
-        resolution: short side of the images in pixels, at least 8.
-        train_splits: default "train", for flowers102 "train" and "test" (7,169 images).
-        val_splits: default the first of "val", "validation", "valid", "dev", "test" that exists and is not trained on;
-            where there is none, and for "none", 10 % of each class are held out.
-        classes: a subset by index or name, relabeled 0..k-1 in the order given.
-        images_per_class: synthetic only, for training; a tenth of it, at least 8, is held out.
-        seed: of crops, flips and noise. It changes neither the synthetic images nor the splits.
-        download: fetch flowers102 where it is absent. With several processes, let the first one do it alone.
-        max_memory_gib: pixels above this, in either data set, are not kept but decoded on every access.
-        max_image_pixels: images of more pixels, width x height, are not decoded but count as unreadable.
-        show_progress: None means in the first process of each machine.
+    class_names: list[str]
+    train_records: list[Record]
+    val_records: list[Record]
+    val_splits: tuple[str, ...]
+
+
+def _select(listing: Listing, classes: Sequence[int | str] | None) -> Selection:
+    """Pick the classes and, where the source holds nothing out, hold out a part of the training images.
 
     Raises:
-        InputError: for whatever the user can put right, in one line.
+        InputError: for a class that isn't there or has no training image, and where nothing can be held out.
     """
-    if resolution < 8:
-        raise InputError(f"--resolution must be at least 8, not {resolution}")
-    if seed < 0:
-        raise InputError(f"--seed must not be negative, but is {seed}")
-    shown = os.environ.get("LOCAL_RANK", "0") == "0" if show_progress is None else show_progress
-    open_file = partial(open_image, max_pixels=max_image_pixels)
-    if dataset == "flowers102":
-        folder = Path(os.path.expanduser(data_dir or DEFAULT_DATA_DIR))
-        listing = _list_flowers102(folder, train_splits, val_splits, download, open_file)
-    elif dataset == "synthetic":
-        listing = _list_synthetic(train_splits, val_splits, images_per_class, resolution)
-    elif dataset == "imagefolder":
-        if data_dir is None:
-            raise InputError("--dataset imagefolder needs --data_dir, the folder that holds the class folders")
-        listing = _list_imagefolder(Path(os.path.expanduser(data_dir)), train_splits, val_splits, open_file, shown)
-    else:
-        listing = _list_hub(dataset, train_splits, val_splits, image_column, label_column, open_file)
-
     chosen = select_classes(listing.class_names, classes)
     class_names = [listing.class_names[label] for label in chosen]
     new_label = {label: new for new, label in enumerate(chosen)}
@@ -765,11 +734,11 @@ def load_datasets(
         records = [record for split in splits for record in listing.records[split] if record.label in new_label]
         return [replace(record, label=new_label[record.label]) for record in records]
 
-    train_names, val_names = listing.train_splits, listing.val_splits
-    train_records, val_records = records_of(train_names), records_of(val_names)
-    if not val_names:
+    val_splits = listing.val_splits
+    train_records, val_records = records_of(listing.train_splits), records_of(val_splits)
+    if not val_splits:
         train_records, val_records = _hold_out(train_records)
-        val_names = (HELD_OUT,)
+        val_splits = (HELD_OUT,)
     if missing := set(range(len(class_names))) - {record.label for record in train_records}:
         others = f" (and {len(missing) - 1:,} other classes have none)" if len(missing) > 1 else ""
         raise InputError(
@@ -778,21 +747,203 @@ def load_datasets(
         )
     if not val_records:
         raise InputError(f"{listing.location} has no image to hold out: add some, or choose other --val_splits")
+    return Selection(class_names, train_records, val_records, val_splits)
 
-    build = partial(
-        ImageDataset,
-        class_names=class_names,
-        resolution=resolution,
-        name=dataset,
-        location=listing.location,
-        seed=seed,
-        skip_bad_images=skip_bad_images,
-        max_memory_gib=max_memory_gib,
-        show_progress=shown,
-    )
-    train, val = build(train_records, splits=train_names), build(val_records, splits=val_names)
-    if missing := set(range(len(class_names))) - set(train.labels.tolist()):
-        raise InputError(f"class {class_names[min(missing)]!r} of {listing.location} has no readable image")
-    if len(val) == 0:
-        raise InputError(f"{listing.location} has no readable image in split {'+'.join(val_names)}")
-    return train, val
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What flags say about the data.
+
+
+def public_dataset(name: object) -> str:
+    """A data set by the name that everybody may know; a folder on this machine is an "imagefolder"."""
+    return str(name) if name in DATASET_TITLES or hub_id(name) else "imagefolder"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images: the flags that describe the data, of a training run or of a command that looks at one.
+
+    Attributes:
+        dataset: "flowers102", "synthetic", "imagefolder", or what `datasets.load_dataset` takes: a Hub id or a folder.
+        data_dir: the folder that holds `flowers-102/` (default `data`), or the class folders.
+        max_image_pixels: images of more pixels, width x height, are not decoded but count as unreadable.
+        train_splits: default "train", for flowers102 "train" and "test" (7,169 images).
+        val_splits: default the first of "val", "validation", "valid", "dev", "test" that exists and is not trained on;
+            where there is none, and for "none", 10 % of each class are held out.
+        classes: a subset by index or name, relabeled 0..k-1 in the order given.
+        images_per_class: synthetic only, for training; a tenth of it, at least 8, is held out.
+        resolution: short side of the images in pixels, at least 8; `None` until a model says it (`at_resolution`).
+    """
+
+    dataset: str = "flowers102"
+    data_dir: str | Path | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    skip_bad_images: bool = False
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    train_splits: Sequence[str] | None = None
+    val_splits: Sequence[str] | None = None
+    classes: Sequence[int | str] | None = None
+    images_per_class: int = 100
+    resolution: int | None = None
+
+    @classmethod
+    def add_flags(cls, parser: FlagParser, resolution: int) -> None:
+        """Declare the flags of a training run, with their defaults."""
+        cls._declare_flags(parser)
+        parser.set_defaults(**vars(cls(resolution=resolution)))
+
+    @classmethod
+    def add_flags_of_run(cls, parser: FlagParser, more: str = "") -> None:
+        """Declare the same flags for a command that looks at a finished run: unset, each is the run's (`from_run`).
+
+        `more` is what else `--dataset` means to this command.
+        """
+        cls._declare_flags(parser, f"{more}; unset, this and each other flag of the data is what the run had")
+
+    @staticmethod
+    def _declare_flags(parser: FlagParser, more: str = "") -> None:
+        """Without defaults. `more` is added to the help of `--dataset`."""
+        flag, switch = parser.flag, argparse.BooleanOptionalAction
+        flag("--dataset", type=path_or_hub_id, may_change=True, public=public_dataset, is_read=True,
+             help=f"flowers102, synthetic, imagefolder, or a Hub data set id{more}")  # fmt: skip
+        flag("--data_dir", type=path_text, may_change=True, is_read=True,
+             help="the folder that holds flowers-102/, or the class folders")  # fmt: skip
+        flag("--image_column", public=as_it_is, help="of a Hub data set")
+        flag("--label_column", public=as_it_is, marks_run=True, help="of a Hub data set")
+        flag("--skip_bad_images", action=switch, may_change=True, public=as_it_is, marks_run=True,
+             help="count unreadable images and go on without them")  # fmt: skip
+        flag("--max_image_pixels", type=int, bounds=POSITIVE, may_change=True, public=as_it_is,
+             help="larger images count as unreadable")  # fmt: skip
+        flag("--train_splits", nargs="+", public=as_it_is, help="splits to train on")
+        flag("--val_splits", nargs="+", may_change=True, public=as_it_is, help="splits held out")
+        flag("--classes", nargs="+", public=as_it_is,
+             help="names, else 0-based indices; relabeled 0..k-1 in this order")  # fmt: skip
+        flag("--images_per_class", type=int, bounds=POSITIVE, public=as_it_is, marks_run=True,
+             help="training images of each synthetic class")  # fmt: skip
+        flag("--resolution", type=int, bounds=POSITIVE, public=as_it_is, help="pixels a side")
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "DataOptions":
+        """What the flags of a training run say (`add_flags`)."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    @classmethod
+    def from_run(cls, saved: Mapping, given: argparse.Namespace, unnamed: str | None = None) -> "DataOptions":
+        """What the flags of a command say (`add_flags_of_run`), else what the run had, else the defaults.
+
+        With another `--dataset` than the run's, nothing of the run holds.
+
+        Args:
+            saved: the run's flags, as `runs.read_flags` gives them.
+            unnamed: the data set where neither names one, if not the default.
+        """
+        if given.dataset not in (None, saved.get("dataset")):
+            saved = {}
+        options = {} if unnamed is None else {"dataset": unnamed}
+        for field in fields(cls):
+            flag, of_run = getattr(given, field.name), saved.get(field.name)
+            if flag is not None or of_run is not None:
+                options[field.name] = of_run if flag is None else flag
+        return cls(**options)
+
+    @property
+    def folder(self) -> str | Path | None:
+        """Where `--data_dir` points to, set or not: flowers102 is downloaded to a folder of its own."""
+        return self.data_dir or (DEFAULT_DATA_DIR if self.dataset == "flowers102" else None)
+
+    def at_resolution(self, size: int, model: str) -> "DataOptions":
+        """The same images, as large as a model draws them.
+
+        Raises:
+            InputError: where `--resolution`, of a flag or of the run, is another.
+        """
+        if self.resolution not in (None, size):
+            raise InputError(f"--resolution {self.resolution}: {model} draws {size} pixels")
+        return replace(self, resolution=size)
+
+    def load(
+        self,
+        *,
+        seed: int = 0,
+        download: bool = True,
+        max_memory_gib: float = 8.0,
+        show_progress: bool | None = None,
+    ) -> tuple[ImageDataset, ImageDataset]:
+        """Load the training images and the held-out ones, decoded and relabeled.
+
+        Args:
+            seed: of crops, flips and noise. It changes neither the synthetic images nor the splits.
+            download: fetch flowers102 where it is absent. With several processes, let the first one do it alone.
+            max_memory_gib: pixels above this, in either data set, are not kept but decoded on every access.
+            show_progress: None means in the first process of each machine.
+
+        Raises:
+            InputError: for whatever the user can put right, in one line.
+        """
+        if self.resolution is None or self.resolution < 8:
+            raise InputError(f"--resolution must be at least 8, not {self.resolution}")
+        if seed < 0:
+            raise InputError(f"--seed must not be negative, but is {seed}")
+        shown = os.environ.get("LOCAL_RANK", "0") == "0" if show_progress is None else show_progress
+        listing = self._list(download, shown)
+        selection = _select(listing, self.classes)
+        build = partial(
+            ImageDataset,
+            class_names=selection.class_names,
+            resolution=self.resolution,
+            name=self.dataset,
+            location=listing.location,
+            seed=seed,
+            skip_bad_images=self.skip_bad_images,
+            max_memory_gib=max_memory_gib,
+            show_progress=shown,
+        )
+        train = build(selection.train_records, splits=listing.train_splits)
+        val = build(selection.val_records, splits=selection.val_splits)
+        if missing := set(range(train.num_classes)) - set(train.labels.tolist()):
+            raise InputError(f"class {train.class_names[min(missing)]!r} of {listing.location} has no readable image")
+        if len(val) == 0:
+            raise InputError(f"{listing.location} has no readable image in split {'+'.join(val.splits)}")
+        return train, val
+
+    def _list(self, download: bool, show_progress: bool) -> Listing:
+        """What the data set offers, of the splits that are asked for."""
+        splits = self.train_splits, self.val_splits
+        open_file = partial(open_image, max_pixels=self.max_image_pixels)
+        folder = None if self.folder is None else Path(os.path.expanduser(self.folder))
+        if self.dataset == "flowers102":
+            return _list_flowers102(folder, *splits, download, open_file)
+        if self.dataset == "synthetic":
+            return _list_synthetic(*splits, self.images_per_class, self.resolution)
+        if self.dataset == "imagefolder":
+            if folder is None:
+                raise InputError("--dataset imagefolder needs --data_dir, the folder that holds the class folders")
+            return _list_imagefolder(folder, *splits, open_file, show_progress)
+        return _list_hub(self.dataset, *splits, self.image_column, self.label_column, open_file)
+
+    def load_for(self, pipe: FlowerLDMPipeline, name: str) -> tuple[ImageDataset, ImageDataset]:
+        """Training and held-out images of a pipeline's size and classes. `name` is what `--pipeline` says.
+
+        Raises:
+            InputError: where size or classes are not the pipeline's, and as `load`.
+        """
+        height, width = pipe.image_size
+        if height != width:
+            raise InputError(
+                f"--pipeline draws images of {width} x {height} pixels: only square ones can be compared with images"
+            )
+        train, held_out = self.at_resolution(width, f"--pipeline {name}").load()
+        advice = "give the --dataset and --classes that it was trained on"
+        if train.num_classes != pipe.num_classes:
+            raise InputError(
+                f"--pipeline {name} has {pipe.num_classes} classes, {self.dataset} has {train.num_classes}: {advice}"
+            )
+        if pipe.config.id2label is not None:
+            for label, (of_pipe, of_data) in enumerate(zip(pipe.class_names, train.class_names, strict=True)):
+                if plain_name(of_pipe) != plain_name(of_data):
+                    raise InputError(
+                        f"class {label} is {of_pipe!r} in --pipeline {name}, but {of_data!r} in {self.dataset}: "
+                        f"{advice}"
+                    )
+        return train, held_out

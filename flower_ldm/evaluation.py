@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from . import FlowerLDMPipeline, __version__
 from .autoencoder_losses import PerceptualLoss, fidelity
-from .data import ImageDataset, load_datasets, to_uint8
-from .errors import InputError, OneLineParser, exit_on_input_error
+from .data import DataOptions, ImageDataset, to_uint8
+from .errors import InputError, exit_on_input_error
 from .features import (
     DEFAULT_FEATURES,
     NETWORKS,
@@ -46,10 +46,9 @@ from .files import (
     file_path,
     path_text,
     refusals_of_disk,
-    whole_path,
     write_whole,
 )
-from .images import MAX_IMAGE_PIXELS
+from .flags import FlagParser
 from .lettering import save_figure
 from .memorization import TrainingNeighbors, memorization_rates
 from .metrics import (
@@ -62,18 +61,11 @@ from .metrics import (
     train_classifier,
 )
 from .model_card import write_model_card
-from .pipelines.pipeline_flower_ldm import plain_name
 from .report import write_report
 from .runs import read_flags
 from .sampling import SCHEDULERS, Sampler, check_sampling, load_pipeline, sample_labels
 from .visualization import save_nearest_neighbors
 
-# What a run's args.yaml decides about the data, unless a flag does; and what it is where neither says anything.
-DATA_FLAGS = {
-    "dataset": "flowers102", "data_dir": None, "image_column": "image", "label_column": "label",
-    "skip_bad_images": False, "train_splits": None, "val_splits": None, "classes": None, "images_per_class": 100,
-    "resolution": None, "max_image_pixels": MAX_IMAGE_PIXELS,
-}  # fmt: skip
 SET_NAMES = {"real": "real training images", "reconstructions": "reconstructions", "samples": "samples"}
 
 
@@ -81,23 +73,12 @@ SET_NAMES = {"real": "real training images", "reconstructions": "reconstructions
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(prog="python -m flower_ldm.evaluation", description="Measure a pipeline.")
+    parser = FlagParser(prog="python -m flower_ldm.evaluation", description="Measure a pipeline.")
     flag = parser.add_argument
     flag("--pipeline", type=path_text, required=True, help="folder of a pipeline, or its id on the Hub")
     flag("--output", type=file_path, help="JSON file that gets the key evaluation; unset: metrics.json in --pipeline")
     flag("--cache_dir", type=file_path, help="features and drawn images; unset: evaluation_cache beside --output")
-    # data; unset, each is what the run's args.yaml says
-    flag("--dataset", type=path_text, help="flowers102, synthetic, imagefolder, or a Hub data set id")
-    flag("--data_dir", type=path_text, help="the folder that holds flowers-102/, or the class folders")
-    flag("--image_column", help="of a Hub data set")
-    flag("--label_column", help="of a Hub data set")
-    flag("--skip_bad_images", action=argparse.BooleanOptionalAction, help="go on without unreadable images")
-    flag("--max_image_pixels", type=int, help="larger images count as unreadable")
-    flag("--train_splits", nargs="+", help="splits that the model was trained on")
-    flag("--val_splits", nargs="+", help="splits held out")
-    flag("--classes", nargs="+", help="names, else 0-based indices, as in training")
-    flag("--images_per_class", type=int, help="training images of each synthetic class")
-    flag("--resolution", type=int, help="pixels a side; must be the pipeline's")
+    DataOptions.add_flags_of_run(parser)
     # what is measured
     flag("--features", type=path_text, default=DEFAULT_FEATURES,
          help=f"{', '.join(NETWORKS)}, or the path of a TorchScript file")  # fmt: skip
@@ -127,24 +108,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < MIN_IMAGES:
             raise InputError(f"--{name} must be at least {MIN_IMAGES} (neighbors are counted), got {value}")
-    add_data_flags(args)
+    args.data = DataOptions.from_run(read_flags(Path(args.pipeline)), args)
     if args.output is None:
         args.output = Path(args.pipeline if os.path.isdir(args.pipeline) else ".") / "metrics.json"
     if args.cache_dir is None:
         args.cache_dir = args.output.parent / "evaluation_cache"
     return args
-
-
-def add_data_flags(args: argparse.Namespace) -> None:
-    """Fill in what no flag says about the data: from the run's `args.yaml` where that is of the same data set."""
-    saved = read_flags(Path(args.pipeline))
-    args.dataset = whole_path(args.dataset)
-    if args.dataset is not None and args.dataset != saved.get("dataset"):
-        saved = {}
-    for name, default in DATA_FLAGS.items():
-        if getattr(args, name) is None:
-            value = saved.get(name)
-            setattr(args, name, default if value is None else value)
 
 
 # --- classes and sets ------------------------------------------------------------------------------------------------
@@ -199,27 +168,7 @@ def load_images(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> tuple[Imag
     Raises:
         InputError: where size or classes are not the pipeline's, or a class has no held-out image.
     """
-    height, resolution = pipe.image_size
-    if height != resolution:
-        size = f"{resolution} x {height} pixels"
-        raise InputError(f"--pipeline draws images of {size}: only square ones can be measured")
-    if args.resolution not in (None, resolution):
-        raise InputError(f"--resolution {args.resolution}: --pipeline {args.pipeline} draws {resolution} pixels")
-    options = {name: getattr(args, name) for name in DATA_FLAGS if name not in ("dataset", "data_dir")}
-    train, held_out = load_datasets(args.dataset, args.data_dir, **(options | {"resolution": resolution}))
-    ways_out = "give the --dataset and --classes that it was trained on"
-    if train.num_classes != pipe.num_classes:
-        raise InputError(
-            f"--pipeline {args.pipeline} has {pipe.num_classes} classes, {args.dataset} has {train.num_classes}: "
-            f"{ways_out}"
-        )
-    if pipe.config.id2label is not None:
-        for label, (of_pipe, of_data) in enumerate(zip(pipe.class_names, train.class_names, strict=True)):
-            if plain_name(of_pipe) != plain_name(of_data):
-                raise InputError(
-                    f"class {label} is {of_pipe!r} in --pipeline {args.pipeline}, but {of_data!r} in {args.dataset}: "
-                    f"{ways_out}"
-                )
+    train, held_out = args.data.load_for(pipe, args.pipeline)
     counts = torch.bincount(held_out.labels, minlength=train.num_classes)
     if (counts == 0).any():
         name = train.class_names[int(counts.argmin())]

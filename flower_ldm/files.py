@@ -213,9 +213,30 @@ def file_path(text: str) -> Path:
     return Path(path_text(text))
 
 
-def whole_path(name: str | None) -> str | None:
-    """What names a folder or else an id on the Hub, unmistakable from elsewhere too: a folder by its whole path."""
-    return os.path.abspath(name) if name and "/" in name and os.path.isdir(name) else name
+def path_or_hub_id(text: str) -> str:
+    """The same for a flag that takes a folder or an id on the Hub.
+
+    A folder comes out as its whole path: seen from elsewhere, a relative one would look like an id.
+    """
+    path = path_text(text)
+    return os.path.abspath(path) if "/" in path and os.path.isdir(path) else path
+
+
+def hub_id(name: object) -> str | None:
+    """The name where it is an id on the Hub; `None` where it is anything else, a folder on this machine among it."""
+    is_id = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
+    return name if is_id and not os.path.exists(name) else None
+
+
+def without_paths(value: Any) -> Any:
+    """Nested lists and dicts with each text that is a path on this machine cut down to its last part."""
+    if isinstance(value, dict):
+        return {name: without_paths(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_paths(inner) for inner in value]
+    if isinstance(value, str) and "/" in value and (re.match(r"(--\w+=)?[/~]", value) or os.path.exists(value)):
+        return Path(value).name
+    return value
 
 
 def file_safe_name(name: str) -> str:

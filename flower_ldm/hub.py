@@ -8,22 +8,22 @@ checkpoints, logs, and pictures that show photographs of the data set.
 import argparse
 import json
 import os
-import re
 import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
+from .data import public_dataset
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line
-from .files import file_path, parse_yaml
-from .model_card import public_dataset, write_model_card
-from .runs import WEIGHTS, fits
+from .files import file_path, without_paths
+from .model_card import write_model_card
+from .recipes import public_flags
+from .runs import WEIGHTS, fits, read_flags
 from .training import stop_signals
 
 # By the file that makes a folder one of the two kinds: what of it goes to the Hub.
@@ -36,11 +36,6 @@ PIPELINE_FILES = (
     "denoising_path_*.png", "diffusion_animation_*.gif", "diffusion_animation_*.mp4", "guidance_sweep.png",
     "interpolation_*.png", "evaluation_sweep.png",
 )  # fmt: skip
-# Of args.yaml go all numbers and switches, and these; the other texts are paths, or names of places.
-TEXT_FLAGS = {
-    "dataset", "image_column", "label_column", "train_splits", "val_splits", "classes", "lr_scheduler",
-    "mixed_precision", "report_to", "prediction_type", "beta_schedule",
-}  # fmt: skip
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -162,8 +157,8 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
     try:
         metrics = without_paths(json.loads((run_dir / "metrics.json").read_text()))
         metrics.get("evaluation", {}).pop("command", None)  # its words are paths, among others
-        flags = public_flags(parse_yaml((run_dir / "args.yaml").read_bytes()))
-        for entries in (metrics, metrics.get("evaluation", {}), flags):
+        flags = public_flags(read_flags(run_dir))
+        for entries in (metrics, metrics.get("evaluation", {})):
             if "dataset" in entries:
                 entries["dataset"] = public_dataset(entries["dataset"])
     except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:  # damaged
@@ -194,23 +189,6 @@ def own_files(run_dir: Path, allowed: tuple[str, ...]) -> Iterator[tuple[str, Pa
             what = "a symbolic link to what may not go" if path.is_symlink() else "no regular file"
             raise InputError(f"{path} is {what} to the Hub: put a copy in its place, or take it away")
         yield name, target
-
-
-def public_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a run that are numbers, switches or names."""
-    kept = {name: value for name, value in flags.items() if isinstance(value, (int, float)) or name in TEXT_FLAGS}
-    return without_paths(kept)
-
-
-def without_paths(value: Any) -> Any:
-    """Nested lists and dicts with each text that is a path on this machine cut down to its last part."""
-    if isinstance(value, dict):
-        return {name: without_paths(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [without_paths(inner) for inner in value]
-    if isinstance(value, str) and "/" in value and (re.match(r"(--\w+=)?[/~]", value) or os.path.exists(value)):
-        return Path(value).name
-    return value
 
 
 def main(argv: list[str] | None = None) -> None:

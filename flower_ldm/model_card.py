@@ -14,17 +14,17 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .data import DATASET_TITLES, public_dataset
 from .errors import InputError, one_line
-from .files import write_whole
+from .files import hub_id, write_whole
 from .formatting import duration, is_finite, joined, number, percent
+from .recipes import public_flags, training_command
 from .report import (
-    DATASETS,
     facts,
     lede,
     memorization_table,
     metrics_table,
     sampling_words,
-    training_command,
     training_seconds,
 )
 from .runs import CARD_MARK as MARK
@@ -42,12 +42,6 @@ PICTURES = {
         "diffusion_loss.png": "The loss over the updates",
     },
 }
-# Flags that are paths, or of one run's history: never in a card.
-LEFT_OUT = {
-    "config", "data_dir", "output_dir", "overwrite_output_dir", "vgg_weights", "model_config", "autoencoder",
-    "latent_cache_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo",
-    "dataset",
-}  # fmt: skip
 METRIC_NAMES = {  # of samples: name in metrics.json -> type and name in the Hub's metadata
     "frechet_distance": ("frechet_distance", "Fréchet distance"),
     "kid": ("kid", "KID"),
@@ -130,22 +124,10 @@ def repository(name: object) -> str | None:
     return name if is_one else None
 
 
-def hub_id(name: object) -> str | None:
-    """The name where it is an id on the Hub; `None` where it is anything else, a folder on this machine among it."""
-    is_id = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-    return name if is_id and not os.path.exists(name) else None
-
-
-def public_dataset(name: object) -> str:
-    """A data set by the name that all may know: of a folder on this machine it isn't said."""
-    return str(name) if name in DATASETS or hub_id(name) else "imagefolder"
-
-
 def public_run(run: Run) -> Run:
-    """The same run, its data set called by what all may know."""
+    """The same run with the flags that everybody may see, its data set by its public name."""
     name = public_dataset(run.args.get("dataset") or run.metrics.get("dataset"))
-    known = {key: value for key, value in run.args.items() if key not in LEFT_OUT}
-    return Run(run.folder, run.stage, known | {"dataset": name}, run.log,
+    return Run(run.folder, run.stage, public_flags(run.args) | {"dataset": name}, run.log,
                {key: value for key, value in run.metrics.items() if key != "vgg_weights"}, run.configs,
                run.num_parameters, run.class_names)  # fmt: skip
 
@@ -400,8 +382,8 @@ def again(run: Run, repo_id: str) -> str:
 
 def public_command(run: Run, script: str, config: str) -> str:
     """The command line that trains this again, each path in it replaced by where a reader will have it."""
-    kept = {"dataset": public_run(run).args["dataset"]}
-    kept |= {name: value for name, value in run.args.items() if name not in LEFT_OUT}
+    public = public_run(run).args
+    kept = {"dataset": public["dataset"]} | public
     if run.args.get("data_dir"):
         kept["data_dir"] = "data"
     if run.args.get("model_config"):
@@ -448,7 +430,7 @@ def eval_results(run: Run) -> list[EvalResult]:
     size = run.args.get("resolution")
     shared = {
         "task_type": task_type, "task_name": task_name, "dataset_type": dataset,
-        "dataset_name": DATASETS.get(dataset, dataset), "dataset_split": "+".join(splits) if splits else None,
+        "dataset_name": DATASET_TITLES.get(dataset, dataset), "dataset_split": "+".join(splits) if splits else None,
         "dataset_args": {"resolution": size} if size else None,
     }  # fmt: skip
     network = nested(evaluation, "features")

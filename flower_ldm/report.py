@@ -10,7 +10,6 @@ import argparse
 import base64
 import hashlib
 import io
-import itertools
 import os
 import re
 import shlex
@@ -20,11 +19,12 @@ from pathlib import Path
 import jinja2
 from PIL import Image, ImageSequence
 
+from .data import DATASET_TITLES
 from .errors import OneLineParser, exit_on_input_error
 from .files import file_path, file_safe_name, write_whole
 from .formatting import count_of_parameters, duration, is_finite, joined, number, percent
 from .images import open_image
-from .recipes import common_parser
+from .recipes import fold_command, training_command
 from .report_curves import sweep_charts, timestep_chart, training_curves
 from .runs import Run, nested, read_run
 
@@ -35,7 +35,6 @@ MOST_PIXELS = 50_000_000  # of a picture that is opened
 PICTURE_PIXELS = 2400  # the longest side that is kept
 TEMPLATES = Path(__file__).parent / "report_page"
 
-DATASETS = {"flowers102": "Oxford 102 Flowers", "synthetic": "synthetic flowers", "imagefolder": "an image folder"}
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 SINGLE_PICTURES = {  # file: (alternative text, caption)
     "original_reconstructed_generated": (
@@ -110,7 +109,7 @@ def training_seconds(run: Run) -> float | None:
 def data_name(run: Run) -> str:
     """What people call the data set."""
     name = run.args.get("dataset") or run.metrics.get("dataset") or "images"
-    return DATASETS.get(name, str(name))
+    return DATASET_TITLES.get(name, str(name))
 
 
 def title(run: Run) -> str:
@@ -492,53 +491,6 @@ def sweep_table(sweep: list[dict]) -> list[tuple[str, list[str]]]:
 
 
 # --- doing it again --------------------------------------------------------------------------------------------------
-
-
-def training_command(args: dict, script: str) -> str:
-    """The command line that gives these flags, each quoted for a shell.
-
-    A flag that both scripts share is left out at its default, except for those whose default a script sets itself.
-    The recipe is left out: all that it said is among the flags. So is what belongs to one folder's history.
-    """
-    defaults = vars(common_parser("").parse_args([]))
-    history = {"config", "resume_from_checkpoint", "overwrite_output_dir"}
-    parts = [f"python {script}"]
-    for name, value in args.items():
-        unset = value is None or value == []
-        default = name in defaults and value == defaults[name] and name not in ("output_dir", "train_batch_size")
-        if name in history or unset or default:
-            continue
-        if isinstance(value, bool):
-            parts.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            parts.append(" ".join([f"--{name}", *(shlex.quote(str(one)) for one in value)]))
-        elif str(value).startswith("-"):
-            parts.append(shlex.quote(f"--{name}={value}"))
-        else:
-            parts.append(f"--{name} {shlex.quote(str(value))}")
-    return _fold(parts)
-
-
-def fold_command(command: str | list) -> str:
-    """A command line, or its words, on lines that fit the page: a flag and its values stay together."""
-    try:
-        split = shlex.split(command) if isinstance(command, str) else list(map(str, command))
-    except ValueError:  # no line for a shell
-        return str(command)
-    flags = [index for index, word in enumerate(split) if word.startswith("--")]
-    bounds = [0, *flags, len(split)]
-    return _fold([shlex.join(split[start:end]) for start, end in itertools.pairwise(bounds)])
-
-
-def _fold(parts: list[str], width: int = 80) -> str:
-    """Words on lines of about `width`, joined by backslashes."""
-    lines = [parts[0]]
-    for part in parts[1:]:
-        if len(lines) == 1 or len(lines[-1]) + len(part) > width:
-            lines.append(f"    {part}")
-        else:
-            lines[-1] += f" {part}"
-    return " \\\n".join(lines)
 
 
 def commands(run: Run) -> list[tuple[str, str]]:

@@ -15,13 +15,9 @@ from safetensors import SafetensorError, safe_open
 from .errors import InputError, one_line
 from .files import is_regular, parse_yaml
 from .formatting import is_finite, number
+from .recipes import flag_of, marks_of_a_run
 from .run_lock import LOCK
 
-# Flags that both scripts keep in args.yaml; no other program has all of them.
-RUN_FLAGS = frozenset({
-    "checkpoints_total_limit", "ema_decay", "final_pictures", "images_per_class", "label_column",
-    "overwrite_output_dir", "skip_bad_images",
-})  # fmt: skip
 # A card with this line was written by a run; one without is somebody's own.
 CARD_MARK = "<!-- Written by flower_ldm. Take this line out, and your changes will not be overwritten. -->"
 
@@ -52,7 +48,7 @@ LEFT_BY_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 def is_run(folder: Path) -> bool:
     """Whether one of our scripts has begun a run in this folder."""
-    return (read_args(folder) or {}).keys() >= RUN_FLAGS
+    return (read_args(folder) or {}).keys() >= marks_of_a_run()
 
 
 def read_args(folder: Path) -> dict[str, object] | None:
@@ -170,14 +166,6 @@ def read_log(path: Path) -> list[dict]:
 # What must be what, by the file that says it; `None` stands for what isn't known. What else is there, and not as
 # the page wants it, is left out.
 CHECKED = {
-    "args": {
-        "a number": "resolution images_per_class max_train_steps train_batch_size gradient_accumulation_steps "
-        "learning_rate lr_warmup_steps ema_decay perceptual_weight guidance_scale max_image_pixels seed",
-        "yes or no": "skip_bad_images",
-        "a text": "dataset data_dir image_column label_column config output_dir autoencoder vgg_weights hub_model_id "
-        "mixed_precision lr_scheduler prediction_type beta_schedule model_config",
-        "a list of names": "train_splits val_splits classes",
-    },
     "metrics": {
         "a number": "step training_seconds num_images",
         "a text": "dataset device vgg_weights",
@@ -263,16 +251,19 @@ def read_flags(folder: Path) -> dict:
         InputError: where the file can't be read, or holds something else.
     """
     path = folder / "args.yaml"
-    args = read_mapping(path, "args")
+    args = read_mapping(path)
     for name, value in args.items():
         if not (isinstance(name, str) and re.fullmatch(r"\w+", name, re.ASCII)):
             raise InputError(f"{path}: {name!s:.40} is no flag")
+        kind = flag_of(name).kind
+        if kind is not None and value is not None and not TYPES[kind](value):
+            raise InputError(f"{path}: {name} must be {kind}, not {_kind(value)}")
         if not (value is None or _is_scalar(value) or _is_words(value)):
             raise InputError(f"{path}: {name} must be a number, a text, or a list of such, not {_kind(value)}")
     return args
 
 
-def read_mapping(path: Path, kind: str) -> dict:
+def read_mapping(path: Path, kind: str | None = None) -> dict:
     """A JSON or YAML file that holds one mapping; empty where there is no such file.
 
     Raises:
@@ -289,7 +280,8 @@ def read_mapping(path: Path, kind: str) -> dict:
         raise InputError(f"{path} can't be read: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold names and values")
-    _check(path, content, kind)
+    if kind is not None:
+        _check(path, content, kind)
     return content
 
 

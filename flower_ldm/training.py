@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .checkpoints import Progress
-from .data import ImageDataset, TrainingSampler, keep_batch, load_datasets
+from .data import DataOptions, ImageDataset, TrainingSampler, keep_batch
 from .errors import InputError, one_line
 from .files import refusals_of_disk
 from .images import open_image
@@ -138,20 +138,7 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
 def load_images(accelerator: Accelerator, args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
     """Training and held-out images. One process downloads, the others wait for it."""
     with accelerator.main_process_first():
-        return load_datasets(
-            args.dataset,
-            args.data_dir,
-            resolution=args.resolution,
-            train_splits=args.train_splits,
-            val_splits=args.val_splits,
-            classes=args.classes,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            skip_bad_images=args.skip_bad_images,
-            max_image_pixels=args.max_image_pixels,
-            images_per_class=args.images_per_class,
-            seed=args.seed,
-        )
+        return DataOptions.from_args(args).load(seed=args.seed)
 
 
 def total_steps(accelerator: Accelerator, args: argparse.Namespace, num_images: int) -> int:

@@ -17,14 +17,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
-from .data import ImageDataset, load_datasets, to_uint8, uint8_images
-from .errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
+from .data import DataOptions, ImageDataset, to_uint8, uint8_images
+from .errors import InputError, exit_on_input_error, one_line, refusals_of_input
 from .files import file_path, file_safe_name, fresh_folder, path_text, write_whole
+from .flags import FlagParser
 from .formatting import is_finite
 from .latent_maps import LatentPlane, LatentSet, encode_for_map, named_classes, save_latent_maps
 from .lettering import drawable, save_figure, wrapped
 from .memorization import TrainingNeighbors, memorized
-from .pipelines.pipeline_flower_ldm import plain_name
 from .runs import is_bin, read_flags, read_log
 from .sampling import decode, draw_classes, load_pipeline
 
@@ -216,14 +216,13 @@ def save_diffusion_loss(lines: list[dict], path: Path) -> None:
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-DATA_FLAGS = ("dataset", "data_dir", "image_column", "label_column", "skip_bad_images", "max_image_pixels",
-              "train_splits", "val_splits", "classes", "images_per_class", "seed")  # fmt: skip
+NO_IMAGES = "none"  # of --dataset
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 GRID_IMAGES, MAP_IMAGES = 4, 10  # generated images of a class in the class grid and in the command's latent maps
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(
+    parser = FlagParser(
         prog="python -m flower_ldm.visualization",
         description="Draw every picture of a pipeline, or of an autoencoder.",
     )
@@ -231,18 +230,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pipeline", type=path_text, help="folder of a pipeline, or its id on the Hub")
     parser.add_argument("--autoencoder", type=path_text, help="stage 1's output folder")
     parser.add_argument("--labels", nargs="+", help="classes whose denoising is drawn (default: 3, spread over all)")
-    # the images, for the pictures that need some; where the folder has an args.yaml, those of the run
-    parser.add_argument("--dataset", type=path_text,
-                        help="default: that of the folder's args.yaml; none: only what needs no images")  # fmt: skip
-    parser.add_argument("--data_dir", type=path_text)
-    parser.add_argument("--train_splits", nargs="+")
-    parser.add_argument("--val_splits", nargs="+")
-    parser.add_argument("--classes", nargs="+")
-    parser.add_argument("--image_column")
-    parser.add_argument("--label_column")
-    parser.add_argument("--skip_bad_images", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--max_image_pixels", type=int)
-    parser.add_argument("--images_per_class", type=int)
+    DataOptions.add_flags_of_run(parser, f"; {NO_IMAGES}: only what needs no images")
     # how it is drawn
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_inference_steps", "--steps", type=int, default=25)
@@ -260,16 +248,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_images(args: argparse.Namespace, folder: str, resolution: int) -> dict[str, ImageDataset]:
-    """Training and held-out images, of the flags or of the run that is in `folder`; none where neither names any."""
-    options = {}
-    if args.dataset is None:
-        options = {name: value for name, value in read_flags(Path(folder)).items() if name in DATA_FLAGS}
-    given = {name: getattr(args, name) for name in DATA_FLAGS if name != "seed"}
-    options |= {name: value for name, value in given.items() if value is not None}
-    if options.get("dataset", "none") == "none":
-        return {}
-    return dict(zip(("training", "held out"), load_datasets(**options, resolution=resolution), strict=True))
+def data_options(args: argparse.Namespace, folder: str) -> DataOptions | None:
+    """Which images to compare with: those of the flags, or of the run in `folder`; `None` where neither names any."""
+    options = DataOptions.from_run(read_flags(Path(folder)), args, unnamed=NO_IMAGES)
+    return None if options.dataset == NO_IMAGES else options
+
+
+def by_name(images: tuple[ImageDataset, ImageDataset]) -> dict[str, ImageDataset]:
+    """Training and held-out images, called as on the maps of the latents."""
+    return dict(zip(("training", "held out"), images, strict=True))
 
 
 def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: dict[str, ImageDataset], folder: Path):
@@ -421,9 +408,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.autoencoder is not None:
         vae = load_autoencoder(args.autoencoder, args.device)
-        datasets = load_images(args, args.autoencoder, vae.config.sample_size)
-        if not datasets:
+        options = data_options(args, args.autoencoder)
+        if options is None:
             raise InputError(f"--autoencoder {args.autoencoder} has no args.yaml: say by --dataset what to encode")
+        options = options.at_resolution(vae.config.sample_size, f"--autoencoder {args.autoencoder}")
+        datasets = by_name(options.load())
         folder = fresh_folder(args.output)
         draw_autoencoder(vae, datasets, folder)
         if (log := Path(args.autoencoder) / "log.jsonl").is_file():
@@ -433,12 +422,8 @@ def main(argv: list[str] | None = None) -> None:
         with refusals_of_input():
             pipe.get_label_ids(args.labels or 0)
             pipe.check_inputs(1, 1, args.guidance_scale, num_inference_steps=args.num_inference_steps)
-        datasets = load_images(args, args.pipeline, pipe.image_size[1])
-        if datasets and datasets["training"].class_names != [*map(plain_name, pipe.class_names)]:
-            raise InputError(
-                f"--dataset has other classes than --pipeline, which draws {', '.join(pipe.class_names[:5])} ...: "
-                "name the same ones by --classes"
-            )
+        options = data_options(args, args.pipeline)
+        datasets = by_name(options.load_for(pipe, args.pipeline)) if options else {}
         folder = fresh_folder(args.output)
         draw_pipeline(args, pipe, datasets, folder)
         if (log := Path(args.pipeline) / "log.jsonl").is_file():

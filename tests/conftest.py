@@ -99,13 +99,10 @@ def random_vgg(tmp_path_factory) -> Path:
 
 
 def parse(*words: str) -> argparse.Namespace:
-    """As a script does that has one flag of its own."""
+    """As stage 1's script does, but for what concerns several flags."""
     from flower_ldm import recipes
 
-    parser = recipes.common_parser("a script")
-    parser.set_defaults(output_dir="results/autoencoder")
-    parser.add_argument("--pixel_weight", type=float, default=1.0)
-    return recipes.parse_arguments(parser, "autoencoder", list(words))
+    return recipes.parse_arguments("autoencoder", list(words))
 
 
 @pytest.fixture

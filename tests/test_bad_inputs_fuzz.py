@@ -58,7 +58,7 @@ from flower_ldm import (
     training,
 )
 from flower_ldm.autoencoder_losses import PerceptualLoss
-from flower_ldm.data import load_datasets
+from flower_ldm.data import DataOptions
 from flower_ldm.errors import InputError, exit_on_input_error
 from flower_ldm.features import FeatureNetwork, load_or_extract_features
 from flower_ldm.latent_cache import load_or_build_latent_cache
@@ -934,8 +934,8 @@ class Pictures(Kind):
         return picture_cases(self.read, self.foreign)
 
     def load(self, **options):
-        return load_datasets(
-            "imagefolder", self.folder / "images", resolution=8, val_splits=None, show_progress=False, **options
+        return DataOptions("imagefolder", self.folder / "images", resolution=8, val_splits=None, **options).load(
+            show_progress=False
         )
 
     def run(self, case):
@@ -1024,7 +1024,7 @@ class Folders(Kind):
                     with suppress(OSError):
                         (path / os.fsdecode(pattern % index)).write_bytes(self.picture)
             classes = None if asked is None else [os.fsdecode(raw(name)) for name in asked]
-            train, val = load_datasets("imagefolder", root, resolution=8, classes=classes, show_progress=False)
+            train, val = DataOptions("imagefolder", root, resolution=8, classes=classes).load(show_progress=False)
             assert len(set(train.class_names)) == len(train.class_names), "two classes of one name"
             assert classes is None or len(train.class_names) == len(classes), "another number of classes"
             assert set(train.labels.tolist()) == set(range(train.num_classes)), "a class without an image"
@@ -1101,7 +1101,7 @@ class DataSets(Kind):
                 self.load(source, skip_bad_images)
 
     def load(self, source: Path, skip_bad_images: bool) -> None:
-        parts = load_datasets(str(source), resolution=8, skip_bad_images=skip_bad_images, show_progress=False)
+        parts = DataOptions(str(source), resolution=8, skip_bad_images=skip_bad_images).load(show_progress=False)
         names = parts[0].class_names
         assert len(set(names)) == len(names) == parts[0].num_classes, "two of one name"
         for images in parts:
@@ -1312,8 +1312,8 @@ class Caches(Kind):
 
     def __init__(self, folder, runs):
         super().__init__(folder, runs)
-        self.dataset = load_datasets(
-            "synthetic", resolution=16, classes=[0, 1], images_per_class=2, show_progress=False
+        self.dataset = DataOptions("synthetic", resolution=16, classes=[0, 1], images_per_class=2).load(
+            show_progress=False
         )[0]
         self.vae = tiny_pipeline().vae
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 5))

@@ -21,7 +21,7 @@ from conftest import parse
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
-from flower_ldm import checkpoints, run_lock, runs
+from flower_ldm import checkpoints, recipes, run_lock, runs
 from flower_ldm.checkpoint_files import load_state, save_state, why_invalid, write_manifest
 from flower_ldm.checkpoints import Progress
 from flower_ldm.errors import InputError
@@ -145,7 +145,7 @@ FOREIGN_ARGS = {
     "no YAML": "a: [",
     "no text": "\x00\x01",
     "deep": "a: " + "[" * 5000,
-    "laughing": LAUGHS + "".join(f"\n{flag}: *l9" for flag in runs.RUN_FLAGS),
+    "laughing": LAUGHS + "".join(f"\n{flag}: *l9" for flag in recipes.marks_of_a_run()),
 }
 
 
@@ -439,6 +439,21 @@ def test_a_checkpoint_of_another_trajectory_is_refused(output_dir, earlier_run, 
     with pytest.raises(InputError, match=f"--{flag.partition('=')[0]} is .* made with") as caught:
         find(output_dir, "latest", "--seed=1", f"--{flag}")
     assert "checkpoint-5" in str(caught.value)
+
+
+def test_a_flag_without_traits_may_not_change(output_dir, earlier_run):
+    """Such as one that was added in haste: nobody has said that a resumed run may have another value."""
+    checkpoint = output_dir / "checkpoint-5"
+    saved = yaml.safe_load((checkpoint / "args.yaml").read_text())
+    (checkpoint / "args.yaml").write_text(yaml.safe_dump(saved | {"made_up": 1}))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, 5)
+    args = parse(f"--output_dir={output_dir}", "--resume_from_checkpoint=latest", "--seed=1")
+    args.made_up = 1
+    assert checkpoints.find_checkpoint(args) == checkpoint
+    args.made_up = 2
+    with pytest.raises(InputError, match="--made_up is 2, but .*checkpoint-5 was made with 1: .* must have the same"):
+        checkpoints.find_checkpoint(args)
 
 
 def test_an_older_checkpoint_is_no_place_to_go_on_in_the_same_folder(output_dir, earlier_run, tmp_path):

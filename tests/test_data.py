@@ -1,5 +1,6 @@
 """flower_ldm/data.py: pixels of every kind of file, randomness, splits, classes, sources, bad input."""
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -19,9 +20,18 @@ from torch.utils.data import DataLoader
 
 from flower_ldm import data, files
 from flower_ldm.errors import InputError
+from flower_ldm.flags import FlagParser
 from flower_ldm.synthetic import CLASS_NAMES
 
-load_folder = partial(data.load_datasets, "imagefolder", show_progress=False)
+
+def load_images(
+    dataset: str, data_dir: Path | None = None, *, seed=0, max_memory_gib=8.0, show_progress=False, **options
+) -> tuple[data.ImageDataset, data.ImageDataset]:
+    chosen = data.DataOptions(dataset, data_dir, **options)
+    return chosen.load(seed=seed, max_memory_gib=max_memory_gib, show_progress=show_progress)
+
+
+load_folder = partial(load_images, "imagefolder")
 
 
 def all_images(dataset: data.ImageDataset) -> dict[str, torch.Tensor]:
@@ -57,7 +67,7 @@ def test_crops_stay_inside_and_reach_both_ends(tmp_path: Path) -> None:
 
 def test_evaluation_takes_the_center_and_is_the_same_every_time(tmp_path: Path) -> None:
     _, val = load_folder(ramp_folder(tmp_path), resolution=16)
-    val.noise_shape = (4, 2, 2)
+    val.carry_noise((4, 2, 2))
     sample = val[0]
     assert sample.keys() == {"images", "class_labels", "index"}
     assert torch.equal(((sample["images"][0] + 1) * 127.5 / 7).round()[0], torch.arange(8.0, 24.0))
@@ -66,16 +76,16 @@ def test_evaluation_takes_the_center_and_is_the_same_every_time(tmp_path: Path) 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(image_folder: Path) -> None:
     train, _ = load_folder(image_folder, resolution=16)
-    train.noise_shape = (4, 2, 2)
+    train.carry_noise((4, 2, 2))
     alone = train[3, 5]
     batch = train.__getitems__([(3, 7), (3, 5), (0, 5)])
     for name, value in alone.items():
         assert torch.equal(batch[name][1], value), name
     again, _ = load_folder(image_folder, resolution=16)
-    again.noise_shape = (4, 2, 2)
+    again.carry_noise((4, 2, 2))
     assert torch.equal(again[3, 5]["noise"], alone["noise"])
     other_seed, _ = load_folder(image_folder, resolution=16, seed=1)
-    other_seed.noise_shape = (4, 2, 2)
+    other_seed.carry_noise((4, 2, 2))
     draws = [batch["noise"][0], batch["noise"][1], batch["noise"][2], other_seed[3, 5]["noise"]]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
 
@@ -83,7 +93,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(image_folder: Path) -> N
 def test_the_draw_order_is_crop_flip_noise(tmp_path: Path) -> None:
     train, _ = load_folder(ramp_folder(tmp_path), resolution=16, seed=5)
     image = train[2, 0]["images"]
-    train.noise_shape = (4, 8, 8)
+    train.carry_noise((4, 8, 8))
     sample = train[2, 0]
     assert torch.equal(sample["images"], image)  # asking for noise changes no crop
     rng = data.image_rng(5, 2, 0)
@@ -122,7 +132,7 @@ def test_training_sampler_strings_epochs_together_and_resumes() -> None:
 
 def test_workers_deliver_the_same_batches(image_folder: Path) -> None:
     train, _ = load_folder(image_folder, resolution=16)
-    train.noise_shape = (2, 2, 2)
+    train.carry_noise((2, 2, 2))
     batches = []
     for num_workers in (0, 2):
         sampler = data.TrainingSampler(len(train), seed=0, start=len(train), stop=2 * len(train))
@@ -317,7 +327,7 @@ def test_no_val_split_holds_out_a_tenth(tmp_path: Path) -> None:
     assert (len(train), len(val), val.splits) == (9, 1, ("held-out 10 %",))
     shutil.move(tmp_path / "more", tmp_path / "none")
     assert load_folder(tmp_path, resolution=8, val_splits=["none"])[1].splits == ("none",)  # it's the name of one
-    synthetic = data.load_datasets("synthetic", resolution=16, images_per_class=10, classes=[0], val_splits=["none"])
+    synthetic = load_images("synthetic", resolution=16, images_per_class=10, classes=[0], val_splits=["none"])
     assert [len(part) for part in synthetic] == [9, 1]
 
 
@@ -604,7 +614,7 @@ def write_parquet(folder: Path, split: str, labels: list, label_feature, **colum
     return str(folder)
 
 
-load_hub = partial(data.load_datasets, image_column="photo", label_column="species", show_progress=False)
+load_hub = partial(load_images, image_column="photo", label_column="species")
 
 
 def test_hub_dataset_with_class_labels(tmp_path: Path, hub_cache: None) -> None:
@@ -689,7 +699,7 @@ def test_hub_rows_open_no_file_but_those_of_the_data_set(
 
 def test_hub_dataset_with_image_files(image_folder: Path, hub_cache: None) -> None:
     """`datasets` lists the files of a folder itself."""
-    train, val = data.load_datasets(str(image_folder), resolution=16, show_progress=False)
+    train, val = load_images(str(image_folder), resolution=16)
     assert train.class_names == ["daisy", "rose", "tulip"] and len(train) == 27 and len(val) == 3
 
 
@@ -729,7 +739,7 @@ def test_unknown_dataset(tmp_path: Path) -> None:
 
 
 def test_synthetic_flowers() -> None:
-    load = partial(data.load_datasets, "synthetic", resolution=16, show_progress=False)
+    load = partial(load_images, "synthetic", resolution=16)
     train, val = load(classes=[2, 5], images_per_class=9)
     assert train.class_names == [CLASS_NAMES[2], CLASS_NAMES[5]]
     assert train.labels.tolist() == [0] * 9 + [1] * 9 and val.labels.tolist() == [0] * 8 + [1] * 8
@@ -743,6 +753,70 @@ def test_synthetic_flowers() -> None:
     with pytest.raises(InputError, match="resolution") as caught:
         load(resolution=8)
     assert "--skip_bad_images" not in str(caught.value)  # the option is wrong, not an image
+
+
+# --- what flags say about the data -----------------------------------------------------------------------------------
+
+
+def of_run(saved: dict, *words: str, **options) -> data.DataOptions:
+    """What a command takes that looks at a run with these flags."""
+    parser = FlagParser()
+    data.DataOptions.add_flags_of_run(parser)
+    return data.DataOptions.from_run(saved, parser.parse_args(words), **options)
+
+
+def test_flags_of_a_training_run_have_the_defaults_of_the_options() -> None:
+    parser = FlagParser()
+    data.DataOptions.add_flags(parser, resolution=48)
+    assert parser.flags.keys() == {field.name for field in dataclasses.fields(data.DataOptions)}
+    assert data.DataOptions.from_args(parser.parse_args([])) == data.DataOptions(resolution=48)
+    words = ["--dataset", "imagefolder", "--classes", "rose", "7", "--no-skip_bad_images"]
+    expected = data.DataOptions("imagefolder", classes=["rose", "7"], resolution=48)
+    assert data.DataOptions.from_args(parser.parse_args(words)) == expected
+
+
+def test_flags_win_over_those_of_the_run_and_another_data_set_forgets_them() -> None:
+    saved = {"dataset": "imagefolder", "data_dir": "here", "classes": ["a", "b"], "resolution": 32, "seed": 7,
+             "val_splits": None, "skip_bad_images": True}  # fmt: skip
+    run = data.DataOptions("imagefolder", "here", classes=["a", "b"], resolution=32, skip_bad_images=True)
+    assert of_run(saved) == run
+    there = of_run(saved, "--data_dir", "there", "--no-skip_bad_images")
+    assert there == dataclasses.replace(run, data_dir="there", skip_bad_images=False)
+    assert of_run(saved, "--dataset", "imagefolder") == run  # the same one
+    assert of_run(saved, "--dataset", "flowers102") == data.DataOptions("flowers102")
+
+
+def test_where_neither_a_flag_nor_the_run_names_a_data_set() -> None:
+    assert of_run({}) == data.DataOptions("flowers102")
+    assert of_run({}, "--classes", "3", unnamed="none") == data.DataOptions("none", classes=["3"])
+    assert of_run({"dataset": "synthetic"}, unnamed="none").dataset == "synthetic"
+
+
+def test_a_folder_is_the_same_data_set_from_wherever_it_is_named(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "folder" / "of flowers"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    saved = {"dataset": str(folder), "image_column": "picture"}  # as the scripts write it
+    assert of_run(saved, "--dataset", "folder/of flowers") == data.DataOptions(str(folder), image_column="picture")
+
+
+def test_the_size_is_that_of_the_model() -> None:
+    options = data.DataOptions("synthetic")
+    assert options.at_resolution(32, "--pipeline x") == dataclasses.replace(options, resolution=32)
+    assert options.at_resolution(32, "x").at_resolution(32, "x").resolution == 32
+    with pytest.raises(InputError, match="--resolution 64: --pipeline x draws 32 pixels"):
+        dataclasses.replace(options, resolution=64).at_resolution(32, "--pipeline x")
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [("flowers102", "flowers102"), ("someone/flowers", "someone/flowers"), ("/srv/photos", "imagefolder"),
+     ("here/photos", "imagefolder"), ("photos", "imagefolder"), (None, "imagefolder")],
+)  # fmt: skip
+def test_public_name_of_a_data_set(name, public, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert data.public_dataset(name) == public
 
 
 # --- Oxford 102 Flowers ----------------------------------------------------------------------------------------------
@@ -763,25 +837,25 @@ def test_flowers102_that_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         InputError, match="no complete flowers-102/ in it; pass a --data_dir .* or --dataset synthetic"
     ):
-        data.load_datasets("flowers102", tmp_path, resolution=8, download=False)
+        data.DataOptions("flowers102", tmp_path, resolution=8).load(download=False)
     monkeypatch.setattr(Flowers102, "_download_url_prefix", "http://127.0.0.1:9/")  # nobody listens there
     with pytest.raises(InputError, match="cannot be downloaded .* or --dataset synthetic") as caught:
-        data.load_datasets("flowers102", tmp_path / "new", resolution=8)
+        data.DataOptions("flowers102", tmp_path / "new", resolution=8).load()
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []  # what is on disk is as it was
     gray_images(tmp_path / "photos", "rose")
     monkeypatch.setattr(Flowers102, "download", lambda self: pytest.fail("downloads into a folder of other things"))
     with pytest.raises(InputError, match="such as 'rose': pass --dataset imagefolder") as caught:
-        data.load_datasets("flowers102", tmp_path / "photos", resolution=8)
+        data.DataOptions("flowers102", tmp_path / "photos", resolution=8).load()
     (tmp_path / "flowers-102" / "jpg").mkdir(parents=True)
     with pytest.raises(InputError, match="give the folder that holds flowers-102/"):
-        data.load_datasets("flowers102", tmp_path / "flowers-102", resolution=8)
+        data.DataOptions("flowers102", tmp_path / "flowers-102", resolution=8).load()
 
 
 @pytest.mark.skipif("FLOWERS102_ROOT" not in os.environ, reason="FLOWERS102_ROOT names no folder with flowers-102/")
 def test_real_flowers102() -> None:
     root = os.environ["FLOWERS102_ROOT"]
-    train, val = data.load_datasets("flowers102", root, resolution=16, show_progress=False)
+    train, val = load_images("flowers102", root, resolution=16)
     assert (len(train), len(val)) == (7169, 1020)
     assert (train.splits, val.splits) == (("train", "test"), ("val",))
     assert train.class_names == list(data.FLOWERS102_CLASSES)
@@ -789,15 +863,11 @@ def test_real_flowers102() -> None:
     counts = torch.bincount(train.labels) + 10
     assert (counts.min(), counts.max()) == (40, 258)
 
-    subset, val_subset = data.load_datasets(
-        "flowers102", root, resolution=16, classes=["sunflower", 3], show_progress=False
-    )
+    subset, val_subset = load_images("flowers102", root, resolution=16, classes=["sunflower", 3])
     assert subset.class_names == ["sunflower", "sweet pea"]
     assert len(val_subset) == 20
     assert torch.equal(
         all_images(subset)["images"][subset.labels == 0], all_images(train)["images"][train.labels == 53]
     )
-    small, _ = data.load_datasets(
-        "flowers102", root, resolution=16, train_splits=["train"], classes=[3], show_progress=False
-    )
+    small, _ = load_images("flowers102", root, resolution=16, train_splits=["train"], classes=[3])
     assert len(small) == 10

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flower_ldm import FlowerLDMPipeline
-from flower_ldm.data import load_datasets, uint8_images
+from flower_ldm.data import DataOptions, uint8_images
 from flower_ldm.errors import InputError
 from flower_ldm.evaluation import hold_back, main, parse_args, reconstruct, save_sweep, write_metrics
 from flower_ldm.features import extract_features, load_feature_network, load_or_extract_features
@@ -205,7 +205,9 @@ def test_samples_of_another_guide_are_drawn_anew(stock):
 
 
 def test_reconstructions_of_stock_parts(stock):
-    images, _ = load_datasets("synthetic", resolution=16, images_per_class=4, classes=[0, 1, 2], show_progress=False)
+    images, _ = DataOptions("synthetic", resolution=16, images_per_class=4, classes=[0, 1, 2]).load(
+        show_progress=False
+    )
     pictures, means = reconstruct(stock.vae, images, [3, 0, 7, 5, 11], batch_size=2)
     assert pictures.shape == (5, 16, 16, 3) and set(means) == {"psnr", "ssim"}
     originals = uint8_images(images, [3, 0, 7, 5, 11]).astype(float)
@@ -339,22 +341,13 @@ def test_too_few_training_images_to_hold_some_back(finished_runs, pooled, tmp_pa
             "--classes", "0", "1", "2", "3", "--train_splits", "train", "--val_splits", "val")  # fmt: skip
 
 
-def test_flags_win_over_args_yaml_and_another_data_set_forgets_it(tmp_path, monkeypatch):
+def test_the_data_are_those_of_the_run_unless_flags_say_otherwise(tmp_path):
     saved = {"dataset": "imagefolder", "data_dir": "here", "classes": ["a", "b"], "resolution": 32, "seed": 7}
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(saved))
-    args = parse_args(["--pipeline", str(tmp_path)])
-    assert (args.dataset, args.data_dir, args.classes, args.resolution) == ("imagefolder", "here", ["a", "b"], 32)
-    assert (args.seed, args.output) == (0, tmp_path / "metrics.json")
     args = parse_args(["--pipeline", str(tmp_path), "--data_dir", "there"])
-    assert (args.data_dir, args.classes) == ("there", ["a", "b"])
-    args = parse_args(["--pipeline", str(tmp_path), "--dataset", "flowers102"])
-    assert (args.data_dir, args.classes, args.resolution) == (None, None, None)
-    (tmp_path / "folder" / "of flowers").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    saved |= {"dataset": str(tmp_path / "folder" / "of flowers"), "image_column": "picture"}  # as the scripts write it
-    (tmp_path / "args.yaml").write_text(yaml.safe_dump(saved))
-    args = parse_args(["--pipeline", str(tmp_path), "--dataset", "folder/of flowers"])
-    assert (args.dataset, args.image_column) == (saved["dataset"], "picture")
+    assert args.data == DataOptions("imagefolder", "there", classes=["a", "b"], resolution=32)
+    assert (args.seed, args.output) == (0, tmp_path / "metrics.json")
+    assert parse_args(["--pipeline", str(tmp_path / "none")]).data == DataOptions("flowers102")
 
 
 @pytest.mark.parametrize(
@@ -377,6 +370,7 @@ def test_damaged_args_yaml_is_one_line(tmp_path, text, message):
         (("--sweep_samples", "5"), "--sweep_samples must be at least 6"),
         (("--batch_size", "0"), "--batch_size must be at least 1"),
         (("--seed", "-1"), "--seed must not be negative"),
+        (("--max_image_pixels", "0"), "--max_image_pixels must be positive, got 0"),
         (("--resolution", "64"), "--resolution 64: --pipeline .* draws 32 pixels"),
         (("--classes", "0", "1"), "has 4 classes, synthetic has 2: give the --dataset and --classes"),
         (("--classes", "0", "1", "3", "2"), "class 2 is '.*' in --pipeline .*, but '.*' in synthetic"),
@@ -456,7 +450,7 @@ def photographs(tmp_path_factory):
     if "FLOWERS102_ROOT" not in os.environ:
         pytest.skip("FLOWERS102_ROOT names no folder with flowers-102/")
     torch.set_num_threads(os.cpu_count())
-    train, held_out = load_datasets("flowers102", os.environ["FLOWERS102_ROOT"], resolution=64, show_progress=False)
+    train, held_out = DataOptions("flowers102", os.environ["FLOWERS102_ROOT"], resolution=64).load(show_progress=False)
     network = load_feature_network("efficientnet-lite0")
     cache = tmp_path_factory.mktemp("features")
     features = [load_or_extract_features(network, images, cache) for images in (train, held_out)]

@@ -13,7 +13,7 @@ from torch import nn
 
 from flower_ldm import features as features_module
 from flower_ldm import metrics
-from flower_ldm.data import load_datasets
+from flower_ldm.data import DataOptions
 from flower_ldm.errors import InputError
 from flower_ldm.features import (
     FeatureNetwork,
@@ -203,8 +203,8 @@ class NotANumber(nn.Module):
 
 
 def test_features_are_cached_and_a_stale_or_torn_file_is_made_anew(tmp_path, capsys):
-    small, _ = load_datasets("synthetic", resolution=16, images_per_class=3, classes=[0, 1], show_progress=False)
-    other, _ = load_datasets("synthetic", resolution=16, images_per_class=4, classes=[0, 1], show_progress=False)
+    small, _ = DataOptions("synthetic", resolution=16, images_per_class=3, classes=[0, 1]).load(show_progress=False)
+    other, _ = DataOptions("synthetic", resolution=16, images_per_class=4, classes=[0, 1]).load(show_progress=False)
     network = load_feature_network(save_script(ChannelMeans(), tmp_path / "net.pt"))
     features = load_or_extract_features(network, small, tmp_path / "cache")
     originals = np.rint((small.__getitems__(range(6))["images"].numpy() + 1) * 127.5)
@@ -233,7 +233,7 @@ def test_features_are_cached_and_a_stale_or_torn_file_is_made_anew(tmp_path, cap
 
 
 def test_cache_that_cannot_be_written_is_one_line(tmp_path):
-    images, _ = load_datasets("synthetic", resolution=16, images_per_class=2, classes=[0], show_progress=False)
+    images, _ = DataOptions("synthetic", resolution=16, images_per_class=2, classes=[0]).load(show_progress=False)
     network = load_feature_network(save_script(ChannelMeans(), tmp_path / "net.pt"))
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(InputError, match="features-synthetic.*can't be written: .*name another --cache_dir"):

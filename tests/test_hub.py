@@ -32,6 +32,7 @@ import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, hub
 from flower_ldm.errors import InputError
 from flower_ldm.model_card import write_model_card
+from flower_ldm.recipes import flag_of
 from flower_ldm.runs import WEIGHTS, fits
 
 ROOT = Path(__file__).parent.parent
@@ -98,10 +99,26 @@ def test_a_run_of_each_stage_goes_and_comes_back(finished_runs, hub_server, tmp_
     )
 
 
-def test_flags_go_without_paths(finished_runs):
+def test_flags_go_without_paths_and_without_what_the_run_did_with_its_folder(finished_runs):
     flags = yaml.safe_load(hub.run_files(finished_runs.flower_ldm)[1]["args.yaml"])
     assert flags["dataset"] == "synthetic" and flags["learning_rate"] == 3e-4 and flags["classes"] == list("0123")
     assert not {"output_dir", "autoencoder", "model_config", "data_dir", "config"} & flags.keys()
+    assert not {"report_to", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"} & flags.keys()
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "flower_ldm"])
+def test_no_path_goes_in_whatever_flag_it_stands(finished_runs, tmp_path, stage):
+    shutil.copytree(getattr(finished_runs, stage), tmp_path / "run")
+    path = tmp_path / "run" / "args.yaml"
+    args = yaml.safe_load(path.read_text())
+    planted = {name: "/srv/planted-folder/photographs" for name, value in args.items() if isinstance(value, str)}
+    planted |= {name: "/srv/planted-folder/photographs" for name, value in args.items() if flag_of(name).is_read}
+    planted |= {"classes": ["/srv/planted-folder/rose"], "made_up": "planted-folder", "made_up_too": 1}
+    assert planted.keys() > {"dataset", "data_dir", "output_dir", "model_config", "image_column", "config"}
+    path.write_text(yaml.safe_dump(args | planted))
+    sent = hub.run_files(tmp_path / "run")[1]["args.yaml"].decode()
+    assert "planted" not in sent and "made_up" not in sent
+    assert yaml.safe_load(sent)["dataset"] == "imagefolder"
 
 
 def test_metrics_go_without_the_command_that_measured_them(finished_runs, tmp_path):
@@ -135,19 +152,6 @@ def test_a_guide_goes_with_its_pipeline(finished_runs, tmp_path):
     assert {name for name in files if name.startswith("guide/")} == {
         "guide/config.json", "guide/diffusion_pytorch_model.safetensors", "guide/unet_flower.py"
     }  # fmt: skip
-
-
-def test_every_flag_that_takes_text_is_a_path_or_may_go():
-    """A new flag that takes text has to be thought about: on the list of what goes, or on this one."""
-    stay = {
-        "config", "data_dir", "output_dir", "model_config", "resume_from_checkpoint", "hub_model_id", "vgg_weights",
-        "autoencoder", "latent_cache_dir",
-    }  # fmt: skip
-    for script in (train_autoencoder, train_latent_diffusion):
-        defaults = vars(script.parse_args([]))
-        text = {name for name, value in defaults.items() if value is None or isinstance(value, (str, list))}
-        numbers = {"max_train_steps", "checkpoints_total_limit"}  # unset
-        assert text - numbers <= hub.TEXT_FLAGS | stay, script.__name__
 
 
 @pytest.mark.parametrize(

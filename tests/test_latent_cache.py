@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from flower_ldm import latent_cache
-from flower_ldm.data import ImageDataset, TrainingSampler, keep_batch, load_datasets
+from flower_ldm.data import DataOptions, ImageDataset, TrainingSampler, keep_batch
 from flower_ldm.errors import InputError
 from flower_ldm.latent_cache import LatentCache, LatentDataset, cache_key, cache_path, load_or_build_latent_cache
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
@@ -26,7 +26,7 @@ from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 
 def make_dataset(resolution: int = 16, classes: Sequence[int] = (0, 1, 2)) -> ImageDataset:
     """Nine flowers of three classes."""
-    return load_datasets("synthetic", resolution=resolution, classes=classes, images_per_class=3)[0]
+    return DataOptions("synthetic", resolution=resolution, classes=classes, images_per_class=3).load()[0]
 
 
 def make_vae(kind: str = "flower") -> torch.nn.Module:
@@ -105,7 +105,7 @@ def test_header_tells_what_the_file_is(vae, dataset, tmp_path):
 
 
 def test_training_and_validation_images_have_their_own_files(tmp_path):
-    train, val = load_datasets("synthetic", resolution=16, classes=[0], images_per_class=2)
+    train, val = DataOptions("synthetic", resolution=16, classes=[0], images_per_class=2).load()
     assert cache_path(tmp_path, train) != cache_path(tmp_path, val)
 
 

@@ -1,5 +1,9 @@
 """Flags and recipes: which wins, what is read from YAML, and what is refused in one line."""
 
+import ast
+import dataclasses
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +13,12 @@ from conftest import parse
 import app
 import train_autoencoder
 import train_latent_diffusion
-from flower_ldm import evaluation, hub, report, sample, visualization
+from flower_ldm import evaluation, hub, recipes, report, sample, visualization
+from flower_ldm.data import DataOptions
 from flower_ldm.errors import InputError
+from flower_ldm.files import path_or_hub_id, path_text
+from flower_ldm.flags import Flag, FlagParser
+from flower_ldm.recipes import fold_command, training_command
 
 
 @pytest.fixture
@@ -134,6 +142,105 @@ def test_what_flags_cannot_be(words, said):
     assert said in complaint(*words)
 
 
+# Traits
+
+
+def test_a_flag_without_traits_is_private_and_may_not_change():
+    parser = FlagParser()
+    parser.flag("--made_up", type=int)
+    assert parser.flags == {"made_up": Flag(kind="a number")}
+    for flag in (parser.flags["made_up"], recipes.flag_of("made_up")):
+        assert flag.public is None and not flag.may_change
+    assert recipes.public_flags({"made_up": 1, "seed": 2, "val_splits": None}) == {"seed": 2, "val_splits": None}
+
+
+@pytest.mark.parametrize("stage", recipes.STAGES)
+def test_every_flag_is_declared_with_traits(stage):
+    parser = recipes.training_parser(stage)
+    assert vars(parser.parse_args([])).keys() == parser.flags.keys()
+
+
+@pytest.mark.parametrize("stage", recipes.STAGES)
+def test_every_flag_that_takes_a_path_stays_private(stage):
+    parser = recipes.training_parser(stage)
+    paths = {action.dest for action in parser._actions if action.type in (path_text, path_or_hub_id)}
+    assert paths > {"output_dir", "config", "data_dir"}
+    assert {name for name in paths if parser.flags[name].public is not None} == {"dataset"}
+    assert parser.flags["dataset"].public("/srv/photos") == "imagefolder"
+
+
+@pytest.mark.parametrize("stage", recipes.STAGES)
+def test_every_number_must_be_finite_and_within_its_bounds(stage):
+    parser = recipes.training_parser(stage)
+    numbers = {action.dest: action.type for action in parser._actions if action.type in (int, float)}
+    assert len(numbers) >= 20
+    for name, kind in numbers.items():
+        words = ["nan", "inf", "-inf"] if kind is float else []
+        words += ["-1"] if parser.flags[name].bounds else []
+        assert words, name
+        for word in words:
+            with pytest.raises(InputError, match=f"^--{name} must .*, got {float(word) if kind is float else word}$"):
+                parser.parse_args([f"--{name}={word}"])
+
+
+def test_what_is_not_repeated_in_the_command_that_trains_again():
+    history = {name for name, flag in recipes.training_flags().items() if not flag.in_command}
+    assert history == {"config", "resume_from_checkpoint", "overwrite_output_dir"}
+
+
+# One owner
+
+ROOT = Path(__file__).parent.parent
+PRODUCT = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text("utf-8"))
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("flower_ldm/**/*.py"), *ROOT.glob("pipelines/*.py")]
+}
+
+
+def declarations(file: str) -> list[str]:
+    """The spellings of all flags that a file declares, in order."""
+    calls = [node for node in ast.walk(PRODUCT[file]) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if ast.unparse(call.func).rpartition(".")[2] in ("flag", "add_argument")]
+    words = [argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)]
+    return [word.removeprefix("--") for word in words if str(word).startswith("--")]
+
+
+def test_each_training_flag_is_declared_in_one_place():
+    """Other commands have flags of the same name, such as `--seed`, but those of the data."""
+    commands = {"evaluation", "visualization", "sample", "hub", "report"}
+    own = [word for file in PRODUCT if Path(file).stem not in {*commands, "app"} for word in declarations(file)]
+    spellings = [option.removeprefix("--") for stage in recipes.STAGES
+                 for option in recipes.training_parser(stage)._option_string_actions]  # fmt: skip
+    assert sorted(own) == sorted({word for word in spellings if word not in ("help", "-h") and word[:3] != "no-"})
+    of_data = {field.name for field in dataclasses.fields(DataOptions)}
+    for command in ("evaluation", "visualization"):
+        assert not of_data & set(declarations(f"flower_ldm/{command}.py"))
+
+
+def collections_of_words(tree: ast.AST) -> Iterator[list[str]]:
+    """Sets, lists, tuples, keys of dicts, and texts of several words."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Set, ast.List, ast.Tuple)):
+            yield [getattr(item, "value", None) for item in node.elts]
+        elif isinstance(node, ast.Dict):
+            yield [getattr(item, "value", None) for item in node.keys]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value.split()
+
+
+def test_no_other_list_knows_training_flags_by_name():
+    """Their traits are asked for. What lists keys of `metrics.json` or of losses has other words too."""
+    flags = recipes.training_flags().keys()
+    assert list(collections_of_words(ast.parse("{'seed', 'classes'}"))) == [["seed", "classes"], ["seed"], ["classes"]]
+    found = [
+        (file, words)
+        for file, tree in PRODUCT.items()
+        for words in collections_of_words(tree)
+        if len(words) > 1 and flags >= set(words)
+    ]
+    assert found == []
+
+
 # What a recipe spells
 
 
@@ -195,6 +302,52 @@ def test_an_alias_is_read_and_a_mark_of_the_encoding_too(recipe):
 def test_args_yaml_gives_back_the_names_it_was_given():
     names = ["001", "1.10", "yes", "No", "null", "~", "1:30", "=", "a: b", "rose "]
     assert yaml.safe_load(yaml.safe_dump({"classes": names}))["classes"] == names
+
+
+# The command that trains a run again
+
+
+SCRIPTS = {"train_autoencoder.py": train_autoencoder, "train_latent_diffusion.py": train_latent_diffusion}
+
+
+def typed_again(args: dict, script: str) -> dict:
+    """The flags that a script reads from the command that a page shows for these."""
+    words = shlex.split(training_command(args, script).replace("\\\n", " "))
+    assert words[:2] == ["python", script]
+    return vars(SCRIPTS[script].parse_args(words[2:]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_command_gives_the_same_flags(script, finished_runs):
+    defaults = vars(SCRIPTS[script].parse_args([]))
+    assert typed_again(defaults, script) == defaults
+    for other in SCRIPTS.values():  # what one leaves out by default, the other may not
+        given = {name: value for name, value in vars(other.parse_args([])).items() if name in defaults}
+        assert typed_again(defaults | given, script) == defaults | given
+    changed = {"data_dir": "my flowers; $HOME", "classes": ["3", "bird's nest"], "max_grad_norm": 0.25,
+               "dataset": "-x", "skip_bad_images": True, "train_splits": ["train", "test"],
+               "mixed_precision": "no"}  # fmt: skip
+    assert typed_again(defaults | changed, script) == defaults | changed
+    run = finished_runs.autoencoder if script == "train_autoencoder.py" else finished_runs.flower_ldm
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    assert typed_again(args, script) == args
+
+
+def test_command_of_a_recipe_needs_no_recipe_and_resumes_nothing():
+    args = vars(
+        train_autoencoder.parse_args(["--config", "configs/quickstart.yaml", "--resume_from_checkpoint", "latest"])
+    )
+    again = typed_again(args, "train_autoencoder.py")
+    assert again == args | {"config": None, "resume_from_checkpoint": None}
+    assert again["model_config"] == "configs/quickstart_autoencoder.json"
+
+
+def test_folded_command_is_the_same_command():
+    words = ["python", "-m", "flower_ldm.evaluation", "--data_dir", "it's here", *["--labels", "a", "b c"] * 9]
+    for folded in (fold_command(words), fold_command(shlex.join(words))):
+        assert shlex.split(folded.replace("\\\n", " ")) == words
+        assert max(map(len, folded.splitlines())) < 100
+    assert fold_command("python 'torn") == "python 'torn"
 
 
 # Paths

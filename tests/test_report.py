@@ -16,12 +16,9 @@ import pytest
 import yaml
 from PIL import Image
 
-import train_autoencoder
-import train_latent_diffusion
 from flower_ldm.errors import InputError
 from flower_ldm.model_card import write_model_card
-from flower_ldm.recipes import common_parser
-from flower_ldm.report import Album, fold_command, training_command, write_report
+from flower_ldm.report import Album, write_report
 from flower_ldm.report_curves import thin
 from flower_ldm.runs import read_run
 
@@ -469,49 +466,6 @@ def test_thinned_curve_keeps_its_ends_and_its_extremes():
     assert len(kept) <= 602 and kept == sorted(kept) and set(kept) <= set(points)
     assert {points[0], points[-1], points[1234], points[7777]} <= set(kept)
     assert thin(points[:600], limit=600) == points[:600]
-
-
-SCRIPTS = {"train_autoencoder.py": train_autoencoder, "train_latent_diffusion.py": train_latent_diffusion}
-
-
-def typed_again(args: dict, script: str) -> dict:
-    """The flags that a script reads from the command that a page shows for these."""
-    words = shlex.split(training_command(args, script).replace("\\\n", " "))
-    assert words[:2] == ["python", script]
-    return vars(SCRIPTS[script].parse_args(words[2:]))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_command_gives_the_same_flags(script, finished_runs):
-    defaults = vars(SCRIPTS[script].parse_args([]))
-    assert typed_again(defaults, script) == defaults
-    # a default of both, where a script has another
-    shared = {name: value for name, value in vars(common_parser("").parse_args([])).items() if value is not None}
-    assert typed_again(defaults | shared, script) == defaults | shared
-    changed = {"data_dir": "my flowers; $HOME", "classes": ["3", "bird's nest"], "max_grad_norm": 0.25,
-               "dataset": "-x", "skip_bad_images": True, "train_splits": ["train", "test"],
-               "mixed_precision": "no"}  # fmt: skip
-    assert typed_again(defaults | changed, script) == defaults | changed
-    run = finished_runs.autoencoder if script == "train_autoencoder.py" else finished_runs.flower_ldm
-    args = yaml.safe_load((run / "args.yaml").read_text())
-    assert typed_again(args, script) == args
-
-
-def test_command_of_a_recipe_needs_no_recipe_and_resumes_nothing():
-    args = vars(
-        train_autoencoder.parse_args(["--config", "configs/quickstart.yaml", "--resume_from_checkpoint", "latest"])
-    )
-    again = typed_again(args, "train_autoencoder.py")
-    assert again == args | {"config": None, "resume_from_checkpoint": None}
-    assert again["model_config"] == "configs/quickstart_autoencoder.json"
-
-
-def test_folded_command_is_the_same_command():
-    words = ["python", "-m", "flower_ldm.evaluation", "--data_dir", "it's here", *["--labels", "a", "b c"] * 9]
-    for folded in (fold_command(words), fold_command(shlex.join(words))):
-        assert shlex.split(folded.replace("\\\n", " ")) == words
-        assert max(map(len, folded.splitlines())) < 100
-    assert fold_command("python 'torn") == "python 'torn"
 
 
 def test_every_file_of_the_page_is_packaged():

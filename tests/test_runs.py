@@ -7,7 +7,7 @@ import pytest
 
 import train_autoencoder
 import train_latent_diffusion
-from flower_ldm import hub, runs
+from flower_ldm import hub, recipes, runs
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "flower_ldm"])
@@ -21,7 +21,7 @@ def test_a_finished_run_is_one_and_holds_nothing_else(finished_runs, stage):
 
 def test_every_run_is_known_by_its_flags():
     for script in (train_autoencoder, train_latent_diffusion):
-        assert vars(script.parse_args([])).keys() >= runs.RUN_FLAGS
+        assert vars(script.parse_args([])).keys() >= recipes.marks_of_a_run()
 
 
 def test_what_goes_to_the_hub_is_part_of_a_run():

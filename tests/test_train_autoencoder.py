@@ -23,7 +23,7 @@ import train_autoencoder
 from flower_ldm import FlowerAutoencoderKL
 from flower_ldm.autoencoder_losses import PerceptualLoss
 from flower_ldm.checkpoint_files import load_state
-from flower_ldm.data import load_datasets
+from flower_ldm.data import DataOptions
 from flower_ldm.discriminator import PatchDiscriminator
 from flower_ldm.files import replace_files
 from flower_ldm.runs import read_log
@@ -46,7 +46,7 @@ def run_dir(finished_runs) -> Path:
 @pytest.fixture(scope="module")
 def datasets():
     """The images that it was trained on, and those held out."""
-    return load_datasets("synthetic", resolution=32, classes=[0, 1, 2, 3], images_per_class=12)
+    return DataOptions("synthetic", resolution=32, classes=[0, 1, 2, 3], images_per_class=12).load()
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_best_has_the_lowest_held_out_pixel_and_perceptual_loss(train, random_vg
     run_dir = train(f"{flags} --ema_decay 0 --learning_rate 0.03 --lr_scheduler constant --lr_warmup_steps 0")
     scores = [line["val_pixel_loss"] + line["val_perceptual_loss"] for line in held_out_lines(run_dir)]
     assert len(scores) == 5 and min(scores) < scores[-1]
-    images = all_images(load_datasets("synthetic", resolution=32, classes=[0, 1], images_per_class=4)[1])
+    images = all_images(DataOptions("synthetic", resolution=32, classes=[0, 1], images_per_class=4).load()[1])
     perceptual = PerceptualLoss(random_vgg)
     for folder, score in (("best", min(scores)), ("", scores[-1])):
         with torch.inference_mode():

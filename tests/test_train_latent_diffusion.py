@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
 from flower_ldm.checkpoint_files import load_state
-from flower_ldm.data import load_datasets
+from flower_ldm.data import DataOptions
 from flower_ldm.files import file_safe_name
 from flower_ldm.latent_cache import LatentDataset, cache_key, cache_path, read_latent_cache
 from flower_ldm.runs import read_log
@@ -174,7 +174,7 @@ def test_without_final_pictures_there_are_the_cheap_ones(train):
 def test_metrics_are_of_the_saved_weights_on_the_held_out_latents(run_dir):
     metrics = json.loads((run_dir / "metrics.json").read_text())
     pipeline = load(run_dir)
-    _, held_out = load_datasets("synthetic", resolution=32, classes=[0, 1, 2, 3], images_per_class=12)
+    _, held_out = DataOptions("synthetic", resolution=32, classes=[0, 1, 2, 3], images_per_class=12).load()
     cache = read_latent_cache(cache_path(run_dir / "latent_cache", held_out), cache_key(pipeline.vae, held_out))
     config = pipeline.vae.config
     batch = LatentDataset(cache, config.latents_mean, config.latents_std, seed=0).__getitems__(

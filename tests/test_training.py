@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from flower_ldm import runs, training
 from flower_ldm.checkpoints import Progress
-from flower_ldm.data import load_datasets
+from flower_ldm.data import DataOptions
 from flower_ldm.errors import InputError
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 from flower_ldm.training import Clock, LossLog
@@ -289,8 +289,8 @@ def test_after_the_last_update_a_signal_ends_the_run(log, number):
 
 @pytest.fixture
 def flowers():
-    train, _ = load_datasets("synthetic", resolution=16, classes=[0, 1], images_per_class=20, show_progress=False)
-    train.noise_shape = (2, 4, 4)
+    train, _ = DataOptions("synthetic", resolution=16, classes=[0, 1], images_per_class=20).load(show_progress=False)
+    train.carry_noise((2, 4, 4))
     return train
 
 

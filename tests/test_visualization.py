@@ -15,7 +15,7 @@ from PIL import Image
 import train_autoencoder
 import train_latent_diffusion
 from flower_ldm import FlowerLDMPipeline
-from flower_ldm.data import load_datasets, to_uint8
+from flower_ldm.data import DataOptions, to_uint8
 from flower_ldm.errors import InputError
 from flower_ldm.latent_maps import (
     COLORS,
@@ -340,7 +340,7 @@ def test_classes_whose_file_safe_names_are_the_same_have_files_of_their_own(fini
 
 def test_classes_without_a_held_out_image_are_not_compared(finished_runs, tmp_path, capsys):
     pipe = FlowerLDMPipeline.from_pretrained(finished_runs.flower_ldm)
-    _, held_out = load_datasets("synthetic", resolution=32, classes=[0, 1, 2, 3], images_per_class=12)
+    _, held_out = DataOptions("synthetic", resolution=32, classes=[0, 1, 2, 3], images_per_class=12).load()
     drawn = np.zeros((2, 32, 32, 3), np.uint8)
     held_out.labels[held_out.labels == 1] = 0
     (written,) = save_side_by_side(pipe, held_out, [0, 1], drawn, tmp_path)
@@ -358,7 +358,11 @@ def test_classes_without_a_held_out_image_are_not_compared(finished_runs, tmp_pa
         ("--pipeline {run} --labels rse", "unknown label 'rse'"),
         ("--pipeline {run} --guidance_scale nan", "guidance_scale must be a finite number"),
         ("--pipeline {run} --steps 0", "num_inference_steps must be a whole number of at least 1"),
-        ("--pipeline {run} --classes 0 1 2", "--dataset has other classes than --pipeline, which draws"),
+        ("--pipeline {run} --classes 0 1 2", "--pipeline {run} has 4 classes, synthetic has 3: give the --dataset"),
+        ("--pipeline {run} --classes 0 1 3 2", "in --pipeline {run}, but"),
+        ("--pipeline {run} --resolution 64", "--resolution 64: --pipeline {run} draws 32 pixels"),
+        ("--autoencoder {ae} --resolution 64", "--resolution 64: --autoencoder {ae} draws 32 pixels"),
+        ("--pipeline {run} --max_image_pixels 0", "--max_image_pixels must be positive, got 0"),
         ("--pipeline {run} --dataset imagefolder --data_dir {tmp}/nowhere", "there is no such folder"),
         ("--pipeline {tmp}", "is not the folder of a pipeline"),
         ("--autoencoder {tmp}", "--autoencoder {tmp} can't be loaded"),
