@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from flower_ldm import checkpoints, hub, recipes, runs, training
 from flower_ldm.autoencoder_losses import (
@@ -46,6 +45,7 @@ from flower_ldm.files import replace_files, tensors_digest, write_whole
 from flower_ldm.latent_maps import encode_for_map, save_latent_maps
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
+from flower_ldm.progress_bars import progress_bar
 from flower_ldm.report import write_report
 from flower_ldm.visualization import AUTOENCODER_CURVES, save_loss_curves, save_reconstructions, vae_encoder
 
@@ -212,7 +212,7 @@ def measure_latents(
     Total variance: of the posterior means, plus the mean posterior variance.
     """
     sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)
-    for keys in tqdm(torch.arange(len(dataset)).split(batch_size), desc="latent statistics"):
+    for keys in progress_bar(torch.arange(len(dataset)).split(batch_size), desc="latent statistics"):
         with accelerator.autocast():
             images = dataset.__getitems__(keys.tolist())["images"].to(accelerator.device)
             posterior = vae.encode(images).latent_dist
@@ -337,7 +337,7 @@ def train(args) -> None:
     trained = [module for module in (parts.vae, parts.centers, parts.discriminator) if module is not None]
     log = training.LossLog(accelerator, output_dir / "log.jsonl", progress.global_step)
     stop = training.StopSignal(accelerator)
-    bar = training.progress_bar(accelerator, progress.global_step, last_step, "autoencoder")
+    bar = training.step_bar(accelerator, progress.global_step, last_step, "autoencoder")
     clock = training.Clock(progress)
     parts.vae.train()
 
@@ -370,7 +370,7 @@ def train(args) -> None:
         step, at_end = progress.global_step, progress.global_step == last_step
         if step % args.logging_steps == 0 or at_end:
             line = log.write(step, learning_rate=lr_scheduler.get_last_lr()[0])
-            bar.set_postfix(pixel_loss=f"{line['pixel_loss']:.4f}")
+            bar.set_postfix(pixel_loss=f"{line['pixel_loss']:.4f}", refresh=False)
         if step % args.validation_steps == 0 and not at_end:
             log.check()
             with training.ema_weights(ema, vae), clock.paused():

@@ -50,6 +50,7 @@ from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_late
 from flower_ldm.latent_maps import MAP_SETS, LatentSet, named_classes, save_latent_maps, spread_over_classes
 from flower_ldm.model_card import write_model_card
 from flower_ldm.pipelines.pipeline_flower_ldm import check_statistics
+from flower_ldm.progress_bars import bar_options
 from flower_ldm.report import write_report
 from flower_ldm.sampling import decode, draw_classes
 from flower_ldm.visualization import (
@@ -110,7 +111,7 @@ def build_pipeline(vae: nn.Module, unet: nn.Module, noise_scheduler: DDPMSchedul
     """The pipeline, with a fast sampler of the same noise schedule (DPM-Solver++, Lu et al. 2022)."""
     scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config, timestep_spacing="trailing")
     pipeline = FlowerLDMPipeline(vae=vae, unet=unet, scheduler=scheduler, id2label=dict(enumerate(class_names)))
-    pipeline.set_progress_bar_config(leave=False, desc="preview")
+    pipeline.set_progress_bar_config(**bar_options(leave=False, desc="preview"))
     return pipeline
 
 
@@ -327,7 +328,7 @@ def train(args) -> None:
     log = training.LossLog(accelerator, output_dir / "log.jsonl", progress.global_step)
     loss_by_timestep = LossByTimestep(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
     stop = training.StopSignal(accelerator)
-    bar = training.progress_bar(accelerator, progress.global_step, last_step, "denoiser")
+    bar = training.step_bar(accelerator, progress.global_step, last_step, "denoiser")
     clock = training.Clock(progress)
 
     for batch in train_batches:
@@ -356,7 +357,7 @@ def train(args) -> None:
             loss_by_timestep.counts = accelerator.reduce(loss_by_timestep.counts)
             binned = loss_by_timestep.read_and_reset()
             line = log.write(step, learning_rate=lr_scheduler.get_last_lr()[0], loss_by_timestep=binned)
-            bar.set_postfix(loss=f"{line['loss']:.4f}")
+            bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
         if step % args.validation_steps == 0 and not at_end:
             log.check()
             with training.ema_weights(ema, unet), clock.paused():

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
-from tqdm.auto import tqdm
 
 from .errors import InputError, one_line, printable
 from .files import hub_id, path_or_hub_id, path_text
 from .flags import POSITIVE, FlagParser, as_it_is
 from .images import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, open_image, small_pixels
 from .pipelines.pipeline_flower_ldm import FlowerLDMPipeline, find_classes, plain_name
+from .progress_bars import progress_bar, write_line
 from .synthetic import CLASS_NAMES, synthetic_flower
 
 # What people call them. Any other data set is one of the Hub.
@@ -196,7 +196,7 @@ class ImageDataset(Dataset):
         title = f"{self.name} {'+'.join(self.splits)}, {self.resolution} px"
         with (
             ThreadPool() as pool,  # Pillow decodes and resizes outside of Python's lock
-            tqdm(desc=title, total=len(records), unit=" images", disable=not show_progress) as progress,
+            progress_bar(desc=title, total=len(records), unit=" images", disable=not show_progress) as progress,
         ):
             decoded = pool.imap(partial(_decode, resolution=self.resolution), records, chunksize=8)
             for record, pixels in zip(records, decoded, strict=True):
@@ -206,7 +206,7 @@ class ImageDataset(Dataset):
                     if not skip_bad_images:
                         raise InputError(f"{problem} (repair or remove it, or pass --skip_bad_images)")
                     if show_progress:
-                        tqdm.write(f"left out: {problem}", file=sys.stderr)
+                        write_line(f"left out: {problem}")
                     continue
                 fingerprint.update(json.dumps([record.label, pixels.shape]).encode())
                 fingerprint.update(pixels)
@@ -487,7 +487,7 @@ def _list_imagefolder(
     top, loose = _scan(data_dir)
     if not top:
         raise InputError(f"--data_dir {data_dir}: no class folder in it; expected {data_dir}/<class>/*.jpg")
-    scan = partial(tqdm, desc=f"listing {data_dir}", unit=" folders", delay=2, disable=not show_progress)
+    scan = partial(progress_bar, desc=f"listing {data_dir}", unit=" folders", delay=2, disable=not show_progress)
     tree = {name: _scan(data_dir / name) for name in scan(top)}
     available = [name for name, (folders, _) in tree.items() if folders]
     if set(available) & set(train_splits or ("train",)):

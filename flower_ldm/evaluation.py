@@ -28,7 +28,6 @@ import torch
 import torchmetrics
 from sklearn.pipeline import Pipeline
 from torch import nn
-from tqdm import tqdm
 
 from . import FlowerLDMPipeline, __version__
 from .autoencoder_losses import PerceptualLoss, fidelity
@@ -61,6 +60,7 @@ from .metrics import (
     train_classifier,
 )
 from .model_card import write_model_card
+from .progress_bars import progress_bar
 from .report import write_report
 from .runs import read_flags
 from .sampling import SCHEDULERS, Sampler, check_sampling, load_pipeline, sample_labels
@@ -138,7 +138,7 @@ def reconstruct(
     """
     parameter = next(vae.parameters())
     pictures, rows = [], []
-    with tqdm(total=len(keys), desc="reconstructing", unit=" images") as progress:
+    with progress_bar(total=len(keys), desc="reconstructing", unit=" images") as progress:
         for batch_keys in torch.as_tensor(keys).split(batch_size):
             batch = images.__getitems__(batch_keys.tolist())
             originals = batch["images"].to(parameter.device)

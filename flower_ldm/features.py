@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from .data import ImageDataset, uint8_images
 from .errors import InputError, one_line
 from .files import CACHE_REFUSED, UnusableCacheError, read_tensors, tensors_digest, write_tensors
+from .progress_bars import progress_bar
 
 FORMAT_VERSION = "1"
 DEFAULT_FEATURES = "efficientnet-lite0"  # its weights are in a Python package: it works offline, and everywhere alike
@@ -231,7 +231,7 @@ def extract_features(
         InputError: where the network doesn't take these images, or gives something else than finite `(B, D)`.
     """
     parts = []
-    with tqdm(total=len(images), desc=title, unit=" images") as progress:
+    with progress_bar(total=len(images), desc=title, unit=" images") as progress:
         for keys in torch.arange(len(images)).split(batch_size):
             batch = torch.from_numpy(uint8_images(images, keys.tolist(), mirrored))
             batch = batch.permute(0, 3, 1, 2)  # channels last in memory

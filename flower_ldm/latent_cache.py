@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from .data import ImageDataset, image_rng, keep_batch
 from .errors import InputError, one_line
 from .files import UnusableCacheError, read_tensors, tensors_digest, write_tensors
+from .progress_bars import progress_bar
 
 FORMAT_VERSION = "1"
 NOT_ENCODER_CONFIG = ("latents_mean", "latents_std")  # measured from the latents: they don't change them
@@ -193,7 +193,7 @@ def _encode(
     dataset = loader.dataset
     autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
     means, stds = [], []
-    with tqdm(total=len(dataset), desc="Encoding images", unit=" images") as progress:
+    with progress_bar(total=len(dataset), desc="Encoding images", unit=" images") as progress:
         for batch in loader:
             images = batch["images"].to(device)
             pairs = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, H, W)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from tqdm import tqdm
 
 from .data import ImageDataset
 from .lettering import drawable, save_figure
+from .progress_bars import progress_bar
 
 NAMED_CLASSES = 10  # that a picture shows by name; it has as many colors
 # Of CARTO's "Safe" palette, after Paul Tol's: colors that stay apart for the color-blind.
@@ -162,7 +162,7 @@ def encode_some(
 ) -> LatentSet:
     """The latents that `encode`, images `(B, 3, H, W)` -> `(B, Z, h, w)`, gives of the dataset's images `indices`."""
     latents = []
-    with tqdm(total=len(indices), desc="encoding", unit=" images", leave=False) as progress:
+    with progress_bar(total=len(indices), desc="encoding", unit=" images", leave=False) as progress:
         for start in range(0, len(indices), 64):
             batch = dataset.__getitems__(indices[start : start + 64].tolist())
             with torch.inference_mode():

@@ -1,6 +1,5 @@
 """Names of classes in pictures: drawn as they are spelled, whatever they hold, in fonts that have their letters."""
 
-import sys
 import textwrap
 import unicodedata
 import warnings
@@ -14,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.text import Text
 from PIL import ImageFont
-from tqdm import tqdm
 
 from .errors import printable
 from .files import write_whole
+from .progress_bars import write_line
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -108,7 +107,7 @@ def fonts_for(text: Iterable[str]) -> list[Font]:
         TOLD.update(new)
         some = " ".join(new[:20]) + (f" and {len(new) - 20} more letters" if len(new) > 20 else "")
         way_out = "pictures show boxes in their place; install one that has, such as Noto Sans CJK"
-        tqdm.write(f"no font here has {some}: {way_out}", file=sys.stderr)
+        write_line(f"no font here has {some}: {way_out}")
     return fonts
 
 

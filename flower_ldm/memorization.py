@@ -13,10 +13,10 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from .data import ImageDataset, uint8_images
 from .errors import InputError
+from .progress_bars import progress_bar
 
 MEMORIZED_RATIO = 1 / 3
 PIXEL_SPACE = 64  # pixels a side
@@ -40,7 +40,7 @@ def nearest_two(
     """
     distances = torch.full((len(queries), 2), torch.inf)
     keys = torch.zeros(len(queries), 2, dtype=torch.int64)
-    with tqdm(total=len(queries) * len(references), desc=title, unit=" pairs", unit_scale=True) as progress:
+    with progress_bar(total=len(queries) * len(references), desc=title, unit=" pairs", unit_scale=True) as progress:
         for here in torch.arange(len(queries)).split(ROWS_AT_A_TIME):
             rows = query_rows(queries[here])
             for block in references.split(ROWS_AT_A_TIME):

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from .errors import InputError, OneLineParser, exit_on_input_error, one_line, refusals_of_input
 from .files import file_path, file_safe_name, fresh_folder, path_text, write_whole
 from .images import MAX_IMAGE_PIXELS, open_image
 from .lettering import drawable, pillow_font, wrapped
 from .pipelines.pipeline_flower_ldm import upright_srgb
+from .progress_bars import bar_options, progress_bar
 from .sampling import SCHEDULERS, check_sampling, load_pipeline
 
 DEFAULT_NUM_LABELS = 10
@@ -142,9 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     names = [pipe.class_names[label] for label in labels_of_images]
     files = file_names(names)
     folder = fresh_folder(args.output)
-    pipe.set_progress_bar_config(desc="denoising", leave=False)
+    pipe.set_progress_bar_config(**bar_options(desc="denoising", leave=False))
     images: list[Image.Image] = []
-    with tqdm(total=len(names), desc="sampling", unit="image") as progress_bar:
+    with progress_bar(total=len(names), desc="sampling", unit="image") as progress:
         for start in range(0, len(names), args.batch_size):
             batch = range(start, min(start + args.batch_size, len(names)))
             # one generator an image: the same picture whatever the batch size
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
                 images += pipe([labels_of_images[number] for number in batch], generator=generators, **options).images
             for number in batch:
                 write_whole(folder / files[number], partial(images[number].save, format="PNG"))
-            progress_bar.update(len(batch))
+            progress.update(len(batch))
 
     columns = [images[start : start + args.num_images] for start in range(0, len(images), args.num_images)]
     write_whole(folder / "grid.png", partial(label_grid(columns, names[:: args.num_images]).save, format="PNG"))

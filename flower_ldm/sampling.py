@@ -15,11 +15,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
-from tqdm import tqdm
 
 from . import FlowerLDMPipeline
 from .errors import InputError, one_line, refusals_of_input
 from .files import CACHE_REFUSED, UnusableCacheError, read_tensors, tensors_digest, write_tensors
+from .progress_bars import bar_options, progress_bar
 
 SCHEDULERS = {
     "ddpm": diffusers.DDPMScheduler,
@@ -170,8 +170,8 @@ class Sampler:
         folder = self.cache_dir / f"samples-{key[:16]}"
         images, seconds = self._kept(folder, key, num_samples)
         missing = [number for number in range(num_samples) if number not in images]
-        self.pipe.set_progress_bar_config(desc="denoising", leave=False)
-        with tqdm(total=num_samples, initial=len(images), desc="sampling", unit=" images") as progress:
+        self.pipe.set_progress_bar_config(**bar_options(desc="denoising", leave=False))
+        with progress_bar(total=num_samples, initial=len(images), desc="sampling", unit=" images") as progress:
             for start in range(0, len(missing), self.batch_size):
                 numbers = missing[start : start + self.batch_size]
                 started = time.perf_counter()

@@ -40,6 +40,7 @@ from .data import DataOptions, ImageDataset, TrainingSampler, keep_batch
 from .errors import InputError, one_line
 from .files import refusals_of_disk
 from .images import open_image
+from .progress_bars import progress_bar
 
 SHARED_MEMORY = "/dev/shm"
 
@@ -300,9 +301,9 @@ class Clock:
         self.started = time.perf_counter()
 
 
-def progress_bar(accelerator: Accelerator, first_step: int, last_step: int, name: str) -> tqdm:
-    """Optimizer updates done, their rate, and the time left; in the main process only."""
-    return tqdm(
+def step_bar(accelerator: Accelerator, first_step: int, last_step: int, name: str) -> tqdm:
+    """A bar of optimizer updates, with their rate and the time left. Only the main process shows it."""
+    return progress_bar(
         initial=first_step, total=last_step, desc=name, unit="step", disable=not accelerator.is_main_process,
         dynamic_ncols=True,
     )  # fmt: skip

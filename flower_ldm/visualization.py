@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from . import FlowerAutoencoderKL, FlowerLDMPipeline, trajectory
 from .data import DataOptions, ImageDataset, to_uint8, uint8_images
@@ -25,6 +24,7 @@ from .formatting import is_finite
 from .latent_maps import LatentPlane, LatentSet, encode_for_map, named_classes, save_latent_maps
 from .lettering import drawable, save_figure, wrapped
 from .memorization import TrainingNeighbors, memorized
+from .progress_bars import bar_options, progress_bar
 from .runs import is_bin, read_flags, read_log
 from .sampling import decode, draw_classes, load_pipeline
 
@@ -261,7 +261,7 @@ def by_name(images: tuple[ImageDataset, ImageDataset]) -> dict[str, ImageDataset
 
 def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: dict[str, ImageDataset], folder: Path):
     """Every picture of a pipeline; those that compare it with images where there are any."""
-    pipe.set_progress_bar_config(desc="denoising", leave=False)
+    pipe.set_progress_bar_config(**bar_options(desc="denoising", leave=False))
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     columns = named_classes(pipe.num_classes)
     names = [pipe.class_names[label] for label in columns]
@@ -309,7 +309,7 @@ def save_denoising(
         taken = stem.lower() in [other.lower() for other in stems.values()]
         stems[label] = f"{stem}_{label}" if taken else stem
     pictures, animations = [], []
-    for label, stem in tqdm(stems.items(), desc="denoising paths", leave=False):
+    for label, stem in progress_bar(stems.items(), desc="denoising paths", leave=False):
         recorded = trajectory.record_trajectory(pipe, label, seed, **options)
         pictures.append(folder / f"denoising_path_{stem}.png")
         trajectory.save_denoising_path(recorded, plane, pictures[-1])
