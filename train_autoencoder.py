@@ -277,7 +277,7 @@ def build_parts(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, percep
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with checkpoints.refusals_say_how_to_go_on(args):
+    with training.process_as_found(), checkpoints.refusals_say_how_to_go_on(args):
         train(args)
 
 

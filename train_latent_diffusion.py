@@ -278,7 +278,7 @@ def draw_comparisons(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with checkpoints.refusals_say_how_to_go_on(args):
+    with training.process_as_found(), checkpoints.refusals_say_how_to_go_on(args):
         train(args)
 
 

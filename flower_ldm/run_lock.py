@@ -1,8 +1,10 @@
-"""One run at a time in a folder: a lock that the system releases when the run's process ends, however it ends."""
+"""One run at a time in a folder: a lock that ends with the run, or with its process, however that ends."""
 
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError, one_line
@@ -13,16 +15,27 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-HELD: dict[Path, int] = {}  # by the folders of this process, which keep it: to close a file is to release its lock
+HELD: dict[Path, int] = {}  # this process's open lock files, by path; closing one releases its lock
+
+
+@contextmanager
+def locks_released() -> Iterator[None]:
+    """Around a run: release the locks that it takes, so that the same process can start another run there."""
+    before = set(HELD)
+    try:
+        yield
+    finally:
+        for path in HELD.keys() - before:
+            os.close(HELD.pop(path))
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep other runs out of a folder for the rest of this process's life. The file stays there, empty.
+    """Keep other processes' runs out of a folder, until `locks_released` or this process ends. The file stays, empty.
 
-    A record lock, which the data loader's workers don't inherit: they may live on for seconds after a killed run.
+    It is a record lock, which the data loader's workers don't inherit: they may outlive a killed run by seconds.
 
     Raises:
-        InputError: where another run is at work there, or the lock's name is taken by something else.
+        InputError: another run is at work there, or something else has the lock file's name.
     """
     path = folder.resolve() / LOCK
     if path in HELD and path.exists() and os.path.samestat(os.fstat(HELD[path]), path.stat()):

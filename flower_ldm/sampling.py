@@ -19,7 +19,7 @@ from torch import nn
 from . import FlowerLDMPipeline
 from .errors import InputError, one_line, refusals_of_input
 from .files import CACHE_REFUSED, UnusableCacheError, read_tensors, tensors_digest, write_tensors
-from .progress_bars import bar_options, progress_bar
+from .progress_bars import bar_options, is_terminal, progress_bar
 
 SCHEDULERS = {
     "ddpm": diffusers.DDPMScheduler,
@@ -62,6 +62,8 @@ def load_pipeline(
 def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
     if os.path.exists(name) and not (Path(name) / FlowerLDMPipeline.config_name).is_file():
         raise InputError(f"{flag} {name} is not the folder of a pipeline: it has no model_index.json")
+    if not is_terminal():
+        diffusers.utils.logging.disable_progress_bar()  # the bar of the loading, which is always redrawn in place
     try:
         return FlowerLDMPipeline.from_pretrained(name)
     except Exception as error:  # of files, of the network, of the Hub: they have no common base

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -41,6 +42,7 @@ from .errors import InputError, one_line
 from .files import refusals_of_disk
 from .images import open_image
 from .progress_bars import progress_bar
+from .run_lock import locks_released
 
 SHARED_MEMORY = "/dev/shm"
 
@@ -309,7 +311,7 @@ def step_bar(accelerator: Accelerator, first_step: int, last_step: int, name: st
     )  # fmt: skip
 
 
-# --- logs and ends ---------------------------------------------------------------------------------------------------
+# --- the log ---------------------------------------------------------------------------------------------------------
 
 
 class LossLog:
@@ -456,11 +458,42 @@ def append_lines(path: Path, lines: list[str]) -> None:
             raise
 
 
+# --- signals and the process -----------------------------------------------------------------------------------------
+
+
 def stop_signals() -> tuple[int, ...]:
     """What asks a process to stop: Ctrl-C, a scheduler, a terminal that is gone unless `nohup` has that ignored."""
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
     heard = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
     return (signal.SIGINT, signal.SIGTERM, *([hangup] if heard else []))
+
+
+@contextmanager
+def process_as_found() -> Iterator[None]:
+    """Around a whole run: the process is afterwards as it was before, so that it can start another run, or go on.
+
+    The handlers of signals, accelerate's state and the locks on folders are restored, however the run ends.
+    """
+    # accelerate keeps its settings in these for the life of a process, and refuses others from then on.
+    shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    found = [dict(values) for values in shared]
+    handlers = {number: signal.getsignal(number) for number in stop_signals()} if in_main_thread() else {}
+    for values in shared:
+        values.clear()
+    try:
+        with locks_released():
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for values, before in zip(shared, found, strict=True):
+            values.clear()
+            values.update(before)
+
+
+def in_main_thread() -> bool:
+    """Whether this thread may handle signals. Python leaves that to the main one."""
+    return threading.current_thread() is threading.main_thread()
 
 
 class StopSignal:
@@ -469,7 +502,7 @@ class StopSignal:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.number = 0
-        self.numbers = stop_signals()
+        self.numbers = stop_signals() if in_main_thread() else ()
         for number in self.numbers:
             signal.signal(number, self._remember)
 

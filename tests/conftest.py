@@ -5,7 +5,6 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +50,9 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-@contextmanager
-def process_state() -> Iterator[None]:
-    """Leaves accelerate and the signal handlers as a new process would find them."""
+@pytest.fixture(autouse=True)
+def fresh_process_state() -> Iterator[None]:
+    """Each test finds accelerate and the signal handlers as a new process would."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -66,20 +65,12 @@ def process_state() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(autouse=True)
-def fresh_process_state():
-    """Each test finds accelerate and the signal handlers as a new process would."""
-    with process_state():
-        yield
-
-
 @pytest.fixture(scope="session")
 def run_script():
-    """Calls a script's `main` as a process of its own would, several times within a test or for many tests."""
+    """Calls a script's `main` with words of any type, such as paths."""
 
     def run(main, argv: list) -> None:
-        with process_state():
-            main([str(word) for word in argv])
+        main([str(word) for word in argv])
 
     return run
 

@@ -95,8 +95,9 @@ def test_a_run_does_not_become_a_class_of_its_data(image_folder, where):
 
 @pytest.fixture
 def earlier_run(output_dir) -> dict[str, bytes]:
-    """A run with a checkpoint, and what it has on disk."""
-    claim(output_dir, "--seed=1")
+    """A run that has ended, with a checkpoint, and what it has on disk."""
+    with run_lock.locks_released():
+        claim(output_dir, "--seed=1")
     make_checkpoint(output_dir, 5)
     return on_disk(output_dir)
 
@@ -324,15 +325,9 @@ def test_a_folder_without_checkpoints_stays_as_it_is(tmp_path):
     assert list((tmp_path / "photos").iterdir()) == []
 
 
-def release(folder: Path) -> None:
-    """As if this process, which runs all tests, had ended."""
-    os.close(run_lock.HELD.pop(folder.resolve() / ".lock"))
-
-
 def test_a_second_run_is_refused_until_the_first_is_killed(output_dir, earlier_run):
     """It is resumed while it is still at work, or replaced; a lock that outlived its process would be no use."""
     line = f"--output_dir {output_dir}: another run is at work there"
-    release(output_dir)
     with held_by_another_process(output_dir):
         with pytest.raises(InputError, match=line):
             find(output_dir, "latest", "--seed=1")

@@ -66,8 +66,12 @@ def test_a_denoising_within_a_bar_writes_nothing_of_its_own(finished_runs, tmp_p
     log = tmp_path / "run.log"
     with log.open("wb") as file:
         subprocess.run(list(map(str, words)), stderr=file, cwd=ROOT, check=True)
-    lines = log.read_text("utf-8").split("\n")
-    assert [line[:14] for line in lines if "sampling" in line] == ["sampling:   0%", "sampling: 100%"]
+    text = log.read_text("utf-8")
+    lines = text.splitlines()
+    assert "\r" not in text and [line[:14] for line in lines if "sampling" in line] == [
+        "sampling:   0%",
+        "sampling: 100%",
+    ]
     assert not any("denoising" in line for line in lines)
 
 
