@@ -1,7 +1,7 @@
-"""The losses of stage 1, each unweighted, each a pure function or a small module, and how close a reconstruction is.
+"""The losses of stage 1, each a pure function or a small module, and the fidelity of reconstructions.
 
-Each is a mean over pixels, latent elements, patches or images, so that weights mean the same at any size.
-`evaluation` measures reconstructions by the same `fidelity`.
+The losses are unweighted. Each is a mean over pixels, latent elements, patches or images, so that its weight means the
+same at every image size.
 
 Shapes: B images, (H, W) pixels, (h, w) latent positions, Z latent channels, F class features, K classes.
 """
@@ -26,14 +26,17 @@ VGG16_TAPS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)
 
 
 def pixel_loss(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error of `(B, 3, H, W)` images in [-1, 1]. Sharper than squared error at the same PSNR."""
+    """Mean absolute error of `(B, 3, H, W)` images in [-1, 1].
+
+    At the same PSNR it gives sharper images than the squared error.
+    """
     return F.l1_loss(reconstruction.float(), images.float())
 
 
 def fidelity(reconstruction: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """PSNR in dB and SSIM of each image, `(B,)` each, of two batches `(B, 3, H, W)` in [-1, 1].
+    """PSNR in dB and SSIM of each image, `(B,)` each, from two batches `(B, 3, H, W)` in [-1, 1].
 
-    Equal images have an infinite PSNR, and so would any mean over one of them: here it is 100 dB.
+    The PSNR is at most 100 dB. That of equal images would be infinite, and so would every mean over one.
     """
     unit_range = (reconstruction + 1) / 2, (images + 1) / 2
     psnr = peak_signal_noise_ratio(*unit_range, data_range=1.0, reduction="none", dim=(1, 2, 3))
@@ -44,14 +47,14 @@ def fidelity(reconstruction: torch.Tensor, images: torch.Tensor) -> dict[str, to
 def kl_loss(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
     """KL divergence from the posterior to the standard normal, in nats per latent element.
 
-    Kingma & Welling 2014, appendix B. Never clamped: a clamp would cut its gradient.
+    Kingma & Welling 2014, appendix B. It is never clamped, since a clamp would cut its gradient.
     """
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 def adversarial_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """What the autoencoder minimises against the discriminator: the generator's hinge loss (Lim & Ye 2017)."""
+    """What the autoencoder minimizes against the discriminator: the generator's hinge loss (Lim & Ye 2017)."""
     return -fake_logits.float().mean()
 
 
@@ -66,7 +69,7 @@ def classification_loss(class_logits: torch.Tensor, class_labels: torch.Tensor) 
 
 
 def loss_ramp(global_step: int, start: int, ramp_steps: int) -> float:
-    """A weight's factor at an optimizer update: 0 before `start`, then rising linearly to 1 within `ramp_steps`."""
+    """The factor of a weight at an optimizer update: 0 before `start`, then a linear rise to 1 over `ramp_steps`."""
     if global_step < start:
         return 0.0
     return min(1.0, (global_step - start + 1) / max(1, ramp_steps))
@@ -75,15 +78,15 @@ def loss_ramp(global_step: int, start: int, ramp_steps: int) -> float:
 class CenterLoss(nn.Module):
     """Center loss with repulsion between class centers (after Wen et al. 2016, eq. 2).
 
-    The center of each class is learned with the autoencoder, as one point on the unit sphere of class features. The
-    center loss draws each feature to the center of its class. The repulsion keeps classes apart: a hinge on the
-    squared distance between every two centers, and between every feature and every *other* class's center, so that it
-    moves the encoder too.
+    The center of a class is a point on the unit sphere of class features. It is learned with the autoencoder. The
+    center loss pulls each feature to the center of its class. The repulsion keeps classes apart. It is a hinge on the
+    squared distance between every two centers, and between every feature and every *other* center. The latter moves
+    the encoder too.
 
     Args:
         num_classes: K.
         num_features: F.
-        margin: squared distance beyond which nothing is repelled; on the unit sphere 2 is a right angle, 4 the most.
+        margin: squared distance beyond which nothing is repelled. On the unit sphere 2 is a right angle, 4 the most.
     """
 
     def __init__(self, num_classes: int, num_features: int, margin: float = 2.0):
@@ -93,7 +96,7 @@ class CenterLoss(nn.Module):
 
     def forward(self, class_features: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class features `(B, F)`, labels `(B,)` -> center loss and repulsion loss, both scalars."""
-        with torch.autocast(class_features.device.type, enabled=False):  # small distances want float32
+        with torch.autocast(class_features.device.type, enabled=False):  # small distances need float32
             features = F.normalize(class_features.float(), dim=1)  # (B, F)
             centers = F.normalize(self.centers.float(), dim=1)  # (K, F)
             distances = 2 - 2 * features @ centers.T  # (B, K), squared
@@ -113,14 +116,14 @@ class PerceptualLoss(nn.Module):
     """Distance of VGG16 features at relu1_2, relu2_2 and relu3_3 (Johnson et al. 2016; Zhang et al. 2018, eq. 1).
 
     Features are normalized to unit length at each position, so that the scale of a layer doesn't matter. The network
-    is frozen; gradients pass through it to the reconstruction.
+    is frozen. Gradients pass through it to the reconstruction.
 
     Args:
-        vgg_weights: a file with torchvision's names (`features.0.weight`, ...), safetensors or torch, at least up to
-            relu3_3; `None` takes torchvision's ImageNet weights, downloaded once.
+        vgg_weights: a safetensors or torch file with torchvision's names (`features.0.weight`, ...), at least up to
+            relu3_3. `None` downloads torchvision's ImageNet weights, once.
 
     Raises:
-        InputError: where the weights can't be had.
+        InputError: the weights can't be read or downloaded.
     """
 
     def __init__(self, vgg_weights: str | Path | None = None):
@@ -156,7 +159,7 @@ def load_vgg16_features(vgg_weights: str | Path | None) -> nn.Sequential:
     if vgg_weights is None:
         try:
             state_dict = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:  # no connection, or what came isn't the file
+        except (OSError, RuntimeError) as error:  # no connection, or a damaged file
             raise InputError(
                 f"VGG16's weights can't be downloaded ({one_line(error)}): give a local file by --vgg_weights PATH, "
                 "or train without the perceptual loss by --perceptual_weight 0"
@@ -182,7 +185,7 @@ def load_vgg16_features(vgg_weights: str | Path | None) -> nn.Sequential:
         features.load_state_dict({name.removeprefix("features."): state_dict[name].float() for name in wanted})
     except RuntimeError as error:
         raise InputError(f"--vgg_weights {vgg_weights} has other shapes than torchvision's VGG16") from error
-    # In-place ReLUs would overwrite what the convolutions before them need for the gradient of the reconstruction.
+    # In-place ReLUs would overwrite what the gradient of the reconstruction needs.
     return nn.Sequential(*(nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in features))
 
 
@@ -204,12 +207,12 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 class AdaptiveAdversarialWeight(nn.Module):
-    """How loud the adversarial loss must speak to balance the reconstruction losses (VQGAN, Esser et al. 2021, eq. 7).
+    """The weight that balances the adversarial loss and the reconstruction losses (VQGAN, Esser et al. 2021, eq. 7).
 
-    The ratio of their gradient norms, measured at the reconstruction instead of at the decoder's last layer: the same
-    balance without a second pass back through the decoder. Averaged, since one batch's ratio is noisy; over few
-    measurements, since a discriminator that begins to tell reconstructions from images speaks ten times louder within
-    a hundred updates, and a weight that still holds for the time before lets it drown the other losses.
+    It is the ratio of their gradient norms. They are measured at the reconstruction, not at the decoder's last layer:
+    the balance is the same, without a second backward pass through the decoder. The ratio of one batch is noisy, so it
+    is averaged. The average is over few measurements: a discriminator that learns to tell reconstructions from images
+    has ten times larger gradients within a hundred updates. An older weight would let it drown the other losses.
     """
 
     def __init__(self, decay: float = 0.5, maximum: float = 1e4):
@@ -220,23 +223,22 @@ class AdaptiveAdversarialWeight(nn.Module):
         self.register_buffer("num_measurements", torch.tensor(0.0))
 
     def forward(self) -> torch.Tensor:
-        """The averaged ratio, a scalar, with the bias of its start at 0 removed (as in Adam)."""
+        """The averaged ratio, a scalar. The bias of its start at 0 is removed, as in Adam."""
         return self.value / (1 - self.decay**self.num_measurements).clamp(min=1 - self.decay)
 
     def squared_gradient_norms(
         self, reconstruction_loss: torch.Tensor, adversarial: torch.Tensor, reconstruction: torch.Tensor
     ) -> torch.Tensor:
-        """Of both losses at the reconstruction, `(2,)`. Processes add these up before `update`."""
-        # Scaled alike, so that fp16 gradients of a mean over many pixels don't vanish; the ratio doesn't change.
+        """Of both losses at the reconstruction, `(2,)`. Several processes add theirs up before `update`."""
+        # The same factor for both: else fp16 gradients of a mean over many pixels vanish. The ratio doesn't change.
         losses = (reconstruction_loss * 2.0**14, adversarial * 2.0**14)
         gradients = [torch.autograd.grad(loss, reconstruction, retain_graph=True)[0] for loss in losses]
         return torch.stack([gradient.float().square().sum() for gradient in gradients])
 
     def update(self, squared_gradient_norms: torch.Tensor) -> None:
-        """Take one measurement into the average."""
-        wanted, adverse = squared_gradient_norms.sqrt()
-        ratio = (wanted / (adverse + 1e-8)).clamp(max=self.maximum)
-        # What overflows in fp16 is no measurement.
+        """Add one measurement to the average. Gradients that overflow in fp16 are no measurement."""
+        reconstruction_norm, adversarial_norm = squared_gradient_norms.sqrt()
+        ratio = (reconstruction_norm / (adversarial_norm + 1e-8)).clamp(max=self.maximum)
         usable = squared_gradient_norms.isfinite().all()
         self.value.copy_(torch.where(usable, self.value.lerp(ratio, 1 - self.decay), self.value))
         self.num_measurements += usable

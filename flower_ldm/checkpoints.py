@@ -1,4 +1,4 @@
-"""A run's checkpoints: progress, save, find, resume; and which folder is a run's own."""
+"""A run's checkpoints: save them, find them, resume from them. And which folder a run may write to."""
 
 import argparse
 import itertools
@@ -18,7 +18,7 @@ from accelerate.utils import gather_object, get_int_from_env
 from torch import nn
 
 from . import runs
-from .checkpoint_files import fit, fitting, load_state, save_state, why_invalid, write_manifest
+from .checkpoint_files import checked, checked_state, load_state, save_state, why_invalid, write_manifest
 from .data import VAL_SPLIT_NAMES, DataOptions
 from .errors import InputError, one_line
 from .files import DiskError, check_writable, refusals_of_disk, sync, write_whole
@@ -34,11 +34,11 @@ UNFINISHED_NAME = re.compile("unfinished-(0|[1-9][0-9]*)")  # one being written,
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
-    """Refuse an output folder that holds another run, or something else, and change nothing.
+    """Refuse an output folder that holds another run, or something else. Change nothing.
 
     Raises:
-        InputError: unless this run goes on with the one there, or `--overwrite_output_dir` allows to replace it; where
-            nothing can be written.
+        InputError: the folder is in use, and this run neither resumes there nor may overwrite it. Or nothing can be
+            written there.
     """
     output_dir = Path(args.output_dir)
     check_writable(output_dir, "--output_dir")
@@ -49,33 +49,33 @@ def check_output_dir(args: argparse.Namespace) -> None:
             raise InputError(f"--output_dir {output_dir} holds {flag} {path}: name another folder")
     if lies_among_classes(args):
         raise InputError(
-            f"--output_dir {output_dir} lies among the class folders of --data_dir {args.data_dir} and would be a "
-            "class itself: name a folder elsewhere"
+            f"--output_dir {output_dir} lies among the class folders of --data_dir {args.data_dir}, and would become "
+            "a class itself: name a folder elsewhere"
         )
     if not output_dir.is_dir() or all(path.name == LOCK for path in output_dir.iterdir()):
         return
     if not args.overwrite_output_dir:
         raise InputError(
-            f"--output_dir {output_dir} is not empty: name another, go on with the run there by "
-            "--resume_from_checkpoint latest, or replace it by --overwrite_output_dir"
+            f"--output_dir {output_dir} is not empty: name another folder, go on with the run there with "
+            "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
         )
     if reason := runs.whose_else(output_dir):
         raise InputError(f"--overwrite_output_dir: {output_dir} {reason}; name another --output_dir")
     if not runs.is_run(output_dir):
         raise InputError(
-            f"--overwrite_output_dir: {output_dir} is no run of ours to replace, it has no args.yaml with the flags "
-            "of one; name another --output_dir"
+            f"--overwrite_output_dir: {output_dir} is not the folder of a training run, since it has no args.yaml "
+            "with the flags of one; name another --output_dir"
         )
     if foreign := runs.contents(output_dir)[1]:
         names = ", ".join(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise InputError(
-            f"--overwrite_output_dir: {output_dir} holds what no run of ours has written: {names}; move that "
+            f"--overwrite_output_dir: {output_dir} holds what no training run has written: {names}; move that "
             "elsewhere, or name another --output_dir"
         )
 
 
 def lies_among_classes(args: argparse.Namespace) -> bool:
-    """Whether the next run would take the output folder for a class: a resumed one, or stage 2."""
+    """Whether a later run on the same data, such as stage 2, would take the output folder for a class."""
     if args.dataset != "imagefolder" or args.data_dir is None or args.classes is not None:
         return False
     data_dir, output_dir = Path(args.data_dir).resolve(), Path(args.output_dir).resolve()
@@ -105,11 +105,11 @@ def resumes_in_place(args: argparse.Namespace) -> bool:
 
 
 def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Make the output folder this run's, with its `args.yaml`, and start the trackers in it.
+    """Make the output folder this run's, write `args.yaml` there, and start the trackers.
 
-    Called when nothing else can be wrong any more, so that a mistake neither costs the run that is replaced nor leaves
-    a folder behind that the next try would stumble over. Another run may have come there meanwhile, so it looks again.
-    The old `args.yaml` goes last: a folder that is half emptied is still known as a run.
+    Call it when nothing else can be wrong any more. Then a mistake neither removes the run that is to be replaced, nor
+    leaves a folder that stops the next attempt. Another run may have started there meanwhile, so the folder is checked
+    again. The old `args.yaml` is replaced last, so that a half-emptied folder is still known as a run.
     """
     output_dir = Path(args.output_dir)
     with refusals_of_disk(output_dir, "run the command again"):
@@ -117,7 +117,7 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
             check_output_dir(args)
             output_dir.mkdir(parents=True, exist_ok=True)
             lock_folder(output_dir)
-            check_output_dir(args)  # again: a run that has just ended there held the lock until now
+            check_output_dir(args)  # once more: a run that has just ended there held the lock until now
             runs.remove(output_dir, unfinished_only=resumes_in_place(args))
             text = yaml.safe_dump(vars(args), sort_keys=True)
             write_whole(output_dir / "args.yaml", lambda unfinished: unfinished.write_text(text))
@@ -128,27 +128,27 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
 
 @contextmanager
 def refusals_say_how_to_go_on(args: argparse.Namespace) -> Iterator[None]:
-    """Around a whole run: where the disk refuses something, the line says which checkpoint is there to go on from."""
+    """Around a whole run: an error of the disk also says which checkpoint to go on from."""
     try:
         yield
     except DiskError as error:
         safe = [path for path in list_checkpoints(Path(args.output_dir)) if not why_invalid(path, hashes=False)]
-        way_out = (
+        advice = (
             f"go on with --resume_from_checkpoint latest: {safe[-1].name} is safe"
             if safe
             else "begin again with --overwrite_output_dir: there is no checkpoint yet"
         )
-        raise DiskError(error.what, error.why, way_out) from error
+        raise DiskError(error.what, error.why, advice) from error
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
 class Progress:
-    """Where a run stands: optimizer updates done, seconds spent, the best held-out score so far.
+    """How far a run has come: its optimizer updates, its seconds, and its best held-out score.
 
     Args:
-        identity: what makes it this run, by name; a checkpoint of a run that differs in it is refused.
+        identity: what tells this run from others, by name. A checkpoint with another identity is refused.
     """
 
     def __init__(self, identity: dict[str, str | int]):
@@ -165,7 +165,7 @@ class Progress:
             saved = state_dict["identity"].get(name, "not recorded")
             if saved != value:
                 raise InputError(f"its {name} was {saved}, this run's is {value}: they must be the same")
-        vars(self).update(fit(state_dict, vars(self), "progress"))
+        vars(self).update(checked(state_dict, vars(self), "progress"))
         if self.global_step < 0:
             raise ValueError(f"its update is {self.global_step}")
 
@@ -173,14 +173,16 @@ class Progress:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, kept: dict, global_step: int) -> Path:
-    """Write `checkpoint-<step>/`, complete or not at all, then drop the oldest beyond the limit.
+def save_checkpoint(
+    accelerator: Accelerator, args: argparse.Namespace, stateful: dict[str, object], global_step: int
+) -> Path:
+    """Write `checkpoint-<step>/`, complete or not at all. Then remove the oldest checkpoints beyond the limit.
 
     Args:
-        kept: what goes on in a resumed run, by name, each with `state_dict` and `load_state_dict`; `None` is left out.
+        stateful: what a resumed run needs, by name: objects with `state_dict` and `load_state_dict`, or `None`.
 
     Raises:
-        InputError: where the disk refuses; what was there stays.
+        InputError: the disk refuses. What was there stays.
     """
     output_dir = Path(args.output_dir)
     target, unfinished = output_dir / f"{CHECKPOINT_PREFIX}{global_step}", output_dir / f"unfinished-{global_step}"
@@ -190,8 +192,8 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, kept: di
             make_room(unfinished)
             try:
                 unfinished.mkdir()
-                for name, part in parts_of(accelerator, kept).items():
-                    save_state(part.state_dict(), unfinished / f"{name}.safetensors")
+                for name, owner in unwrapped(accelerator, stateful).items():
+                    save_state(owner.state_dict(), unfinished / f"{name}.safetensors")
                 save_state(random_states, unfinished / "random_states.safetensors")
                 (unfinished / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
                 write_manifest(unfinished, global_step)
@@ -203,28 +205,31 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, kept: di
             sync(output_dir)
         if args.checkpoints_total_limit is not None:
             drop_checkpoints(output_dir, global_step, args.checkpoints_total_limit)
-    accelerator.wait_for_everyone()  # a process that ends now must not take the main one along
+    accelerator.wait_for_everyone()  # if another process ended now, the main one would not finish
     return target
 
 
-def parts_of(accelerator: Accelerator, kept: dict) -> dict:
-    """What a checkpoint keeps, without what accelerate wraps around modules; with fp16's scale of the gradients."""
-    parts = {name: part for name, part in {**kept, "scaler": accelerator.scaler}.items() if part is not None}
-    return {n: accelerator.unwrap_model(part) if isinstance(part, nn.Module) else part for n, part in parts.items()}
+def unwrapped(accelerator: Accelerator, stateful: dict[str, object]) -> dict[str, object]:
+    """The owners of a checkpoint's states, without accelerate's wrappers. With fp16 its gradient scaler is one."""
+    owners = {name: owner for name, owner in {**stateful, "scaler": accelerator.scaler}.items() if owner is not None}
+    return {
+        name: accelerator.unwrap_model(owner) if isinstance(owner, nn.Module) else owner
+        for name, owner in owners.items()
+    }
 
 
 def make_room(path: Path) -> None:
-    """See that nothing is called so: a killed run's unfinished folder goes, all else that is there is renamed."""
+    """Free a path: remove the unfinished checkpoint of a killed run, or rename whatever else is there."""
     if UNFINISHED_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):
         names = (path.with_name(f"{path.name}-aside-{number}") for number in itertools.count(1))
         aside = path.rename(next(name for name in names if not os.path.lexists(name)))
-        print(f"{path} was there already: it is called {aside.name} now")
+        print(f"{path} existed already: it is now called {aside.name}")
 
 
 def drop_checkpoints(output_dir: Path, newest: int, limit: int) -> None:
-    """Remove valid checkpoints older than the newest, so many that with it `limit` stay.
+    """Remove the oldest valid checkpoints, so that `limit` are left, with the newest.
 
     Each is renamed first, so that half of one is never taken for a checkpoint. What can't be removed stays.
     """
@@ -240,30 +245,32 @@ def drop_checkpoints(output_dir: Path, newest: int, limit: int) -> None:
 
 
 def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(path.name.removeprefix(CHECKPOINT_PREFIX))
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders that are called as checkpoints are, valid or not, oldest first. No links: those are somebody's."""
+    """The folders that are named like checkpoints, valid or not, oldest first. Links belong to the user."""
     return [path for path in all_named(output_dir) if path.is_dir() and not path.is_symlink()]
 
 
 def all_named(output_dir: Path) -> list[Path]:
-    """Whatever is called as checkpoints are, by step."""
+    """Everything that is named like a checkpoint, in the order of steps."""
     found = output_dir.iterdir() if output_dir.is_dir() else []
     return sorted((path for path in found if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The folder that `--resume_from_checkpoint` names, valid, and checked against this run's flags; `None` without.
+    """The valid checkpoint that `--resume_from_checkpoint` names, checked against this run's flags; `None` without it.
 
     Raises:
-        InputError: where there is none, or another run is at work on it.
+        InputError: there is none, a flag differs, or another run is at work in its folder.
     """
     if args.resume_from_checkpoint is None:
         return None
-    if resumes_in_place(args) and is_first_process() and all_named(Path(args.output_dir)):  # else it stays as it is
-        lock_folder(Path(args.output_dir))  # before the look: the other run may remove what is found
+    # Without a checkpoint there the folder stays untouched: no lock is left in it.
+    if resumes_in_place(args) and is_first_process() and all_named(Path(args.output_dir)):
+        lock_folder(Path(args.output_dir))  # before the search: another run might remove what is found
     if args.resume_from_checkpoint == "latest":
         checkpoint = newest_valid(Path(args.output_dir))
     else:
@@ -276,45 +283,45 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
             if name not in saved:
                 raise InputError(
                     f"--resume_from_checkpoint {checkpoint} was made without --{name}: by the other script, or by "
-                    "another version"
+                    "another version of it"
                 )
             raise InputError(
                 f"--{name} is {getattr(args, name)}, but {checkpoint} was made with {saved.get(name)}: "
-                "a resumed run must have the same"
+                "a resumed run must have the same value"
             )
     return checkpoint
 
 
 def is_first_process() -> bool:
-    """Whether this is the main process, as its launcher says, since accelerate is not up yet; by its own list."""
+    """Whether this is the main process. The launcher's variables say so, since accelerate is not set up yet."""
     return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
 
 
 def newest_valid(output_dir: Path) -> Path:
-    """A run's newest valid checkpoint. What is passed over is named.
+    """A run's newest valid checkpoint. Newer ones that are not valid are named.
 
     Raises:
-        InputError: where there is none.
+        InputError: there is none.
     """
-    passed_over, folders = [], list_checkpoints(output_dir)
+    skipped, folders = [], list_checkpoints(output_dir)
     for path in reversed(all_named(output_dir)):
         reason = why_invalid(path, step_of(path)) if path in folders else "it is a link or a file"
         if reason is None:
-            if passed_over and is_first_process():
-                print(f"going on from {path}; passed over: {'; '.join(passed_over)}")
+            if skipped and is_first_process():
+                print(f"going on from {path}; skipped: {'; '.join(skipped)}")
             return path
-        passed_over.append(f"{path.name}, {reason}")
-    if passed_over:
-        reasons = "; ".join(passed_over[:3])
+        skipped.append(f"{path.name}, {reason}")
+    if skipped:
+        reasons = "; ".join(skipped[:3])
         raise InputError(f"--resume_from_checkpoint latest: {output_dir} holds no valid checkpoint ({reasons})")
     raise InputError(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint; leave the flag out")
 
 
 def named_checkpoint(args: argparse.Namespace) -> Path:
-    """The checkpoint that the flag names by its path; in its own run's folder only the newest will do.
+    """The checkpoint that the flag names by its path. To resume in the same folder, it must be the newest.
 
     Raises:
-        InputError: where it isn't valid, or not the newest.
+        InputError: it isn't valid, or not the newest.
     """
     checkpoint, step = Path(args.resume_from_checkpoint), None
     if not checkpoint.is_dir():
@@ -323,7 +330,7 @@ def named_checkpoint(args: argparse.Namespace) -> Path:
         if not CHECKPOINT_NAME.fullmatch(checkpoint.resolve().name):
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} must be called {CHECKPOINT_PREFIX}<step>, "
-                "or --output_dir another"
+                "or --output_dir must be another folder"
             )
         step = step_of(checkpoint.resolve())
     if reason := why_invalid(checkpoint, step):
@@ -338,60 +345,61 @@ def named_checkpoint(args: argparse.Namespace) -> Path:
 
 
 def resume(
-    accelerator: Accelerator, args: argparse.Namespace, checkpoint: Path | None, kept: dict[str, object]
+    accelerator: Accelerator, args: argparse.Namespace, checkpoint: Path | None, stateful: dict[str, object]
 ) -> None:
-    """Load a checkpoint, if there is one, into all that it keeps (`save_checkpoint`).
+    """Load a checkpoint, if there is one, into the objects that were saved (`save_checkpoint`).
 
     The schedule goes on from the checkpoint's update, with this run's `--learning_rate`.
 
     Raises:
-        InputError: where it belongs to another run, or is beyond this run's end.
+        InputError: it belongs to another run, or is beyond this run's end.
     """
     if checkpoint is not None:
         if accelerator.scaler is not None and not (checkpoint / "scaler.safetensors").is_file():
             raise InputError(
-                f"--mixed_precision fp16: {checkpoint} was made without, and has no scale of the gradients to go on "
-                "with; use bf16 or no"
+                f"--mixed_precision fp16: {checkpoint} was made without it, and has no gradient scale to go on with; "
+                "use bf16 or no"
             )
         try:
-            parts = parts_of(accelerator, kept)
-            # First, since it says best what is another: the data, the model.
-            progress = parts.pop("progress")
+            owners = unwrapped(accelerator, stateful)
+            # The progress first, since it says best what differs: the data, the model.
+            progress = owners.pop("progress")
             progress.load_state_dict(load_state(checkpoint / "progress.safetensors"))
             if reason := why_invalid(checkpoint, progress.global_step, hashes=False):
                 raise ValueError(reason)
-            for name, part in parts.items():
-                part.load_state_dict(fitting(load_state(checkpoint / f"{name}.safetensors"), part, name))
+            for name, owner in owners.items():
+                owner.load_state_dict(checked_state(load_state(checkpoint / f"{name}.safetensors"), owner, name))
             random_states = load_state(checkpoint / "random_states.safetensors")
             if accelerator.process_index < len(random_states):  # fewer processes may have made it
                 set_random_state(random_states[accelerator.process_index], accelerator.device)
-        except Exception as error:  # torch, JSON and safetensors each have errors of their own for what doesn't fit
-            # What a library says may be long; our own line is whole.
+        except Exception as error:  # torch, JSON and safetensors each raise errors of their own
+            # A library's message may be too long. Ours is kept whole.
             reason = one_line(error, None if isinstance(error, InputError) else 300)
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} doesn't fit this run, or is damaged: {reason}"
             ) from error
-        ema, lr_scheduler = kept["ema"], kept["lr_scheduler"]
+        ema, lr_scheduler = stateful["ema"], stateful["lr_scheduler"]
         ema.to(accelerator.device)
         lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
         for group, lr_lambda in zip(lr_scheduler.optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
             group["lr"] = args.learning_rate * lr_lambda(lr_scheduler.last_epoch)
-    if kept["progress"].global_step > args.max_train_steps:
+    global_step = stateful["progress"].global_step
+    if global_step > args.max_train_steps:
         raise InputError(
-            f"{checkpoint} is at step {kept['progress'].global_step}, beyond the {args.max_train_steps} of this run: "
+            f"{checkpoint} is at step {global_step}, beyond the {args.max_train_steps} of this run: "
             "raise --max_train_steps"
         )
 
 
 def random_state(device: torch.device) -> dict:
-    """Where this process's generators stand: Python's, NumPy's, torch's on the CPU and on the device."""
+    """The states of this process's generators: Python's, NumPy's, torch's on the CPU and on the device."""
     kind, key, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": (kind, key.tolist(), *rest), "cpu": torch.get_rng_state()}
     return state if device.type == "cpu" else state | {device.type: torch.get_device_module(device).get_rng_state()}
 
 
 def set_random_state(state: dict, device: torch.device) -> None:
-    """Have this process's generators stand there; those of a device that the checkpoint doesn't know stay."""
+    """Restore the states of this process's generators. A device that the checkpoint doesn't know keeps its own."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])

@@ -1,7 +1,6 @@
-"""PatchGAN: one real-or-reconstructed logit for every overlapping patch of an image. Training only.
+"""PatchGAN: for every overlapping patch of an image, one logit that says whether it is real or reconstructed.
 
-Its neighbors: trained by `train_autoencoder.py` with the hinge losses of `autoencoder_losses`; outside of checkpoints
-it is never saved.
+Only training uses it. It is saved in checkpoints, but never with the results.
 """
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 
 from .models.autoencoder_flower import LayerNorm2d
 
-SMALLEST_IMAGE = 12  # pixels a side that leave one patch
+SMALLEST_IMAGE = 12  # pixels a side, for one patch
 
 
 class PatchDiscriminator(nn.Module):
@@ -19,8 +18,8 @@ class PatchDiscriminator(nn.Module):
 
     Args:
         in_channels: channels of the images.
-        base_channels: channels after the first convolution; doubled at each further one, up to 4 times.
-        num_downsamples: strided convolutions. 2 give a receptive field of 34 pixels, 3 of 70.
+        base_channels: channels after the first convolution. Each further one doubles them, up to 4 times as many.
+        num_downsamples: number of strided convolutions. 2 give a receptive field of 34 pixels, 3 one of 70.
     """
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, num_downsamples: int = 2):

@@ -1,4 +1,4 @@
-"""What a user can get wrong: `InputError`, raised everywhere with one clear line, and the exit code it becomes."""
+"""Errors of the user: `InputError`, one clear line that is raised everywhere, and the exit code it becomes."""
 
 import argparse
 import errno
@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-# What steers a terminal, breaks a line, turns the direction of reading, or is half a character.
+# Characters that control a terminal, break a line or change the direction of reading, and halves of characters.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-# In sentences of torch, numpy, diffusers and datasets that say how to run the code in a file: never our advice.
+# What torch, numpy, diffusers and datasets write where they advise to run the code in a file. We never advise that.
 UNSAFE_ADVICE = re.compile(
     r"weights_only|safe_globals|allow_pickle|trust_remote_code|arbitrary code|\btrust(ed)? (the|this|it\b|source)",
     re.IGNORECASE,
 )
-PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|\S*/\S*""")  # in a sentence; its words advise nothing
-LONGEST_LINE = 1000  # of a name that fills screens, beginning and end say enough
+PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|\S*/\S*""")  # in a sentence; words in a path are no advice
+LONGEST_LINE = 1000  # characters; of a longer message the middle is left out
 
 
 class InputError(ValueError):
-    """Bad input from outside. Its message is one line: the flag, file or label, and what would be right."""
+    """Bad input. The message is one line that names the flag, file or label, and says what would be right."""
 
     def __init__(self, message: str):
         line = printable(message)
@@ -32,27 +32,28 @@ class InputError(ValueError):
 
 
 def printable(text: object) -> str:
-    """Text of others, such as a name or a message, as a terminal may show it: what it mustn't is written as an escape.
+    """Text from outside, such as a name, made safe for a terminal. Control characters become visible escapes.
 
-    An escape code comes out as `\\x1b`, a new line as `\\n`.
+    An escape code becomes `\\x1b`, a new line `\\n`.
     """
     return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], str(text))
 
 
 def one_line(error: BaseException, width: int | None = None) -> str:
-    """What an error says, on one line of at most `width` characters; its kind where it says nothing.
+    """An error's message, on one line of at most `width` characters; the name of its class where there is no message.
 
-    Advice of libraries to run the code in a file is left out.
+    Sentences of libraries that advise to run the code in a file are left out.
     """
     sentences = re.split(r"(?<=[.!?])\s+|\n+", str(error))
-    line = " ".join(" ".join(one for one in sentences if not UNSAFE_ADVICE.search(PATH.sub("", one))).split())
+    safe = [sentence for sentence in sentences if not UNSAFE_ADVICE.search(PATH.sub("", sentence))]
+    line = " ".join(" ".join(safe).split())
     line = printable(line or type(error).__name__)
     return textwrap.shorten(line, width, placeholder=" ...") if width else line
 
 
 @contextmanager
 def refusals_of_input() -> Iterator[None]:
-    """Around a pipeline at work: its `ValueError`s, which name a wrong argument, become `InputError`s."""
+    """Around the call of a pipeline: its `ValueError`s name a wrong argument, and become `InputError`s."""
     try:
         yield
     except ValueError as error:
@@ -60,7 +61,7 @@ def refusals_of_input() -> Iterator[None]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, and whose flags can't be abbreviated."""
+    """An argument parser that raises `InputError`. Flags can't be abbreviated."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
@@ -69,14 +70,14 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-class Mouthpiece:
-    """Standard output or error for a process that has more to do than to print: nobody need be there to read it.
+class BestEffortStream:
+    """Standard output or error that never fails, so that printing can't end a long run.
 
-    Where a terminal is gone, a pipe has no reader or the disk that a log goes to is full, what is said gets lost.
+    Where the terminal is gone, a pipe has no reader or the disk of a log file is full, the text is lost.
     """
 
     def __init__(self, stream: TextIO | None):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  (none where it was closed before the start)
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  (`None`: it was closed before the start)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -88,23 +89,23 @@ class Mouthpiece:
     def flush(self) -> None:
         self._attempt(self.stream.flush)
 
-    def _attempt(self, call: Callable, *words: str) -> None:
+    def _attempt(self, call: Callable[..., object], *arguments: str) -> None:
         try:
-            call(*words)
-        except (OSError, ValueError) as error:  # as of a closed file
-            if getattr(error, "errno", None) in (errno.EPIPE, errno.EIO):  # nobody will ever read on
+            call(*arguments)
+        except (OSError, ValueError) as error:  # a closed file raises ValueError
+            if getattr(error, "errno", None) in (errno.EPIPE, errno.EIO):  # nobody will ever read it
                 with suppress(OSError), open(os.devnull, "w") as nowhere:
                     os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Around a command's `main`: print an `InputError` as one line on standard error and exit with code 2.
+    """Around a command's `main`: print an `InputError` as one line on standard error, and exit with code 2.
 
-    Any other exception keeps its traceback: it is a defect of ours, not of the input. A command whose terminal or
-    pipe is gone does its work to the end.
+    Any other exception keeps its traceback, since it is a defect of ours. The command goes on to its end where its
+    terminal or pipe is gone.
     """
-    sys.stdout, sys.stderr = Mouthpiece(sys.stdout), Mouthpiece(sys.stderr)
+    sys.stdout, sys.stderr = BestEffortStream(sys.stdout), BestEffortStream(sys.stderr)
     try:
         yield
     except InputError as error:

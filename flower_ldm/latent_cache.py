@@ -1,8 +1,8 @@
-"""What stage 2 trains on: the autoencoder's posterior for every image and its horizontal flip, encoded once.
+"""What stage 2 trains on: the autoencoder's posteriors of every image and of its horizontal flip, encoded once.
 
-One safetensors file, keyed by autoencoder, data and size; never used when the key differs or the file is torn. It
-keeps mean and std, not samples: `LatentDataset` draws a fresh sample each epoch, as EDM2 does. Made from
-`data.ImageDataset`; read by `train_latent_diffusion.py`.
+The cache is one safetensors file. Its key stands for autoencoder, data and size. A file with another key, or a torn
+one, is never used. The cache holds mean and std, not samples: `LatentDataset` draws a new sample in each epoch, as
+EDM2 does.
 
 Shapes: N images, B of them in a batch; C latent channels of h x w; axis 1 of (N, 2, C, h, w) is image, flipped image.
 """
@@ -23,7 +23,7 @@ from .files import UnusableCacheError, read_tensors, tensors_digest, write_tenso
 from .progress_bars import progress_bar
 
 FORMAT_VERSION = "1"
-NOT_ENCODER_CONFIG = ("latents_mean", "latents_std")  # measured from the latents: they don't change them
+NOT_ENCODER_CONFIG = ("latents_mean", "latents_std")  # measured on the latents, so the latents don't depend on them
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LatentCache:
     """The posteriors of a data set's raw latents.
 
     Attributes:
-        mean, std (`torch.Tensor` `(N, 2, C, h, w)` float16): raw latents, as the autoencoder gives them.
+        mean, std (`torch.Tensor` `(N, 2, C, h, w)` float16): of the raw latents, as the autoencoder gives them.
         labels (`torch.Tensor` `(N,)` int64): classes of the images.
         class_names (`list[str]`): the name of each class.
     """
@@ -45,23 +45,23 @@ class LatentCache:
         return len(self.labels)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What goes into the file, by name."""
+        """The tensors of the cache file, by name."""
         return {"mean": self.mean, "std": self.std, "labels": self.labels}
 
 
 def cache_key(vae: torch.nn.Module, dataset: ImageDataset) -> str:
-    """Hex digest of all that the latents depend on: the autoencoder's config and weights, the data and their size."""
+    """Hex digest of what the latents depend on: the autoencoder's config and weights, the data and their size."""
     config = {
         name: value
         for name, value in dict(vae.config).items()
         if not name.startswith("_") and name not in NOT_ENCODER_CONFIG
     }
-    about = [FORMAT_VERSION, type(vae).__name__, config, dataset.fingerprint, dataset.resolution]
-    return tensors_digest(vae.state_dict(), json.dumps(about, sort_keys=True, default=str))
+    description = [FORMAT_VERSION, type(vae).__name__, config, dataset.fingerprint, dataset.resolution]
+    return tensors_digest(vae.state_dict(), json.dumps(description, sort_keys=True, default=str))
 
 
 def cache_path(cache_dir: str | Path, dataset: ImageDataset) -> Path:
-    """The cache's file: one for each combination of data set and splits."""
+    """The cache file. Each combination of data set and splits has its own."""
     name = "-".join([dataset.name, "+".join(dataset.splits)])
     return Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name).strip('-.')}.safetensors"
 
@@ -76,24 +76,24 @@ def load_or_build_latent_cache(
     autocast_dtype: torch.dtype | None = None,
     num_workers: int = 0,
 ) -> LatentCache:
-    """Read the cache of `dataset`'s latents from `cache_dir`, or encode them and write it there.
+    """Read the cache of `dataset`'s latents in `cache_dir`. Without a usable one encode the images and write it.
 
-    With several processes call it under `accelerator.main_process_first()`: the others then find the file.
+    With several processes call it within `accelerator.main_process_first()`: the others then find the file.
 
     Args:
         vae: anything with diffusers' `encode(images).latent_dist`, on `device` and in evaluation mode.
-        dataset: images `(B, 3, H, W)` in [-1, 1]; read by plain indices, so center-cropped and not flipped.
+        dataset: images `(B, 3, H, W)` in [-1, 1]. They are read by plain indices, so center-cropped and not flipped.
         batch_size: images encoded at a time, each together with its flip.
-        autocast_dtype: `torch.bfloat16`, `torch.float16`, or `None` to encode in the weights' own precision. It is no
-            part of the key: a cache made in another precision is used.
-        num_workers: processes that decode images ahead; 0 suits a data set held in memory.
+        autocast_dtype: `torch.bfloat16`, `torch.float16`, or `None` to encode in the precision of the weights. It is
+            not part of the key: a cache made in another precision is used.
+        num_workers: processes that decode images ahead. 0 suits a data set that is held in memory.
 
     Raises:
-        InputError: latents that are not finite, or too large for 16-bit storage; a folder that can't be written.
+        InputError: latents are not finite or too large for 16 bits, or the folder can't be written.
     """
     path = cache_path(cache_dir, dataset)
     key = cache_key(vae, dataset)
-    if path.is_file():  # no pipe, which would be waited for
+    if path.is_file():  # reading a pipe would wait for ever
         try:
             cache = read_latent_cache(path, key)
             if not torch.equal(cache.labels, dataset.labels) or cache.class_names != list(dataset.class_names):
@@ -111,7 +111,7 @@ def read_latent_cache(path: Path, key: str) -> LatentCache:
     """Read a cache file.
 
     Raises:
-        UnusableCacheError: another key, a torn or damaged file, latents that are not finite.
+        UnusableCacheError: the key differs, the file is damaged, or latents are not finite.
     """
     tensors, metadata = read_tensors(path, key)
     try:
@@ -120,22 +120,22 @@ def read_latent_cache(path: Path, key: str) -> LatentCache:
     except (LookupError, ValueError, RecursionError) as error:
         raise UnusableCacheError(f"can't be read ({one_line(error)})") from error
     if cache.mean.shape != cache.std.shape or cache.mean.shape[:2] != (len(cache), 2) or cache.mean.ndim != 5:
-        raise UnusableCacheError("is no cache of latents by its shapes")
+        raise UnusableCacheError("has shapes that don't belong to a cache of latents")
     if not _is_finite(cache.mean, cache.std):
         raise UnusableCacheError("holds latents that are not finite")
     return cache
 
 
 class LatentDataset(Dataset):
-    """Normalized latents and all the randomness of a denoising step, from (seed, epoch, image index) alone.
+    """Normalized latents and all random numbers of a denoising step, which depend on (seed, epoch, image index) only.
 
-    A key is `(epoch, index)`; neither the batch it comes in nor process or worker changes what it gives. Feed it with
+    A key is `(epoch, index)`. An item is the same in every batch, process and worker. Use it with
     `data.TrainingSampler` and `collate_fn=data.keep_batch`.
 
     Args:
         cache: the posteriors.
         latents_mean, latents_std: per channel, C of each, from the autoencoder's config.
-        seed: the run's.
+        seed: the seed of the run.
     """
 
     def __init__(self, cache: LatentCache, latents_mean: Sequence[float], latents_std: Sequence[float], seed: int):
@@ -152,9 +152,10 @@ class LatentDataset(Dataset):
         """The items of a batch, each tensor already batched.
 
         Returns:
-            "latents" `(B, C, h, w)`: a sample of the posterior of image or flip, normalized by the statistics;
-            "noise" `(B, C, h, w)`: standard normal, for the diffusion; "uniforms" `(B, 2)` in [0, 1): for the timestep
-            and for label dropout; "class_labels" and "index" `(B,)` int64; all else float32.
+            "latents" `(B, C, h, w)`: a sample of the posterior of the image or its flip, normalized.
+            "noise" `(B, C, h, w)`: standard normal, for the diffusion.
+            "uniforms" `(B, 2)` in [0, 1): for the timestep and for label dropout.
+            "class_labels" and "index" `(B,)` int64. All the others are float32.
         """
         shape = (len(keys), *self.cache.mean.shape[2:])
         posterior_noise, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
@@ -178,18 +179,22 @@ class LatentDataset(Dataset):
         }
 
     def posterior_means(self, indices: Sequence[int]) -> torch.Tensor:
-        """The normalized latents of these images, not flipped and without chance: `(B, C, h, w)` float32."""
+        """The normalized posterior means of these images, not flipped: `(B, C, h, w)` float32."""
         return (self.cache.mean[torch.as_tensor(indices), 0].float() - self.latents_mean) / self.latents_std
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """The same for one key, without the batch dimension."""
+        """The item of one key, without the batch dimension."""
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
 
 def _encode(
     vae: torch.nn.Module, loader: DataLoader, device: torch.device, autocast_dtype: torch.dtype | None
 ) -> LatentCache:
-    """Posteriors of all the images and their flips, as float16 on the CPU; refuses what float16 can't hold."""
+    """The posteriors of all images and their flips, in float16 on the CPU.
+
+    Raises:
+        InputError: float16 can't hold them.
+    """
     dataset = loader.dataset
     autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
     means, stds = [], []
@@ -199,8 +204,8 @@ def _encode(
             pairs = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, H, W)
             with torch.inference_mode(), autocast:
                 posterior = vae.encode(pairs.contiguous(memory_format=torch.channels_last)).latent_dist
-            for parts, moments in ((means, posterior.mean), (stds, posterior.std)):
-                parts.append(moments.half().cpu().contiguous().unflatten(0, (-1, 2)))  # (B, 2, C, h, w)
+            for batches, moments in ((means, posterior.mean), (stds, posterior.std)):
+                batches.append(moments.half().cpu().contiguous().unflatten(0, (-1, 2)))  # (B, 2, C, h, w)
             if not _is_finite(means[-1], stds[-1]):
                 raise InputError(
                     f"--autoencoder: its latents of images {progress.n} to {progress.n + len(images) - 1} of "

@@ -1,4 +1,4 @@
-"""Names of classes in pictures: drawn as they are spelled, whatever they hold, in fonts that have their letters."""
+"""Names of classes in pictures: drawn as they are spelled, in fonts that have their letters."""
 
 import textwrap
 import unicodedata
@@ -21,14 +21,14 @@ from .progress_bars import write_line
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
-# No name is a formula, `a$b$` neither, whatever a matplotlibrc says.
+# A name such as `a$b$` is no formula, whatever a matplotlibrc says.
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False, "axes.formatter.use_mathtext": False})
-LONGEST_NAME = 48  # letters; of a longer name the beginning is drawn
-TOLD: set[str] = set()  # letters that no font has, and that it has been said of
+LONGEST_NAME = 48  # letters; a longer name is cut
+REPORTED_LETTERS: set[str] = set()  # letters without a font, which the user has been told of
 
 
 class Font(NamedTuple):
-    """A face in a font file, and how matplotlib calls its family."""
+    """A face in a font file, and matplotlib's name of its family."""
 
     path: str
     index: int
@@ -36,16 +36,16 @@ class Font(NamedTuple):
 
 
 def drawable(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name as it may be drawn: on one line, not too long, without what no font can show."""
+    """A name as it is drawn: on one line, cut to `longest` letters, with control characters as visible escapes."""
     name = printable(name.strip())
     if len(name) > longest:
         name = name[: longest - 1].rstrip() + "…"
-    return f" {name}" if name.startswith("_") else name  # matplotlib leaves it out of legends otherwise
+    return f" {name}" if name.startswith("_") else name  # matplotlib leaves names that begin with _ out of legends
 
 
 def wrapped(name: str, width: int) -> str:
-    """A name on lines of at most `width` letters, of which a Chinese one and the like counts as two."""
-    filler = "\u2060"  # behind each wide letter, as it were its other half
+    """A name on lines of at most `width` letters. A wide letter, such as a Chinese one, counts as two."""
+    filler = "\u2060"  # an invisible character that stands for the second half of a wide letter
     wide = (letter + filler * (unicodedata.east_asian_width(letter) in "WF") for letter in name.strip())
     return "\n".join(textwrap.wrap("".join(wide), max(1, width))).replace(filler, "")
 
@@ -55,7 +55,7 @@ def wrapped(name: str, width: int) -> str:
 
 @cache
 def letters_of(font: Font) -> frozenset[str]:
-    """What a font has a glyph for; nothing where it can't be read."""
+    """The letters that a font has glyphs for; none where the font can't be read."""
     try:
         return frozenset(map(chr, get_font(font.path).get_charmap()))
     except (OSError, RuntimeError):
@@ -64,19 +64,21 @@ def letters_of(font: Font) -> frozenset[str]:
 
 @cache
 def default_font() -> Font:
-    """The one that matplotlib takes unless it is told otherwise."""
+    """The font that matplotlib uses by default."""
     path = str(findfont(FontProperties()))
     return next((font for font in _installed() if font.path == path), Font(path, 0, "sans-serif"))
 
 
 def _installed() -> list[Font]:
-    """Every upright font that matplotlib knows of, those of a regular weight first."""
-    entries = [one for one in fontManager.ttflist if one.style == "normal" and not one.name.startswith("Last Resort")]
-    entries.sort(key=lambda one: (abs(_weight(one.weight) - 400), "Sans" not in one.name, one.name))
-    return [Font(str(one.fname), getattr(one, "index", 0), one.name) for one in entries]
+    """Every upright font that matplotlib knows of, those of regular weight first."""
+    upright = (entry for entry in fontManager.ttflist if entry.style == "normal")
+    entries = [entry for entry in upright if not entry.name.startswith("Last Resort")]
+    entries.sort(key=lambda entry: (abs(_weight(entry.weight) - 400), "Sans" not in entry.name, entry.name))
+    return [Font(str(entry.fname), getattr(entry, "index", 0), entry.name) for entry in entries]
 
 
 def _weight(weight: object) -> int:
+    """A weight as a number; names of weights count as regular."""
     return weight if isinstance(weight, int) else 400
 
 
@@ -87,7 +89,7 @@ def font_with(letter: str) -> Font | None:
 
 
 def _inks(font: Font, letter: str) -> bool:
-    """Whether it comes out: of fonts of colored bitmaps it doesn't."""
+    """Whether Pillow can draw the letter in this font. It can't in fonts of colored bitmaps."""
     try:
         return ImageFont.truetype(font.path, 12, index=font.index).getmask(letter).getbbox() is not None
     except OSError:
@@ -95,7 +97,7 @@ def _inks(font: Font, letter: str) -> bool:
 
 
 def fonts_for(text: Iterable[str]) -> list[Font]:
-    """The default font, and those that have the letters that it lacks; says once which letters no font has."""
+    """The default font, and fonts for the letters that it lacks. Letters without a font are reported once."""
     fonts, lacking = [default_font()], set()
     for letter in sorted(set(text)):
         if letter.isspace() or any(letter in letters_of(font) for font in fonts):
@@ -103,16 +105,18 @@ def fonts_for(text: Iterable[str]) -> list[Font]:
         found = font_with(letter)
         fonts += [found] if found else []
         lacking |= set() if found else {letter}
-    if new := sorted(lacking - TOLD):
-        TOLD.update(new)
-        some = " ".join(new[:20]) + (f" and {len(new) - 20} more letters" if len(new) > 20 else "")
-        way_out = "pictures show boxes in their place; install one that has, such as Noto Sans CJK"
-        write_line(f"no font here has {some}: {way_out}")
+    if new := sorted(lacking - REPORTED_LETTERS):
+        REPORTED_LETTERS.update(new)
+        letters = " ".join(new[:20]) + (f" and {len(new) - 20} more letters" if len(new) > 20 else "")
+        write_line(
+            f"no installed font has {letters}: pictures show boxes in their place; install a font that has them, "
+            "such as Noto Sans CJK"
+        )
     return fonts
 
 
 def spell_out(figure: Figure) -> None:
-    """Have a figure's texts drawn in fonts that have their letters."""
+    """Give a figure's texts fonts that have their letters."""
     texts = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
     fonts = fonts_for("".join(text.get_text() for text in texts))
     for text in texts if len(fonts) > 1 else ():
@@ -120,21 +124,21 @@ def spell_out(figure: Figure) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, its names spelled out, and let go of it; the folder is made where there is none."""
+    """Write a figure as PNG, with fonts for all its letters, and close it. The folder is made where there is none."""
     try:
         spell_out(figure)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # `fonts_for` has said it
+            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # `fonts_for` reports it
             write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
     finally:
         plt.close(figure)
 
 
 def pillow_font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """One font for a text that Pillow draws: its own where that has every letter, else the one that has most."""
+    """One font for a text that Pillow draws: its own, or the one that has most of the letters."""
     own = ImageFont.load_default(size)
-    if text.isascii() or not isinstance(own, ImageFont.FreeTypeFont):  # Pillow without FreeType has one font of ASCII
+    if text.isascii() or not isinstance(own, ImageFont.FreeTypeFont):  # without FreeType Pillow has one ASCII font
         return own
     letters = set(text)
-    font = max(fonts_for(text), key=lambda one: len(letters & letters_of(one)))
+    font = max(fonts_for(text), key=lambda candidate: len(letters & letters_of(candidate)))
     return ImageFont.truetype(font.path, size, index=font.index)

@@ -1,13 +1,14 @@
-"""Procedural flowers: a data set that needs no download, drawn from nothing but (seed, class, index).
+"""Procedural flowers: a data set that needs no download. An image depends on (seed, class, index) only.
 
-A class is a form (petal count and outline, whorls, disc) in a palette; position, size, tilt, rotation, light and the
-blurred background vary from image to image. Its neighbor `data` serves it as `--dataset synthetic`.
+A class is a form (petal count and outline, whorls, disc) in a palette. Position, size, tilt, rotation, light and the
+blurred background vary from image to image.
 
-Units: the frame spans [-1, 1] in both directions, y downwards; on the flower, 1 is the length of an outer petal.
+Units: the frame spans [-1, 1] in both directions, y downwards. On the flower, 1 is the length of an outer petal.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from .errors import InputError
 MIN_RESOLUTION, MAX_RESOLUTION = 16, 512
 BACKGROUND_SIZE = 64  # the background is out of focus: drawn at this size and enlarged
 PROFILE_STEPS = 1024  # entries of the tables along a petal
-SHADOW_LENGTH = 0.93  # of a petal: what casts its shadow has a blunt end, from which distance is easily measured
+SHADOW_LENGTH = 0.93  # of a petal: the outline that casts its shadow has a blunt end, so that distances are easy
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,18 @@ class Form:
     noun: str
     petals: int  # in each whorl
     half_width: float  # of a petal, where it is widest
-    base: float  # exponents of the outline t^base (1 - t)^tip: a large base makes a narrow claw,
-    tip: float  # a tip below 0.5 a blunt end, above 0.8 a pointed one
+    base: float  # exponents of the outline t^base (1 - t)^tip. A large base makes a narrow claw.
+    tip: float  # A tip below 0.5 makes a blunt end, one above 0.8 a pointed end.
     disc: str  # one of DISCS
     disc_radius: float
     whorls: int = 1
-    decay: float = 0.75  # length of a whorl over that of the whorl around it
-    turn: float = 0.5  # of a whorl against the one around it, in petals
-    curl: float = 0.0  # radians by which a petal's tip is turned against its base
+    decay: float = 0.75  # length of a whorl relative to that of the whorl around it
+    turn: float = 0.5  # rotation of a whorl against the one around it, in petals
+    curl: float = 0.0  # rotation of a petal's tip against its base, in radians
     notch: float = 0.0  # depth of the cleft in the tip, in petal lengths
     fringe: float = 0.0  # depth of the teeth at the tip, in petal lengths
     rib: float = 0.1  # darkness of the mid-rib and veins
-    overlap_shadow: float = 0.4  # that a petal casts on the next one
+    overlap_shadow: float = 0.4  # darkness of the shadow that a petal casts on the next one
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Palette:
     accent: str
 
 
-# 13 forms and 17 palettes have no common factor: class i takes form i mod 13 and palette i mod 17. No pair comes
-# twice, and 13 classes in a row share neither form nor palette. Neighbors in both lists are chosen to be unlike.
+# Class i has form i mod 13 and palette i mod 17. These numbers have no common factor, so no pair comes twice, and 13
+# classes in a row share neither form nor palette. Neighbors in both lists look different.
 FORMS = (
     Form("daisy", 15, 0.135, 0.7, 0.38, "seeds", 0.27),
     Form("poppy", 4, 0.68, 0.75, 0.36, "stamens", 0.24, fringe=0.022, overlap_shadow=0.5),
@@ -94,7 +95,7 @@ CLASS_NAMES: tuple[str, ...] = tuple(
     f"{PALETTES[i % len(PALETTES)].adjective} {FORMS[i % len(FORMS)].noun}" for i in range(NUM_CLASSES)
 )
 
-# (above, below, bokeh), each out of focus behind any flower
+# Backgrounds, all out of focus: colors above, below, and of the discs of light.
 SCENES = (
     ("#6f9c4a", "#2c5a2a", "#c9dd7c"),  # meadow
     ("#27482f", "#132a1d", "#5f8f55"),  # forest
@@ -124,22 +125,22 @@ def synthetic_flower(class_index: int, index: int, *, seed: int = 0, resolution:
 
     Args:
         class_index: 0 to 101, see `CLASS_NAMES`.
-        index: which flower of the class, from 0; there is no last one.
-        seed: another seed, another data set of the same classes.
+        index: number of the flower within the class, from 0 and without an upper limit.
+        seed: another seed gives another data set of the same classes.
         resolution: pixels a side, 16 to 512.
 
     Returns:
         (resolution, resolution, 3) uint8 RGB.
 
     Raises:
-        InputError: an argument out of range.
+        InputError: an argument is out of range.
     """
     if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
         raise InputError(f"resolution {resolution}: synthetic flowers are {MIN_RESOLUTION} to {MAX_RESOLUTION} pixels")
     if index < 0 or seed < 0:
         raise InputError(f"synthetic flower index {index}, seed {seed}: both must be 0 or more")
     form, palette = flower_design(class_index)
-    # A stream of its own, so that no crop or noise that `data` draws for a training sample can repeat it.
+    # Not the kind of generator that `data.image_rng` is, so that crops and noise never repeat these numbers.
     rng = np.random.default_rng([seed, class_index, index])
     view = _draw_view(rng)
     background = _draw_background(rng, view)
@@ -154,7 +155,7 @@ def synthetic_flower(class_index: int, index: int, *, seed: int = 0, resolution:
 
 
 def flower_design(class_index: int) -> tuple[Form, Palette]:
-    """The form and the palette that a class (0 to 101) is made of. Raises `InputError` for any other index."""
+    """The form and the palette of a class (0 to 101). Raises `InputError` for any other index."""
     if not 0 <= class_index < NUM_CLASSES:
         raise InputError(f"class {class_index}: synthetic flowers have classes 0 to {NUM_CLASSES - 1}")
     return FORMS[class_index % len(FORMS)], PALETTES[class_index % len(PALETTES)]
@@ -179,7 +180,7 @@ def _draw_view(rng: np.random.Generator) -> View:
 
 
 def _draw_background(rng: np.random.Generator, view: View) -> Image.Image:
-    """Two colors melting into each other, discs of light, and the flower's own stem and leaves, all out of focus."""
+    """A gradient of two colors, discs of light, and the flower's stem and leaves, all out of focus."""
     x, y = _pixel_grid(BACKGROUND_SIZE)
     above, below, glow = (_rgb(color) for color in SCENES[rng.integers(len(SCENES))])
     slope, wave_x, wave_y, phase_x, phase_y = rng.uniform((-0.3, 2, 1, 0, 0), (0.3, 6, 3, 6.3, 6.3)).tolist()
@@ -197,7 +198,7 @@ def _draw_background(rng: np.random.Generator, view: View) -> Image.Image:
 def _draw_leaves(
     canvas: np.ndarray, x: np.ndarray, y: np.ndarray, radius: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """A bent stem and two leaves over `canvas` (N, 3); x and y, each (N,), are measured from the flower's center."""
+    """Draw a bent stem and two leaves over `canvas` (N, 3). x and y, each (N,), start at the flower's center."""
     green = _rgb("#3f7a35") * rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
     stem = np.clip((0.055 - np.abs(x - rng.uniform(-0.35, 0.35) * y**2)) / 0.04 + 0.5, 0, 1) * (y > 0)
     canvas = _mix(canvas, green * 0.85, stem)
@@ -214,7 +215,7 @@ def _draw_leaves(
 def _paint_flower(
     canvas: np.ndarray, size: int, form: Form, palette: Palette, view: View, rng: np.random.Generator
 ) -> None:
-    """Paint whorl after whorl, outermost first, then the disc, onto `canvas` (size * size, 3) in place."""
+    """Paint the whorls, outermost first, and then the disc onto `canvas` (size * size, 3), in place."""
     x, y = _pixel_grid(size)
     x, y = (x - np.float32(view.center[0])) / view.radius, (y - np.float32(view.center[1])) / view.radius
     tilt_x, tilt_y, foreshortening = view.tilt
@@ -224,8 +225,8 @@ def _paint_flower(
     pixels = np.flatnonzero(radius_squared < 1.1)
     x, y, radius = x[pixels], y[pixels], np.sqrt(radius_squared[pixels]) + np.float32(1e-6)
     angle = np.arctan2(y, x)
-    light_out = (view.light[0] * x + view.light[1] * y) / radius  # the light's share along the radius,
-    light_across = (view.light[1] * x - view.light[0] * y) / radius  # and along the angle
+    light_out = (view.light[0] * x + view.light[1] * y) / radius  # component of the light along the radius
+    light_across = (view.light[1] * x - view.light[0] * y) / radius  # component along the angle
     polar = np.stack([radius, angle, light_out, light_across])
     pixel = 2 / (size * view.radius)
 
@@ -239,20 +240,28 @@ def _paint_flower(
     canvas[pixels] = canvas[pixels] * (1 - flower[:, 3:]) + flower[:, :3]
 
 
+class PetalTables(NamedTuple):
+    """What a petal is like at `PROFILE_STEPS` places from base to tip."""
+
+    half_width: np.ndarray  # (steps,), relative to the widest place
+    shadow_width: np.ndarray  # (steps,), the same for the outline that casts the shadow; its end is blunt
+    color: np.ndarray  # (steps, 3)
+
+
 def _paint_whorl(
     flower: np.ndarray,
     polar: np.ndarray,
     form: Form,
-    tables: tuple[np.ndarray, np.ndarray, np.ndarray],
+    tables: PetalTables,
     view: View,
     whorl: int,
     pixel: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """One ring of petals over `flower` (N, 4) at `polar` (4, N), cut and colored by `tables`.
+    """Paint one ring of petals over `flower` (N, 4) at `polar` (4, N), with the outlines and colors of `tables`.
 
-    A pixel lies between the mid-ribs of two petals and can only be on one of these, so each is evaluated once for all
-    pixels, as (2, N). The first of the two always lies on top: every petal overlaps the next, as in real flowers.
+    A pixel lies between the mid-ribs of two petals, and can only be on one of these two. So two petals are evaluated
+    for every pixel, as (2, N). The first of the two always lies on top: every petal overlaps the next.
     """
     radius, angle, light_out, light_across = polar
     length, sector = form.decay**whorl, 2 * math.pi / form.petals
@@ -274,13 +283,12 @@ def _paint_whorl(
         along *= 1 + form.notch / (1 + (side / 0.3) ** 2)
     if form.fringe:
         along *= 1 + form.fringe * np.cos(13 * side)
-    width, reach, gradient = tables
     step = np.clip(along * PROFILE_STEPS, 0, PROFILE_STEPS - 1).astype(np.int32)
-    half_width, from_rib = width[step], np.abs(side)
+    half_width, from_rib = tables.half_width[step], np.abs(side)
     edge = np.minimum((half_width - from_rib) * form.half_width, 1 - along) * petal_length
     cover = np.clip(edge / np.float32(pixel) + 0.5, 0, 1)
-    beside, beyond = np.maximum(from_rib - reach[step], 0), np.maximum(along - SHADOW_LENGTH, 0)
-    gap = np.sqrt((beside * form.half_width) ** 2 + beyond**2) * petal_length  # from a petal to what it shades
+    beside, beyond = np.maximum(from_rib - tables.shadow_width[step], 0), np.maximum(along - SHADOW_LENGTH, 0)
+    gap = np.sqrt((beside * form.half_width) ** 2 + beyond**2) * petal_length  # from a petal to its shadow
 
     across = side / (half_width + 0.05)
     rib = form.rib * (1 / (1 + (across * 9) ** 2) + 0.25 * np.cos(across * 14) * along)
@@ -288,57 +296,62 @@ def _paint_whorl(
     light *= 0.72 + 0.34 * np.minimum(along * 1.6, 1)
     light[1] *= 1 - form.overlap_shadow / (1 + (gap[0] * (18 / length)) ** 2)
 
-    if whorl > 0:  # a shadow on the whorl below, deeper on the side away from the light
+    if whorl > 0:  # a shadow on the whorl below, darker on the side away from the light
         depth = (0.5 - 0.25 * light_out) * np.maximum(1 - (9 / length) * gap.min(axis=0), 0) ** 2
         flower[:, :3] *= (1 - depth)[:, None]
     light *= 1 - 0.05 * (form.whorls - 1 - whorl)
     for which in (1, 0):
-        # Light falls through petals: in the shade a color deepens rather than turns gray.
-        color = gradient[step[which]]
+        # Light shines through petals: in the shade a color becomes deeper, not gray.
+        color = tables.color[step[which]]
         color *= 1 + (1.5 * (light[which] - 1))[:, None] * (1 - 0.65 * color)
         _paint_over(flower, color, cover[which])
     return flower
 
 
-def _petal_tables(form: Form, palette: Palette, tone: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Along a petal from base to tip: half-width relative to the widest, (steps,); the same for the shadow's outline,
-    which stays blunt where the petal closes, (steps,); and color, (steps, 3)."""
+def _petal_tables(form: Form, palette: Palette, tone: np.ndarray) -> PetalTables:
     t = (np.arange(PROFILE_STEPS, dtype=np.float32) + 0.5) / PROFILE_STEPS
     width = t**form.base * (1 - t) ** form.tip
     width /= width.max()
-    reach = np.where(t < SHADOW_LENGTH, width, width[int(SHADOW_LENGTH * PROFILE_STEPS)])
+    shadow_width = np.where(t < SHADOW_LENGTH, width, width[int(SHADOW_LENGTH * PROFILE_STEPS)])
     stops = np.stack([_rgb(palette.throat), _rgb(palette.body), _rgb(palette.tip)])
     color = np.stack([np.interp(t, (0.18, 0.48, 0.95), stops[:, channel]) for channel in range(3)], axis=1)
-    return width, reach, color.astype(np.float32) * tone
+    return PetalTables(width, shadow_width, color.astype(np.float32) * tone)
 
 
 def _paint_disc(
     flower: np.ndarray, polar: np.ndarray, form: Form, palette: Palette, view: View, pixel: float
 ) -> np.ndarray:
-    """The flower's center, and its shadow on the petals, over `flower` (N, 4) at `polar` (4, N)."""
+    """Paint the flower's center, and its shadow on the petals, over `flower` (N, 4) at `polar` (4, N)."""
     radius, angle, light_out, _ = polar
     radius = radius / form.disc_radius
-    cover, blend, light = DISCS[form.disc](radius, angle - np.float32(view.rotation), form.disc_radius / pixel)
-    light = light * (1 + 0.4 * light_out * np.minimum(radius, 1))
+    disc = DISCS[form.disc](radius, angle - np.float32(view.rotation), form.disc_radius / pixel)
+    light = disc.light * (1 + 0.4 * light_out * np.minimum(radius, 1))
     shadow = 0.22 * np.clip((1.25 - radius) * 4, 0, 1) ** 2
-    color = _mix(_rgb(palette.disc), _rgb(palette.accent), blend) * light[:, None]
+    color = _mix(_rgb(palette.disc), _rgb(palette.accent), disc.accent) * light[:, None]
     flower[:, :3] *= (1 - shadow)[:, None]
-    _paint_over(flower, color, cover)
+    _paint_over(flower, color, disc.cover)
     return flower
 
 
-# Each disc takes radius (N,), 1 at its rim, angle (N,) and the pixels in a unit of radius,
-# and returns, each (N,), its cover, the share of the accent color and the light.
+class Disc(NamedTuple):
+    """A flower's center at N pixels: its opacity, the share of the accent color, and the light, each (N,)."""
+
+    cover: np.ndarray
+    accent: np.ndarray
+    light: np.ndarray
 
 
-def _seeds(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A dome of florets along two families of spirals, as a sunflower sets its seeds."""
+# Each of these takes the radius (N,), which is 1 at the rim, the angle (N,), and the pixels per unit of radius.
+
+
+def _seeds(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> Disc:
+    """A dome of florets along two families of spirals, like the seeds of a sunflower."""
     florets = np.cos(13 * angle + 17 * radius) * np.cos(21 * angle - 12 * radius) * radius
     blend = np.clip(1.1 * radius**2 - 0.25 + 0.35 * florets, 0, 1)
-    return np.clip((1 - radius) * sharpness + 0.5, 0, 1), blend, 1.08 - 0.25 * radius**4 + 0.15 * florets
+    return Disc(np.clip((1 - radius) * sharpness + 0.5, 0, 1), blend, 1.08 - 0.25 * radius**4 + 0.15 * florets)
 
 
-def _stamens(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stamens(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> Disc:
     """Filaments that carry anthers, around a small dome."""
     offset = (np.mod(angle * (10 / (2 * math.pi)), 1) - 0.5) * (2 * math.pi / 10)
     side, along = radius * np.sin(offset), radius * np.cos(offset)
@@ -346,28 +359,30 @@ def _stamens(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> tuple[n
     anther = 0.17 - np.sqrt((along - 0.88) ** 2 + side**2)
     dome = 0.36 - radius
     cover = np.clip(np.maximum(np.maximum(filament, anther), dome) * sharpness + 0.5, 0, 1)
-    return cover, np.clip((radius - 0.36) * 9, 0, 1), 1.05 - 0.3 * np.clip(radius / 0.36, 0, 1) ** 4 * (radius < 0.36)
+    light = 1.05 - 0.3 * np.clip(radius / 0.36, 0, 1) ** 4 * (radius < 0.36)
+    return Disc(cover, np.clip((radius - 0.36) * 9, 0, 1), light)
 
 
-def _star(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A pale star with a bright heart."""
+def _star(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> Disc:
+    """A pale star with a bright center."""
     rim = 0.72 + 0.28 * np.cos(5 * angle)
     cover = np.clip((rim - radius) * sharpness + 0.5, 0, 1)
-    return cover, np.clip((0.42 - radius) * 8 + 0.5, 0, 1), 1.0 - 0.15 * radius
+    return Disc(cover, np.clip((0.42 - radius) * 8 + 0.5, 0, 1), 1.0 - 0.15 * radius)
 
 
-def _trumpet(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _trumpet(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> Disc:
     """A deep cup with a bright, ruffled rim."""
     rim = 0.94 + 0.06 * np.cos(9 * angle)
     depth = radius / rim
     cover = np.clip((rim - radius) * sharpness + 0.5, 0, 1)
-    return cover, np.clip(depth * 2.6 - 1.7, 0, 1), 0.45 + 0.6 * depth**2 + 0.05 * np.cos(18 * angle) * depth
+    light = 0.45 + 0.6 * depth**2 + 0.05 * np.cos(18 * angle) * depth
+    return Disc(cover, np.clip(depth * 2.6 - 1.7, 0, 1), light)
 
 
-def _bud(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A heart that melts into the petals."""
+def _bud(radius: np.ndarray, angle: np.ndarray, sharpness: float) -> Disc:
+    """A center without an edge towards the petals."""
     cover = np.clip(1.25 - radius, 0, 1) ** 0.7
-    return cover, np.clip(0.5 + 0.5 * np.cos(3 * angle + 9 * radius), 0, 1) * radius * 0.6, 0.9 + 0 * radius
+    return Disc(cover, np.clip(0.5 + 0.5 * np.cos(3 * angle + 9 * radius), 0, 1) * radius * 0.6, 0.9 + 0 * radius)
 
 
 DISCS = {"seeds": _seeds, "stamens": _stamens, "star": _star, "trumpet": _trumpet, "bud": _bud}
@@ -385,12 +400,12 @@ def _rgb(color: str) -> np.ndarray:
 
 
 def _mix(first: np.ndarray, second: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """From `first` to `second`, (3,) or (N, 3), by `amount` (N,) in [0, 1]: (N, 3)."""
+    """Colors (N, 3) between `first` and `second`, each (3,) or (N, 3), by `amount` (N,) in [0, 1]."""
     return first + amount[:, None] * (second - first)
 
 
 def _paint_over(flower: np.ndarray, color: np.ndarray, cover: np.ndarray) -> None:
-    """Lay `color` (N, 3) with `cover` (N,) over `flower` (N, 4), premultiplied RGB and cover, in place."""
+    """Paint `color` (N, 3) with opacity `cover` (N,) over `flower` (N, 4), premultiplied RGB and opacity, in place."""
     flower *= (1 - cover)[:, None]
     flower[:, :3] += cover[:, None] * color
     flower[:, 3] += cover

@@ -179,7 +179,7 @@ def test_unknown_recipe_key_with_the_nearest(refusal, tmp_path, stage):
         ("latent_diffusion", "--prediction_type noise", "--prediction_type: invalid choice: 'noise'"),
         ("latent_diffusion", "--beta_schedule cosine", "--beta_schedule: invalid choice: 'cosine'"),
         ("latent_diffusion", "--label_dropout 1", "--label_dropout must be at least 0 and below 1, got 1.0"),
-        ("latent_diffusion", "--prediction_type epsilon", "cannot go with --beta_schedule squaredcos_cap_v2"),
+        ("latent_diffusion", "--prediction_type epsilon", "cannot be used with --beta_schedule squaredcos_cap_v2"),
         ("latent_diffusion", "--label_dropout 0", "never trains the null label that guidance needs"),
         ("autoencoder", "--resolution 8", "--resolution must be at least 12 for the discriminator, got 8"),
         ("latent_diffusion", "--snr_gamma -1", "--snr_gamma must not be negative, got -1.0"),
@@ -295,7 +295,7 @@ def test_a_torn_checkpoint(refusal, flags, finished_runs, earlier_runs, stage):
     weights.write_bytes(weights.read_bytes()[:-1000])
     shutil.rmtree(output_dir / "checkpoint-4")
     line = refusal(stage, "--output_dir", output_dir, "--resume_from_checkpoint", "latest")
-    reason = "its 'model.safetensors' is not as it was written"
+    reason = "its 'model.safetensors' has changed since it was written"
     assert line == (
         f"--resume_from_checkpoint latest: {output_dir} holds no valid checkpoint (checkpoint-6, {reason})"
     )

@@ -80,7 +80,7 @@ def test_the_default_folder_of_the_flowers_is_not_written_to(tmp_path, monkeypat
 def test_a_run_does_not_become_a_class_of_its_data(image_folder, where):
     """It couldn't be resumed, for other data than before; stage 2 learned to draw its pictures."""
     words = ["--dataset=imagefolder", f"--output_dir={image_folder / where}"]
-    with pytest.raises(InputError, match=f"{where} lies among the class folders of --data_dir {image_folder} and"):
+    with pytest.raises(InputError, match=f"{where} lies among the class folders of --data_dir {image_folder}, and"):
         checkpoints.check_output_dir(parse(*words, f"--data_dir={image_folder}"))
     checkpoints.check_output_dir(parse(*words, f"--data_dir={image_folder}", "--classes", "rose"))
     (image_folder.parent / "all").mkdir()
@@ -183,7 +183,7 @@ def test_a_pipe_in_a_run_is_not_waited_for(output_dir, earlier_run, name):
 def test_what_somebody_else_put_into_a_run_stops_its_replacement(output_dir, earlier_run, name):
     (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
     (output_dir / name).write_text("dear flower")
-    with pytest.raises(InputError, match="holds what no run of ours has written: '.*; move that") as caught:
+    with pytest.raises(InputError, match="holds what no training run has written: '.*; move that") as caught:
         claim(output_dir, "--overwrite_output_dir")
     assert re.search("written: '([^']*)'", str(caught.value))[1] in (name, str(Path(name).parent), name.split("/")[0])
     assert on_disk(output_dir) == earlier_run | {name: b"dear flower"}
@@ -199,7 +199,7 @@ def test_what_is_not_ours_is_named_in_one_line(output_dir, earlier_run):
 
 def test_a_card_of_somebodys_own_is_not_ours(output_dir, earlier_run):
     (output_dir / "README.md").write_text("My flowers")
-    with pytest.raises(InputError, match="no run of ours has written: 'README.md'"):
+    with pytest.raises(InputError, match="no training run has written: 'README.md'"):
         claim(output_dir, "--overwrite_output_dir")
     (output_dir / "README.md").write_text(f"---\n{runs.CARD_MARK}\n")
     claim(output_dir, "--overwrite_output_dir")
@@ -478,13 +478,13 @@ def edit_manifest(path: Path, **entries) -> None:
 # What happens to a checkpoint's folder, by what is said of it.
 DAMAGE = {
     "it has no manifest.json, which is written last": lambda folder: (folder / "manifest.json").unlink(),
-    "an earlier version made it, of files that can run code": as_an_earlier_version_wrote,
+    "an earlier version made it, with files that can run code": as_an_earlier_version_wrote,
     "its manifest.json can't be read": lambda folder: os.truncate(folder / "manifest.json", 50),
     "its 'model.safetensors' is missing": lambda folder: (folder / "model.safetensors").unlink(),
-    "its 'model.safetensors' is not as it was written": lambda folder: flip_a_bit(folder / "model.safetensors"),
-    "its 'args.yaml' is not as it was written": lambda folder: os.truncate(folder / "args.yaml", 9),
+    "its 'model.safetensors' has changed": lambda folder: flip_a_bit(folder / "model.safetensors"),
+    "its 'args.yaml' has changed": lambda folder: os.truncate(folder / "args.yaml", 9),
     "it holds step 5": lambda folder: [shutil.rmtree(folder), shutil.copytree(folder.parent / "checkpoint-5", folder)],
-    "its manifest.json is of version 2": lambda folder: edit_manifest(folder / "manifest.json", version=2),
+    "its manifest.json has version 2": lambda folder: edit_manifest(folder / "manifest.json", version=2),
     "its 'model.safetensors' is missing ": lambda folder: (  # a pipe, which would be waited for
         [(folder / "model.safetensors").unlink(), os.mkfifo(folder / "model.safetensors")]
     ),
@@ -501,7 +501,7 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_passed_over(output_dir, ear
     newer = make_checkpoint(output_dir, 7)
     DAMAGE[reason](newer)
     assert find(output_dir, "latest", "--seed=1") == output_dir / "checkpoint-5"
-    said = f"going on from {output_dir / 'checkpoint-5'}; passed over: checkpoint-7, {reason.strip()}"
+    said = f"going on from {output_dir / 'checkpoint-5'}; skipped: checkpoint-7, {reason.strip()}"
     assert capsys.readouterr().out.startswith(said)
     with pytest.raises(InputError, match=re.escape(f"{newer} is no valid checkpoint: {reason.strip()}")):
         find(output_dir, newer, "--seed=1")
@@ -519,7 +519,7 @@ def test_a_link_or_a_file_called_like_a_checkpoint_is_named_and_passed_over(outp
     else:
         (output_dir / "checkpoint-7").write_text("dear flower")
     assert find(output_dir, "latest", "--seed=1") == output_dir / "checkpoint-5"
-    assert "passed over: checkpoint-7, it is a link or a file\n" in capsys.readouterr().out
+    assert "skipped: checkpoint-7, it is a link or a file\n" in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_fp16s_scale_is_not_resumed_in_fp16(output_dir, earlier_run):
@@ -607,7 +607,7 @@ def test_what_is_called_like_the_checkpoint_to_come_is_set_aside(save, output_di
     if (kind, name) == ("folder", "unfinished-6"):  # a killed run's own
         return
     assert os.path.lexists(output_dir / f"{name}-aside-1")
-    assert f"{there} was there already: it is called {name}-aside-1 now" in capsys.readouterr().out
+    assert f"{there} existed already: it is now called {name}-aside-1" in capsys.readouterr().out
     if kind != "broken link":
         assert any(path.is_file() and path.read_bytes() == b"dear flower" for path in output_dir.rglob("*"))
 

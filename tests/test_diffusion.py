@@ -55,13 +55,13 @@ def test_zero_terminal_snr_ends_in_pure_noise(beta_schedule):
 def test_impossible_schedules_are_refused():
     for prediction_type in ("sample", "v_prediction"):
         check_schedule(prediction_type, "linear", zero_terminal_snr=True)
-    with pytest.raises(InputError, match="--zero_terminal_snr cannot go with --prediction_type epsilon"):
+    with pytest.raises(InputError, match="--zero_terminal_snr cannot be used with --prediction_type epsilon"):
         make_noise_scheduler("epsilon", "linear", zero_terminal_snr=True)
     with pytest.raises(InputError, match="--prediction_type must be one of .*, not 'noise'"):
         make_noise_scheduler("noise", "linear", zero_terminal_snr=False)
     with pytest.raises(InputError, match="--beta_schedule must be one of linear"):
         make_noise_scheduler("epsilon", "cosine", zero_terminal_snr=False)
-    with pytest.raises(InputError, match="epsilon cannot go with --beta_schedule squaredcos_cap_v2.*choose"):
+    with pytest.raises(InputError, match="epsilon cannot be used with --beta_schedule squaredcos_cap_v2.*choose"):
         make_noise_scheduler("epsilon", "squaredcos_cap_v2", zero_terminal_snr=False)
 
 
@@ -166,7 +166,7 @@ def test_the_last_timestep_is_trained_whatever_the_schedule(prediction_type, bet
 
 
 def test_loss_of_unequal_shapes_is_refused():
-    with pytest.raises(ValueError, match=r"the prediction has the shape \(2, 1, 4, 4\), its target \(2, 3, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"the prediction has shape \(2, 1, 4, 4\), but its target \(2, 3, 4, 4\)"):
         denoising_loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 4, 4), torch.ones(2))
 
 
@@ -196,6 +196,16 @@ def test_loss_by_timestep():
     assert [mean for _, _, mean in bins] == [2.0, 5.0, *[None] * 7, 7.5]
     assert bins[0][:2] == (0, 99) and bins[-1][:2] == (900, 999)
     assert all(mean is None for _, _, mean in losses_by_timestep.read_and_reset())
+
+
+def test_loss_by_timestep_of_several_processes():
+    """Sums and counts are each reduced, so that a process with more samples in a bin has more weight there."""
+    mine, other = LossByTimestep(10, num_bins=2), LossByTimestep(10, num_bins=2)
+    mine.update(torch.tensor([0, 1, 2]), torch.tensor([1.0, 1.0, 1.0]))
+    other.update(torch.tensor([3, 9]), torch.tensor([5.0, 3.0]))
+    others = iter([other.sums, other.counts])
+    assert mine.read_and_reset(lambda tensor: tensor + next(others)) == [(0, 4, 2.0), (5, 9, 3.0)]
+    assert [timestep_bin.mean for timestep_bin in mine.read_and_reset()] == [None, None]
 
 
 def test_bins_that_do_not_divide_the_timesteps_evenly():

@@ -41,12 +41,12 @@ def recorded_batches(*args):
         yield batch
 
 
-def recorded_checkpoint(accelerator, args, kept, global_step):
-    parts = {name: part.state_dict() for name, part in checkpoints.parts_of(accelerator, kept).items()}
+def recorded_checkpoint(accelerator, args, stateful, global_step):
+    parts = {name: owner.state_dict() for name, owner in checkpoints.unwrapped(accelerator, stateful).items()}
     about = {"world_size": torch.distributed.get_world_size(), "backend": torch.distributed.get_backend()}
     state = {"parts": parts, "seen": seen, **about}
     torch.save(state, f"{args.output_dir}-step-{global_step}-rank-{accelerator.process_index}.pt")
-    return save_checkpoint(accelerator, args, kept, global_step)
+    return save_checkpoint(accelerator, args, stateful, global_step)
 
 
 training.training_batches, checkpoints.save_checkpoint = recorded_batches, recorded_checkpoint

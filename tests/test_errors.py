@@ -12,7 +12,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from flower_ldm.errors import InputError, Mouthpiece, exit_on_input_error, one_line, printable
+from flower_ldm.errors import BestEffortStream, InputError, exit_on_input_error, one_line, printable
 
 
 def pipe_without_reader():
@@ -64,7 +64,7 @@ def test_without_it_the_same_would_end_the_command(make):
     stream = make()
     with pytest.raises(OSError, match="Broken pipe|Input/output error"):
         print(TEXT, file=stream, flush=True)
-    Mouthpiece(stream).flush()  # what is left in its buffer
+    BestEffortStream(stream).flush()  # what is left in its buffer
 
 
 def test_what_is_said_to_somebody_arrives(monkeypatch):

@@ -427,7 +427,7 @@ def test_other_formats_are_refused_whatever_they_are_called(tmp_path: Path) -> N
             image.save(tmp_path / "x.png", other)
         except (OSError, KeyError):  # this Pillow can't
             continue
-        with pytest.raises(ValueError, match="no image of the formats JPEG, PNG, .*PPM, or its head is damaged"):
+        with pytest.raises(ValueError, match="no image of the formats JPEG, PNG, .*PPM, or its header is damaged"):
             images.open_image(tmp_path / "x.png")
         refused.append(other)
     assert "EPS" in refused and len(refused) > 4
@@ -510,7 +510,7 @@ def test_a_limit_above_pillows_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_threads_have_a_bounded_number_of_pixels_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_room", images._Room(10_000))
+    monkeypatch.setattr(images, "_budget", images._PixelBudget(10_000))
     decoding, most, lock = [], [], threading.Lock()
 
     def counted(image: Image.Image) -> Image.Image:
@@ -524,7 +524,7 @@ def test_threads_have_a_bounded_number_of_pixels_in_memory(monkeypatch: pytest.M
                 decoding.remove(image.width * image.height)
 
     monkeypatch.setattr(images, "upright_srgb", counted)
-    sizes = [(40, 40), (100, 99), (20, 20), (300, 300)] * 16  # the last is larger than the room: it has it alone
+    sizes = [(40, 40), (100, 99), (20, 20), (300, 300)] * 16  # the last is larger than the budget: it is decoded alone
     threads = [
         threading.Thread(target=images.small_pixels, args=(Image.new("RGB", size), 8), daemon=True) for size in sizes
     ]

@@ -31,7 +31,7 @@ def forget(monkeypatch):
         lettering.letters_of.cache_clear()
         lettering.font_with.cache_clear()
 
-    monkeypatch.setattr(lettering, "TOLD", set())
+    monkeypatch.setattr(lettering, "REPORTED_LETTERS", set())
     clear()
     yield
     clear()
@@ -171,7 +171,8 @@ def test_letters_that_no_font_has_are_named_once(forget, tmp_path, monkeypatch, 
         label_grid([[Image.new("RGB", (96, 96))]], ["牡丹 Rose"])
     assert not recwarn.list  # matplotlib doesn't say it too
     assert capsys.readouterr().err == (
-        "no font here has 丹 牡: pictures show boxes in their place; install one that has, such as Noto Sans CJK\n"
+        "no installed font has 丹 牡: pictures show boxes in their place; install a font that has them, "
+        "such as Noto Sans CJK\n"
     )
     fonts_for(map(chr, range(0x4E00, 0x4E00 + 50)))
     assert " and 30 more letters: " in capsys.readouterr().err

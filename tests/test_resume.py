@@ -391,7 +391,7 @@ def test_a_renamed_checkpoint_is_refused_in_its_own_folder(run, tmp_path):
     folder = run("latent_diffusion", tmp_path / "run", "--max_train_steps", "2")
     (folder / "checkpoint-2").rename(folder / "kept")
     words = ["--resume_from_checkpoint", str(folder / "kept"), "--max_train_steps", "2"]
-    with pytest.raises(InputError, match="kept must be called checkpoint-<step>, or --output_dir another"):
+    with pytest.raises(InputError, match="kept must be called checkpoint-<step>, or --output_dir must be another"):
         run("latent_diffusion", folder, *words)
     run("latent_diffusion", tmp_path / "exported", *words)
 
@@ -424,7 +424,7 @@ def test_a_resumed_run_takes_another_learning_rate(run, tmp_path):
 def test_what_would_not_be_the_same_run_is_refused(run, tmp_path, stage):
     run(stage, tmp_path / "run", "--max_train_steps", "2")
     wrong = {
-        "--seed": ("1", "--seed is 1, .* made with 0: a resumed run must have the same"),
+        "--seed": ("1", "--seed is 1, .* made with 0: a resumed run must have the same value"),
         "--resolution": ("32", "--resolution is 32, .* made with 24"),
         "--train_batch_size": ("8", "its images per update .* was 8, this run's is 16: they must be the same"),
         "--gradient_accumulation_steps": ("4", "its images per update .* was 8, this run's is 16"),
@@ -607,6 +607,6 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_unread(run, tmp_path):
     for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl"):
         run_on_loading(checkpoint / name, tmp_path / "ran")
     for words in (checkpoint, "latest"):
-        with pytest.raises(InputError, match="an earlier version made it, of files that can run code") as refusal:
+        with pytest.raises(InputError, match="an earlier version made it, with files that can run code") as refusal:
             run("latent_diffusion", tmp_path / "run", "--resume_from_checkpoint", str(words))
         assert "\n" not in str(refusal.value) and not (tmp_path / "ran").exists()
