@@ -175,8 +175,8 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
     log.append(step, metrics)
     if accelerator.is_main_process:
         # The last ones are promised: a disk that refuses them ends the run with a line.
-        but = InputError if step == args.max_train_steps else ()
-        with training.optional("pictures of this validation", but=but):
+        reraise = InputError if step == args.max_train_steps else ()
+        with training.optional("pictures of this validation", reraise=reraise):
             curves = Path(args.output_dir) / "autoencoder_losses.png"
             save_loss_curves(runs.read_log(log.path), AUTOENCODER_CURVES, curves)
             rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
@@ -323,10 +323,10 @@ def train(args) -> None:
     if perceptual is not None:
         identity["VGG16 (--vgg_weights)"] = tensors_digest(perceptual.features.state_dict())
     progress = checkpoints.Progress(identity)
-    kept = {"model": parts.vae, "centers": parts.centers, "discriminator": parts.discriminator, "optimizer": optimizer,
-            "disc_optimizer": disc_optimizer, "adaptive_weight": parts.adaptive, "ema": ema,
-            "lr_scheduler": lr_scheduler, "progress": progress}  # fmt: skip
-    checkpoints.resume(accelerator, args, checkpoint, kept)
+    stateful = {"model": parts.vae, "centers": parts.centers, "discriminator": parts.discriminator,
+                "optimizer": optimizer, "disc_optimizer": disc_optimizer, "adaptive_weight": parts.adaptive,
+                "ema": ema, "lr_scheduler": lr_scheduler, "progress": progress}  # fmt: skip
+    checkpoints.resume(accelerator, args, checkpoint, stateful)
     hub.claim_repository(accelerator, args)
     checkpoints.claim_output_dir(accelerator, args)
     if accelerator.is_main_process:
@@ -379,7 +379,7 @@ def train(args) -> None:
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
             with clock.paused():
-                checkpoint = checkpoints.save_checkpoint(accelerator, args, kept, step)
+                checkpoint = checkpoints.save_checkpoint(accelerator, args, stateful, step)
             if stopping:
                 stop.exit(checkpoint)
     bar.close()
@@ -394,7 +394,7 @@ def train(args) -> None:
         if accelerator.is_main_process:
             save_results(accelerator, args, vae, train_images, results)
             if args.final_pictures:
-                with training.optional("the maps of the latents", but=InputError):
+                with training.optional("the maps of the latents", reraise=InputError):
                     draw_latent_maps(accelerator, args, vae, train_images, val_images, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")

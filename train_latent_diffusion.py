@@ -316,8 +316,8 @@ def train(args) -> None:
     model, optimizer = accelerator.prepare(unet, optimizer)
     identity = training.run_identity(accelerator, args, train_images, unet)
     progress = checkpoints.Progress(identity | {"autoencoder": cache_key(vae, train_images)})
-    kept = {"model": model, "optimizer": optimizer, "ema": ema, "lr_scheduler": lr_scheduler, "progress": progress}
-    checkpoints.resume(accelerator, args, checkpoint, kept)
+    stateful = {"model": model, "optimizer": optimizer, "ema": ema, "lr_scheduler": lr_scheduler, "progress": progress}
+    checkpoints.resume(accelerator, args, checkpoint, stateful)
     hub.claim_repository(accelerator, args)
     checkpoints.claim_output_dir(accelerator, args)
     train_latents = load_latents(accelerator, args, vae, train_images)
@@ -353,10 +353,8 @@ def train(args) -> None:
         bar.update()
         step, at_end = progress.global_step, progress.global_step == last_step
         if step % args.logging_steps == 0 or at_end:
-            loss_by_timestep.sums = accelerator.reduce(loss_by_timestep.sums)
-            loss_by_timestep.counts = accelerator.reduce(loss_by_timestep.counts)
-            binned = loss_by_timestep.read_and_reset()
-            line = log.write(step, learning_rate=lr_scheduler.get_last_lr()[0], loss_by_timestep=binned)
+            bins = loss_by_timestep.read_and_reset(accelerator.reduce)
+            line = log.write(step, learning_rate=lr_scheduler.get_last_lr()[0], loss_by_timestep=bins)
             bar.set_postfix(loss=f"{line['loss']:.4f}", refresh=False)
         if step % args.validation_steps == 0 and not at_end:
             log.check()
@@ -370,7 +368,7 @@ def train(args) -> None:
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
             with clock.paused():
-                checkpoint = checkpoints.save_checkpoint(accelerator, args, kept, step)
+                checkpoint = checkpoints.save_checkpoint(accelerator, args, stateful, step)
             if stopping:
                 stop.exit(checkpoint)
     bar.close()
@@ -385,12 +383,12 @@ def train(args) -> None:
         if accelerator.is_main_process:
             save_results(args, pipeline, results)
             generated = None
-            with training.optional("the last class grid", but=InputError):
+            with training.optional("the last class grid", reraise=InputError):
                 generated = draw_last_preview(accelerator, args, pipeline, last_step, log)
             if args.final_pictures and generated is not None:
-                with training.optional("the maps of the latents", but=InputError):
+                with training.optional("the maps of the latents", reraise=InputError):
                     draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
-                with training.optional("the last comparisons", but=InputError):
+                with training.optional("the last comparisons", reraise=InputError):
                     draw_comparisons(accelerator, args, pipeline, val_images, generated, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")

@@ -1,4 +1,4 @@
-"""What both training scripts share: set-up, loaders, the moving average, the loss log, signals."""
+"""What both training scripts share: set-up, loaders, the moving average, time, the log, signals."""
 
 import argparse
 import errno
@@ -14,8 +14,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from accelerate.utils import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -50,7 +53,11 @@ SHARED_MEMORY = "/dev/shm"
 
 
 def read_model_config(path: str | None) -> dict:
-    """The JSON object of `--model_config`; empty without one."""
+    """The JSON object of `--model_config`; empty without the flag.
+
+    Raises:
+        InputError: the file can't be read, or holds something else.
+    """
     if path is None:
         return {}
     try:
@@ -58,38 +65,38 @@ def read_model_config(path: str | None) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--model_config {path} can't be read: {one_line(error)}") from error
     if not isinstance(config, dict):
-        raise InputError(f"--model_config {path} must be one JSON object with arguments of the model")
+        raise InputError(f"--model_config {path} must be one JSON object with arguments of the model's class")
     return config
 
 
-def build_model(model_class: type, path: str | None, **of_this_run) -> nn.Module:
-    """A model from `--model_config`, with the arguments that follow from the run.
+def build_model(model_class: type[nn.Module], path: str | None, **set_by_run: object) -> nn.Module:
+    """A model from `--model_config`, and from the arguments that the run itself sets.
 
     Raises:
-        InputError: for an argument that the model doesn't have, that the run sets otherwise, or that can't be built.
+        InputError: the model has no such argument, the run sets another value, or the model can't be built.
     """
-    # A saved config has entries of diffusers too, and what was measured at the end of the run that saved it.
+    # A saved config also has entries of diffusers, and what was measured at the end of the run that saved it.
     not_arguments = ("auto_map", "latents_mean", "latents_std")
     config = {k: v for k, v in read_model_config(path).items() if not k.startswith("_") and k not in not_arguments}
     known = inspect.signature(model_class.__init__).parameters
     for key, value in config.items():
         if key not in known:
             raise InputError(f"--model_config {path}: {model_class.__name__} has no '{key}'")
-        if value is not None and key in of_this_run and value != of_this_run[key]:
-            raise InputError(f"--model_config {path}: '{key}' must be {of_this_run[key]} in this run, or be left out")
+        if value is not None and key in set_by_run and value != set_by_run[key]:
+            raise InputError(f"--model_config {path}: '{key}' must be {set_by_run[key]} in this run, or be left out")
     try:
-        return model_class(**(config | of_this_run))
+        return model_class(**(config | set_by_run))
     except (TypeError, ValueError, RuntimeError) as error:
-        which = f"--model_config {path}: " if path else ""
-        raise InputError(f"{which}{model_class.__name__} can't be built: {one_line(error)}") from error
+        source = f"--model_config {path}: " if path else ""
+        raise InputError(f"{source}{model_class.__name__} can't be built: {one_line(error)}") from error
 
 
 def choose_precision(mixed_precision: str | None) -> str | None:
-    """What `--mixed_precision` stands for on this machine; `None` leaves it to accelerate.
+    """What `--mixed_precision` means on this machine; `None` leaves the choice to accelerate.
 
     Raises:
-        InputError: where the device can't compute in it, or only by emulating it: the matrix products of a CPU without
-            AVX-512 take 400 times as long in bfloat16 as in float32.
+        InputError: the device can't compute in this precision, or only by emulation. A CPU without AVX-512 takes 400
+            times as long for matrix products in bfloat16 as in float32.
     """
     chosen = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
@@ -108,11 +115,11 @@ def choose_precision(mixed_precision: str | None) -> str | None:
 
 
 def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Accelerator:
-    """The accelerator and the seed."""
+    """Make the accelerator, and seed all generators."""
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=choose_precision(args.mixed_precision),
-        # Accumulation runs across epochs, so that every update sees the same number of images.
+        # Accumulation doesn't stop at the end of an epoch: every update sees the same number of images.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -123,7 +130,7 @@ def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Ac
             DistributedDataParallelKwargs(
                 broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
             ),
-            # The others wait while one process decodes or encodes a large data set.
+            # The other processes wait while one decodes or encodes a large data set.
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ],
     )
@@ -134,7 +141,7 @@ def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Ac
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """What `accelerator.autocast()` computes in; `None` where it changes nothing."""
+    """The data type of `accelerator.autocast()`; `None` where it changes nothing."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
 
 
@@ -145,21 +152,21 @@ def load_images(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Ima
 
 
 def total_steps(accelerator: Accelerator, args: argparse.Namespace, num_images: int) -> int:
-    """Optimizer updates of the whole run."""
+    """The number of optimizer updates of the whole run."""
     if args.max_train_steps is not None:
         return args.max_train_steps
     return max(1, args.num_train_epochs * num_images // images_per_step(accelerator, args))
 
 
 def images_per_step(accelerator: Accelerator, args: argparse.Namespace) -> int:
-    """Images that one optimizer update sees, over all processes and micro-batches."""
+    """The number of images of one optimizer update, over all processes and micro-batches."""
     return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
 
 
 def training_batches(
     accelerator: Accelerator, args: argparse.Namespace, dataset: Dataset, first_step: int, last_step: int
 ) -> DataLoader:
-    """The run's remaining micro-batches, from one optimizer update to another, shared out over the processes."""
+    """The micro-batches of the updates from `first_step` to `last_step`, shared out over the processes."""
     per_step = images_per_step(accelerator, args)
     sampler = TrainingSampler(len(dataset), args.seed, first_step * per_step, last_step * per_step)
     dataloader = DataLoader(
@@ -176,15 +183,15 @@ def training_batches(
 
 
 def workers_that_fit(accelerator: Accelerator, args: argparse.Namespace, dataset: Dataset) -> int:
-    """`--dataloader_num_workers`, or 0 where shared memory can't hold what passes through it, as in many containers.
+    """`--dataloader_num_workers`, or 0 where shared memory is too small, as in many containers.
 
-    Workers send their batches through it. The data set goes the same way to workers that are not forked, but started
-    anew (macOS, Windows, Python 3.14).
+    Workers send their batches through shared memory. Where workers are not forked but started anew (macOS, Windows,
+    Python 3.14), the data set goes that way too.
     """
     num_workers = args.dataloader_num_workers
-    if num_workers == 0 or not os.path.isdir(SHARED_MEMORY):  # without that folder it has no limit of its own
+    if num_workers == 0 or not os.path.isdir(SHARED_MEMORY):  # without this folder there is no such limit
         return num_workers
-    in_flight = 2 * num_workers + 2  # batches: two for each worker, as torch has it, the one in use and the next
+    in_flight = 2 * num_workers + 2  # batches: torch's two for each worker, the one in use and the next
     image_bytes = sum(value.nbytes for value in dataset.__getitems__([(0, 0)]).values())
     needed = image_bytes * args.train_batch_size * in_flight
     if multiprocessing.get_start_method() != "fork":
@@ -201,16 +208,16 @@ def workers_that_fit(accelerator: Accelerator, args: argparse.Namespace, dataset
 
 
 def tensor_bytes(value: object) -> int:
-    """Memory of the tensors that an object has or is."""
+    """Bytes of the tensors that an object is or has as attributes."""
     if isinstance(value, torch.Tensor):
         return value.untyped_storage().nbytes()
     return sum(map(tensor_bytes, getattr(value, "__dict__", {}).values()))
 
 
 def leave_signals_to_parent(worker_id: int) -> None:
-    """Keep a data loader's worker at work when a signal to stop reaches all processes, as from Ctrl-C or a terminal.
+    """Let a data loader's worker ignore signals that reach all processes, such as Ctrl-C.
 
-    The run goes on to the end of its update and to a checkpoint. SIGTERM from the parent still ends the worker.
+    The run needs its workers to finish its update and save a checkpoint. SIGTERM from the parent still ends them.
     """
     for number in set(stop_signals()) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -220,8 +227,8 @@ def leave_signals_to_parent(worker_id: int) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when its parent sends SIGTERM; a handler wouldn't know who sent it."""
-    parent = multiprocessing.parent_process().pid  # not os.getppid(), which may be a server that forks the workers
+    """End this process when its parent sends SIGTERM. A signal handler would not know who sent it."""
+    parent = multiprocessing.parent_process().pid  # os.getppid() may be a server that forks the workers
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
@@ -232,8 +239,8 @@ def validation_batches(accelerator: Accelerator, args: argparse.Namespace, datas
     return accelerator.prepare_data_loader(DataLoader(dataset, args.train_batch_size, collate_fn=keep_batch))
 
 
-def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
-    """One of diffusers' schedules. Don't prepare it: accelerate would step it once a process."""
+def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """One of diffusers' schedules. Don't prepare it: accelerate would step it once for each process."""
     return get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
@@ -243,16 +250,16 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
 
 
 def build_ema(model: nn.Module, decay: float) -> EMAModel:
-    """diffusers' moving average of a model's parameters, warmed up by its own (1 + step) / (10 + step)."""
+    """diffusers' moving average of a model's parameters. Its decay is at most (1 + step) / (10 + step), a warm-up."""
     return EMAModel(model.parameters(), decay=decay, foreach=True)
 
 
 @contextmanager
 def ema_weights(ema: EMAModel, model: nn.Module) -> Iterator[nn.Module]:
-    """The model with its averaged weights and in evaluation mode, for as long as the context lasts.
+    """The model with its averaged weights and in evaluation mode, as long as the context lasts.
 
-    A compiled model runs uncompiled: validation and previews have batches of many sizes, and each would cost a
-    compilation of its own.
+    A compiled model runs uncompiled here. Validation and previews have batches of many sizes, and each size would be
+    compiled anew.
     """
     parameters = list(model.parameters())
     ema.store(parameters)
@@ -270,7 +277,7 @@ def ema_weights(ema: EMAModel, model: nn.Module) -> Iterator[nn.Module]:
 
 
 def run_identity(accelerator: Accelerator, args: argparse.Namespace, images: ImageDataset, model: nn.Module) -> dict:
-    """What a run's flags don't say, or say by a path: images per update, the data, the model."""
+    """What tells a run from others, and its flags don't say, or only by a path: images per update, data, model."""
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     return {
         "images per update (processes x --train_batch_size x --gradient_accumulation_steps)": images_per_step(
@@ -282,7 +289,7 @@ def run_identity(accelerator: Accelerator, args: argparse.Namespace, images: Ima
 
 
 class Clock:
-    """Adds the seconds spent on training, validation and saving apart, to a run's progress."""
+    """Adds the seconds of training to a run's progress, without those of validation and saving."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -297,7 +304,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in this context doesn't count."""
+        """The time within this context doesn't count."""
         self.read()
         yield
         self.started = time.perf_counter()
@@ -314,82 +321,91 @@ def step_bar(accelerator: Accelerator, first_step: int, last_step: int, name: st
 # --- the log ---------------------------------------------------------------------------------------------------------
 
 
-class LossLog:
-    """Means of the losses since the last line, kept on the device so that no step waits for one.
+@dataclass
+class LossSums:
+    """Losses that are measured together, since the last line of the log. L is their number."""
 
-    The first step and term that is not finite is kept there too, and found when the means are read: at every log line
-    and before every checkpoint, so that no bad weights are ever saved.
+    sums: torch.Tensor  # (L,)
+    first_bad_steps: torch.Tensor  # (L,), the first step at which each was not finite; infinite where there was none
+    count: int = 0
+
+
+class LossLog:
+    """Writes the means of the losses since the last line. They stay on the device, so that no step waits for them.
+
+    The first step at which a loss is not finite stays there too. It is read at every log line and before every
+    checkpoint, so that bad weights are never saved.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, first_step: int):
         self.accelerator = accelerator
         self.path = path
-        # By the names that are measured together: their sums, the first bad step of each, and how many were added.
-        self.groups: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor, list[int]]] = {}
+        self.groups: dict[tuple[str, ...], LossSums] = {}  # by the names of losses that are measured together
         self.unwritten: list[str] = []
         self.last_step, self.last_time = first_step, time.perf_counter()
 
     def update(self, global_step: int, losses: dict[str, torch.Tensor]) -> None:
-        """Add one micro-batch's scalars. Which ones are measured may change from step to step."""
+        """Add the scalars of one micro-batch. Other losses may be measured at other steps."""
         values = torch.stack([value.detach().float().reshape(()) for value in losses.values()])
         if tuple(losses) not in self.groups:
-            self.groups[tuple(losses)] = torch.zeros_like(values), torch.full_like(values, torch.inf), [0]
-        sums, bad_steps, count = self.groups[tuple(losses)]
-        sums += values
+            self.groups[tuple(losses)] = LossSums(torch.zeros_like(values), torch.full_like(values, torch.inf))
+        group = self.groups[tuple(losses)]
+        group.sums += values
+        bad_steps = group.first_bad_steps
         bad_steps.copy_(torch.where(values.isfinite(), bad_steps, bad_steps.clamp(max=global_step)))
-        count[0] += 1
+        group.count += 1
 
     def check(self) -> None:
-        """Raise where any process has met a loss that is not finite.
+        """Check that every loss was finite in every process.
 
         Raises:
-            InputError: with the step and the term.
+            InputError: one was not; the message names it and the step.
         """
-        for names, (_, bad_steps, _) in self.groups.items():
-            steps = self.accelerator.gather(bad_steps).view(-1, len(names)).amin(dim=0).tolist()
+        for names, group in self.groups.items():
+            steps = self.accelerator.gather(group.first_bad_steps).view(-1, len(names)).amin(dim=0).tolist()
             step, name = min(zip(steps, names, strict=True), key=lambda pair: pair[0])
             if step != float("inf"):
                 raise not_finite(name, step)
 
-    def write(self, global_step: int, **more: float) -> dict[str, float]:
-        """Check, average over processes, and append one line to `log.jsonl` and to the trackers."""
+    def write(self, global_step: int, **values: object) -> dict[str, object]:
+        """Check the losses, average them over processes, and append a line, with these values besides. Returns it."""
         self.check()
         line = {}
-        for names, (sums, _, count) in self.groups.items():
-            means = self.accelerator.reduce(sums / count[0], reduction="mean").tolist()
+        for names, group in self.groups.items():
+            means = self.accelerator.reduce(group.sums / group.count, reduction="mean").tolist()
             line |= dict(zip(names, means, strict=True))
         now = time.perf_counter()
-        line |= more | {"steps_per_second": (global_step - self.last_step) / (now - self.last_time)}
+        line |= values | {"steps_per_second": (global_step - self.last_step) / (now - self.last_time)}
         self.append(global_step, line)
         self.groups.clear()
         self.last_step, self.last_time = global_step, now
         return line
 
     def append(self, global_step: int, line: dict) -> None:
-        """One line of scalars: `log.jsonl` and the trackers.
+        """Append one line to `log.jsonl` and to the trackers.
 
-        A disk or a tracker that refuses costs the run nothing: lines that can't be written wait for the next one.
+        An error of the disk or of a tracker doesn't end the run: lines that can't be written wait for the next one.
 
         Raises:
-            InputError: where one of them is not finite.
+            InputError: a value is not finite.
         """
         for name, value in line.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise not_finite(name, global_step)
         if self.accelerator.is_main_process:
             self.unwritten.append(json.dumps({"step": global_step, **line}))
-            with optional(f"{self.path}, its lines follow when it can be written"):
+            with optional(f"lines of {self.path}, they follow when it can be written"):
                 append_lines(self.path, self.unwritten)
                 self.unwritten.clear()
-        with optional("what the trackers keep of it"):
+        with optional("the trackers' values"):
             scalars = {key: value for key, value in line.items() if isinstance(value, float)}
             self.accelerator.log(scalars, step=global_step)
 
     def close(self) -> None:
-        """Write what is still waiting, at the end of a run.
+        """Write the lines that still wait, at the end of a run.
 
         Raises:
-            DiskError: where that can't be done.
+            DiskError: they can't be written.
         """
         if self.unwritten:
             with refusals_of_disk(self.path):
@@ -397,10 +413,10 @@ class LossLog:
             self.unwritten.clear()
 
     def show(self, global_step: int, pictures: dict[str, Path]) -> None:
-        """Pictures that lie on disk, by name, to each tracker that takes images. For the main process."""
+        """Send pictures on the disk, by name, to every tracker that takes images. For the main process."""
         for tracker in self.accelerator.trackers:
             images = {name: np.asarray(open_image(path).convert("RGB"))[None] for name, path in pictures.items()}
-            with optional(f"pictures for {tracker.name}"):
+            with optional(f"the pictures in {tracker.name}"):
                 if tracker.name == "trackio":  # accelerate has no log_images for it
                     import trackio
 
@@ -411,7 +427,7 @@ class LossLog:
 
 
 def not_finite(name: str, global_step: float) -> InputError:
-    """What ends a run that has met a number like this."""
+    """The error for a value that is not finite."""
     return InputError(
         f"{name} is not finite at step {global_step:.0f}: the run stops here, earlier checkpoints are kept; "
         "go on from one with a lower --learning_rate, or --mixed_precision bf16 in place of fp16"
@@ -419,31 +435,31 @@ def not_finite(name: str, global_step: float) -> InputError:
 
 
 def end_trackers(accelerator: Accelerator) -> None:
-    """Have the trackers write what they still hold; `log.jsonl` has it all, so that a run doesn't fail for them."""
-    with optional("what the trackers still hold"):
+    """Let the trackers finish. A failure doesn't end the run, since `log.jsonl` holds everything."""
+    with optional("the end of the trackers"):
         accelerator.end_training()
 
 
 @contextmanager
-def optional(what: str, but: type[Exception] | tuple = ()) -> Iterator[None]:
-    """Around what a run can do without, such as a preview: where it fails, a line says so and the run goes on.
+def optional(what: str, reraise: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Around something that a run can do without, such as a preview. A failure prints a line, and the run goes on.
 
     Args:
-        but: errors that are raised all the same.
+        reraise: errors that end the run all the same.
     """
     try:
         yield
-    except but:
+    except reraise:
         raise
-    except Exception as error:  # of matplotlib, of a tracker's network: whatever it is, the weights are worth more
+    except Exception as error:  # of matplotlib, of a tracker's network: no such error is worth the run
         print(f"left out {what}: {one_line(error, 300)}", file=sys.stderr, flush=True)
 
 
 def append_lines(path: Path, lines: list[str]) -> None:
-    """Add lines to a file, all of them or none; what a killed process left of a line is no part of the first.
+    """Append lines to a file, all of them or none. A torn line of a killed process gets a line break first.
 
     Raises:
-        OSError: where that can't be done.
+        OSError: the lines can't be written.
     """
     with path.open("ab+", buffering=0) as file:
         length = file.seek(0, os.SEEK_END)
@@ -462,19 +478,22 @@ def append_lines(path: Path, lines: list[str]) -> None:
 
 
 def stop_signals() -> tuple[int, ...]:
-    """What asks a process to stop: Ctrl-C, a scheduler, a terminal that is gone unless `nohup` has that ignored."""
+    """The signals that ask a process to stop: of Ctrl-C, of a scheduler, of a terminal that is closed.
+
+    `nohup` lets a process ignore the last one.
+    """
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    heard = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
-    return (signal.SIGINT, signal.SIGTERM, *([hangup] if heard else []))
+    heeded = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *([hangup] if heeded else []))
 
 
 @contextmanager
 def process_as_found() -> Iterator[None]:
-    """Around a whole run: the process is afterwards as it was before, so that it can start another run, or go on.
+    """Around a whole run: restore signal handlers, accelerate's settings and the locks on folders, however it ends.
 
-    The handlers of signals, accelerate's state and the locks on folders are restored, however the run ends.
+    So a notebook can go on, or start another run.
     """
-    # accelerate keeps its settings in these for the life of a process, and refuses others from then on.
+    # accelerate keeps its settings here for the life of a process, and refuses to change them.
     shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     found = [dict(values) for values in shared]
     handlers = {number: signal.getsignal(number) for number in stop_signals()} if in_main_thread() else {}
@@ -492,12 +511,12 @@ def process_as_found() -> Iterator[None]:
 
 
 def in_main_thread() -> bool:
-    """Whether this thread may handle signals. Python leaves that to the main one."""
+    """Whether this is the main thread, the only one that Python lets handle signals."""
     return threading.current_thread() is threading.main_thread()
 
 
 class StopSignal:
-    """Remembers a signal to stop, so that a run saves a checkpoint before it ends. A second one ends it at once."""
+    """Remembers a signal to stop, so that the run saves a checkpoint before it ends. A second one ends it at once."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -506,15 +525,15 @@ class StopSignal:
         for number in self.numbers:
             signal.signal(number, self._remember)
 
-    def _remember(self, number: int, frame) -> None:
+    def _remember(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         for restored in self.numbers:
-            # A terminal that goes away says so twice, once by the shell and once by the system.
+            # A terminal that is closed sends its signal twice: one from the shell, one from the system.
             is_hangup = restored not in (signal.SIGINT, signal.SIGTERM)
             signal.signal(restored, signal.SIG_IGN if is_hangup else signal.SIG_DFL)
 
     def agreed(self, global_step: int, every: int) -> bool:
-        """Whether any process was told to stop. Several processes agree on it only every so many steps."""
+        """Whether any process has had a signal. Several processes agree on that only `every` so many steps."""
         if self.accelerator.num_processes == 1:
             return self.number > 0
         if global_step % every:
@@ -524,20 +543,20 @@ class StopSignal:
         return self.number > 0
 
     def exit(self, checkpoint: Path) -> None:
-        """End the run as a signal does, saying how to go on."""
+        """End the run with a signal's exit code, and say how to go on."""
         self.accelerator.print(f"stopped: go on with --resume_from_checkpoint {checkpoint}")
         end_trackers(self.accelerator)
         sys.exit(128 + self.number)
 
     def exit_when_told(self, checkpoint: Path) -> None:
-        """After the last update: from here on a signal ends the run as it comes, and the last checkpoint stays."""
+        """After the last update: from here on a signal ends the run at once, and the last checkpoint stays."""
 
-        def exit(number: int, frame) -> None:
+        def exit(number: int, frame: FrameType | None) -> None:
             self._remember(number, frame)
             self.exit(checkpoint)
 
         for number in self.numbers:
             if not self.number:
                 signal.signal(number, exit)
-        if self.number:  # it came when the last update was done
+        if self.number:  # it came after the last update
             self.exit(checkpoint)

@@ -179,7 +179,7 @@ def test_size_that_cannot_be_halved_is_refused(vae, size):
         ({"num_classes": 10**12}, "num_classes must be a whole number from 0 to 1,000,000"),
         ({"sample_size": None}, "sample_size must be a whole number"),
         ({"latent_channels": True}, "latent_channels must be a whole number"),
-        ({"block_out_channels": [8] * 10**5}, "block_out_channels must be 1 to 12 numbers"),
+        ({"block_out_channels": [8] * 10**5}, "block_out_channels must be 1 to 12 whole numbers"),
         ({"block_out_channels": [2**14] * 12, "layers_per_block": 100}, "asks for 6e[+]12 weights, more than 1e[+]11"),
     ],
 )

@@ -275,7 +275,7 @@ def test_what_is_no_run_is_not_replaced(refusal, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("flower")
     line = refusal("autoencoder", "--output_dir", tmp_path / "letters", "--overwrite_output_dir")
-    assert "no run of ours" in line
+    assert "is not the folder of a training run" in line
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -159,7 +159,7 @@ def test_what_is_no_run_is_never_replaced(output_dir, name, args):
     if args is not None:
         (output_dir / "args.yaml").write_text(FOREIGN_ARGS[args])
     before = on_disk(output_dir)
-    with pytest.raises(InputError, match="no run of ours"):
+    with pytest.raises(InputError, match="is not the folder of a training run"):
         claim(output_dir, "--overwrite_output_dir")
     assert on_disk(output_dir) == before
 
@@ -168,7 +168,7 @@ def test_what_is_no_run_is_never_replaced(output_dir, name, args):
 def test_a_pipe_in_a_run_is_not_waited_for(output_dir, earlier_run, name):
     (output_dir / name).unlink(missing_ok=True)
     os.mkfifo(output_dir / name)
-    with pytest.raises(InputError, match="no run of ours"):
+    with pytest.raises(InputError, match="is not the folder of a training run|no training run has written"):
         claim(output_dir, "--overwrite_output_dir")
 
 

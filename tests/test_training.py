@@ -222,7 +222,7 @@ def test_lines_that_cannot_be_written_wait_for_the_next(log, monkeypatch, capsys
         with pytest.raises(InputError, match="log.jsonl can't be written: no space is left on the device"):
             log.close()
     assert log.path.read_bytes() == before
-    assert "log.jsonl, its lines follow when it can be written: [Errno 28] No space left" in capsys.readouterr().err
+    assert "log.jsonl, they follow when it can be written: [Errno 28] No space left" in capsys.readouterr().err
     log.append(3, {"loss": 0.125})
     assert [(line["step"], line["loss"]) for line in runs.read_log(log.path)] == [(1, 0.5), (2, 0.25), (3, 0.125)]
     log.close()
@@ -245,7 +245,7 @@ def test_what_may_be_left_out_and_what_not(capsys):
         raise RuntimeError("no such font")
     assert capsys.readouterr().err == "left out a picture: no such font\n"
     for error in (InputError("--flag is wrong"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), training.optional("a picture", but=InputError):
+        with pytest.raises(type(error)), training.optional("a picture", reraise=InputError):
             raise error
 
 

@@ -1,8 +1,6 @@
 """FlowerAutoencoderKL: images -> spatial latents -> images, with a classifier head on the latents.
 
-Travels to the Hub beside its weights, so it imports the standard library, torch and diffusers only. Trained by
-`train_autoencoder.py` with the losses of `autoencoder_losses`; its latents feed `latent_cache`, `FlowerUNet2DModel`
-and `FlowerLDMPipeline`.
+This file goes to the Hub with the weights, so it imports only the standard library, torch and diffusers.
 
 Shapes: B images, (H, W) pixels, (h, w) = (H, W) / downsample_factor, C channels of a block, Z latent channels,
 K classes.
@@ -25,7 +23,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-# Beyond these a config is no model but a mistake, or an attack: they keep it from eating all memory when it is built.
+# A config beyond these bounds is a mistake or an attack. They keep a model from filling the memory when it is built.
 BOUNDS = {
     "in_channels": (1, 2**10), "latent_channels": (1, 2**14), "patch_size": (1, 2**6), "layers_per_block": (0, 100),
     "decoder_layers_per_block": (0, 100), "num_classes": (0, 10**6), "head_channels": (1, 2**16),
@@ -39,10 +37,10 @@ class FlowerAutoencoderOutput(BaseOutput):
     """What one pass through the autoencoder gives.
 
     Attributes:
-        sample (`torch.Tensor` `(B, 3, H, W)`): the reconstruction, in [-1, 1] up to what the decoder overshoots.
+        sample (`torch.Tensor` `(B, 3, H, W)`): the reconstruction, about in [-1, 1]; the decoder may overshoot.
         posterior (`DiagonalGaussianDistribution`): over raw latents `(B, Z, h, w)`.
         class_logits (`torch.Tensor` `(B, K)` or `None`): from the posterior's mean; `None` where `num_classes=0`.
-        class_features (`torch.Tensor` `(B, head_channels)` or `None`): what the logits are a linear map of.
+        class_features (`torch.Tensor` `(B, head_channels)` or `None`): the logits are a linear map of these.
     """
 
     sample: torch.Tensor
@@ -54,8 +52,8 @@ class FlowerAutoencoderOutput(BaseOutput):
 class LayerNorm2d(nn.LayerNorm):
     """Layer normalization over the *channels* at each position (Ba et al. 2016, as in ConvNeXt, Liu et al. 2022).
 
-    Statistics never mix positions, so they don't depend on the image's size. With channels-last memory both permutes
-    are free.
+    Statistics never mix positions, so they don't depend on the size of the image. In channels-last memory both
+    permutations cost nothing.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -63,7 +61,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class ChannelAttention(nn.Module):
-    """One gate a channel, from the image's mean activations (squeeze and excitation, Hu et al. 2018)."""
+    """A gate for each channel, from the image's mean activations (squeeze and excitation, Hu et al. 2018)."""
 
     def __init__(self, channels: int, reduction: int = 8):
         super().__init__()
@@ -77,7 +75,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One gate a position, from a learned mixture of its channels (spatial squeeze, Roy et al. 2018, eq. 4)."""
+    """A gate for each position, from a learned mixture of its channels (spatial squeeze, Roy et al. 2018, eq. 4)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -91,7 +89,7 @@ class SpatialAttention(nn.Module):
 class ResidualBlock(nn.Module):
     """norm -> conv -> Swish -> conv, gated by channel and by spatial attention, added to its input.
 
-    The gates act concurrently (scSE, Roy et al. 2018): the branch is multiplied by their sum, in one pass over memory.
+    The gates act concurrently (scSE, Roy et al. 2018). The branch is multiplied by their sum in one pass over memory.
     """
 
     def __init__(self, channels: int):
@@ -169,7 +167,7 @@ class Decoder(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size by a sub-pixel convolution (Shi et al. 2016); the residual blocks behind it do the smoothing."""
+    """Doubles the size by a sub-pixel convolution (Shi et al. 2016). The residual blocks after it do the smoothing."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -182,7 +180,7 @@ class Upsample(nn.Module):
 class ClassifierHead(nn.Module):
     """Raw latents `(B, Z, h, w)` -> class features `(B, head_channels)` and logits `(B, K)`.
 
-    The features are what the center loss draws together; only training reads either.
+    Only training uses them: the center loss pulls the features of a class together.
     """
 
     def __init__(self, latent_channels: int, head_channels: int, num_classes: int):
@@ -197,28 +195,29 @@ class ClassifierHead(nn.Module):
 
 
 def _is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
     """A convolutional variational autoencoder with spatial latents (Kingma & Welling 2014; Rombach et al. 2022).
 
-    Residual blocks with Swish, each with channel and spatial attention; layer normalization over channels; a
-    classifier head on the latents. One latent position stands for `downsample_factor` pixels a side, where
+    It has residual blocks with Swish, channel and spatial attention, layer normalization over channels, and a
+    classifier head on the latents. A latent position stands for `downsample_factor` pixels a side, where
     `downsample_factor = patch_size * 2 ** (len(block_out_channels) - 1)`.
 
     Args:
         in_channels: channels of the images.
         latent_channels: Z, channels of the latents.
-        patch_size: pixels a side that the first layer folds into channels; 1 keeps full resolution.
-        block_out_channels: channels at each resolution, each half the one before.
+        patch_size: pixels a side that the first layer folds into channels; 1 keeps the full resolution.
+        block_out_channels: channels at each resolution. Each resolution is half the one before.
         layers_per_block: residual blocks at each resolution of the encoder.
         decoder_layers_per_block: residual blocks at each resolution of the decoder.
-        num_classes: K; 0 builds it without the classifier head.
+        num_classes: K; 0 builds the model without the classifier head.
         head_channels: width of the class features.
-        sample_size: height and width of the training images; a hint for pipelines, any multiple of
-            `downsample_factor` is accepted.
-        latents_mean, latents_std: per channel over the training split, measured at the end of stage 1.
+        sample_size: height and width of the training images, a hint for pipelines. The model accepts every multiple
+            of `downsample_factor`.
+        latents_mean, latents_std: per channel, of the training split's latents, measured at the end of stage 1.
     """
 
     _supports_gradient_checkpointing = True
@@ -240,7 +239,7 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_std: list | None = None,
     ):
         super().__init__()
-        self.use_slicing = False  # `enable_slicing()`: one image after the other, which takes less memory
+        self.use_slicing = False  # after `enable_slicing()`: one image at a time, which takes less memory
         self._check_config()
         block_out_channels = tuple(block_out_channels)
         shape = (latent_channels, patch_size, block_out_channels)
@@ -265,7 +264,7 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
             or not all(_is_whole(channels) and 8 <= channels <= 2**14 for channels in blocks)
         ):
             raise ValueError(
-                f"block_out_channels must be 1 to 12 numbers of at least 8 and at most {2**14:,}, got {blocks!r:.40}"
+                f"block_out_channels must be 1 to 12 whole numbers from 8 to {2**14:,}, got {blocks!r:.40}"
             )
         weights = 18 * sum(channels**2 for channels in blocks)  # of a block's two convolutions
         weights *= config.layers_per_block + config.decoder_layers_per_block + 1
@@ -281,11 +280,13 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
 
     @apply_forward_hook
-    def encode(self, images: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    def encode(
+        self, images: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Images `(B, 3, H, W)` in [-1, 1] -> posterior over raw latents `(B, Z, h, w)`.
 
         Raises:
-            ValueError: where the height or width can't be halved often enough.
+            ValueError: height or width is not a multiple of `downsample_factor`.
         """
         factor = self.downsample_factor
         if images.shape[-2] % factor or images.shape[-1] % factor:
@@ -297,25 +298,26 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
-    def decode(self, raw_latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
-        """Raw latents `(B, Z, h, w)` -> images `(B, 3, H, W)`, about [-1, 1]."""
+    def decode(self, raw_latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """Raw latents `(B, Z, h, w)` -> images `(B, 3, H, W)`, about in [-1, 1]."""
         sample = self._sliced(self.decoder, raw_latents)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _sliced(self, module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         if not self.use_slicing:
             return module(batch)
-        return torch.cat([module(one) for one in batch.split(1)])
+        return torch.cat([module(row) for row in batch.split(1)])
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor | None = None, return_dict: bool = True
     ) -> FlowerAutoencoderOutput | tuple:
-        """Reconstruct, through a sample of the posterior, and classify, from its mean.
+        """Reconstruct from a sample of the posterior, and classify from its mean.
 
         Args:
             images: `(B, 3, H, W)` in [-1, 1].
-            noise: `(B, Z, h, w)` standard normal, the sample's (reparameterisation, Kingma & Welling 2014, eq. 4).
-                Without it the posterior's mean is decoded.
+            noise: `(B, Z, h, w)` standard normal, which makes the sample: mean + std * noise (reparameterization,
+                Kingma & Welling 2014, eq. 4). Without it the mean is decoded.
+            return_dict: `False` gives a plain tuple of the output's four fields.
         """
         posterior = self.encode(images).latent_dist
         raw_latents = posterior.mean if noise is None else torch.addcmul(posterior.mean, posterior.std, noise)
@@ -328,20 +330,20 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         )
 
     def set_latents_statistics(self, latents_mean: list[float], latents_std: list[float]) -> None:
-        """Keep the per-channel mean and standard deviation of the training split's raw latents, in the config too.
+        """Set the per-channel mean and standard deviation of the training split's raw latents, also in the config.
 
         Raises:
-            ValueError: where they aren't one finite number a channel, those of `latents_std` above 0.
+            ValueError: they are not one finite number for each channel, or a `latents_std` is not above 0.
         """
         latent_channels = self.config.latent_channels
         for values in (latents_mean, latents_std):
             if not isinstance(values, (list, tuple)) or len(values) != latent_channels:
                 raise ValueError(
-                    f"latents_mean and latents_std must have {latent_channels} values each, one a channel"
+                    f"latents_mean and latents_std must have {latent_channels} values each, one for each channel"
                 )
             if not all(isinstance(value, (int, float)) and -1e30 < value < 1e30 for value in values):
                 raise ValueError("latents_mean and latents_std must hold finite numbers")
-        if min(latents_std) < 1e-30:  # of single precision
+        if min(latents_std) < 1e-30:  # float32 can't divide by less
             raise ValueError(f"latents_std must hold numbers above 0, got {min(latents_std)}")
         self.register_to_config(latents_mean=list(latents_mean), latents_std=list(latents_std))
         self.channel_mean.copy_(torch.tensor(latents_mean).view(1, -1, 1, 1))
@@ -349,7 +351,7 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def normalize(self, raw_latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents, as the encoder gives them -> latents of unit variance, as the denoiser sees them."""
+        """Raw latents, from the encoder -> latents of unit variance, for the denoiser."""
         return (raw_latents - self.channel_mean) / self.channel_std
 
     @apply_forward_hook
@@ -368,11 +370,10 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save a folder that loads anywhere: the stock one, this file, and the entry that points `AutoModel` to it.
+        """Save a folder that loads without this package too: diffusers' files, this file, an entry for `AutoModel`.
 
-        Without this package diffusers loads it by `AutoModel.from_pretrained(folder, trust_remote_code=True)`. With
-        `push_to_hub=True` the same is saved again to a temporary folder and uploaded from there, so that nothing else
-        that lies in `save_directory` goes along.
+        It loads by `AutoModel.from_pretrained(folder, trust_remote_code=True)`. With `push_to_hub=True` the model is
+        saved once more to a temporary folder and uploaded from there: other files in `save_directory` stay private.
         """
         hub_names = ("repo_id", "commit_message", "private", "token", "create_pr")
         hub_options = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
@@ -385,7 +386,7 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         (folder / source.name).write_bytes(source.read_bytes())
         config_file = folder / self.config_name
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)  # where on this machine it was loaded from
+        config.pop("_name_or_path", None)  # a path on this machine
         config["auto_map"] = {"AutoModel": f"{source.stem}.{type(self).__name__}"}
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if push_to_hub:
@@ -394,10 +395,10 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """The stock one, which makes up weights that are missing and leaves out those that it has no place for.
+        """diffusers' method, but strict: that invents missing weights, and ignores those it doesn't know.
 
         Raises:
-            ValueError: where the weights aren't those of the config.
+            ValueError: the weights don't fit the config.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for kind in ("missing", "unexpected"):
@@ -409,5 +410,5 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
-        # The entry for `AutoModel` is no argument of the model: diffusers would warn that it doesn't know it.
+        # The entry for `AutoModel` is no argument of the model. diffusers would warn that it is unknown.
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)

@@ -1,6 +1,6 @@
 """FlowerUNet2DModel, the denoiser: a U-shaped transformer over latent positions.
 
-Travels to the Hub beside its weights, so it imports the standard library, torch and diffusers only.
+This file goes to the Hub with the weights, so it imports only the standard library, torch and diffusers.
 
 Shapes: B batch, C channels, H W latent height and width, P patch_size, N tokens = (H/P)(W/P), S hidden_size,
 A num_attention_heads, D head dimension = S/A, M width of the MLP.
@@ -18,28 +18,28 @@ from torch import nn
 
 NORM_EPS = 1e-6
 TIMESTEP_CHANNELS = 256
-# Beyond these a config is no model but a mistake, or an attack: they keep it from eating all memory when it is built.
+# A config beyond these bounds is a mistake or an attack. They keep a model from filling the memory when it is built.
 LARGEST = {
     "in_channels": 2**14, "out_channels": 2**14, "patch_size": 2**8, "hidden_size": 2**16, "num_layers": 1001,
     "num_attention_heads": 2**12, "num_classes": 10**6,
 }  # fmt: skip
 LARGEST_SAMPLE = 2**13
 MOST_WEIGHTS = 1e11
-# Axial rotary embeddings of images take 100 where language takes 10,000: positions run to tens, not to thousands
-# (Heo et al. 2024, "Rotary Position Embedding for Vision Transformer").
+# Rotary embeddings use 100 for images and 10,000 for language: positions in an image go to tens, not to thousands (Heo
+# et al. 2024, "Rotary Position Embedding for Vision Transformer").
 ROTARY_BASE = 100.0
 
 
 def rotary_embedding(
     height: int, width: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and signed sine of every token's rotation angles: half of the channel pairs turn with the row, half with
-    the column (Su et al. 2021, "RoFormer", in its axial 2-D form).
+    """Cosine and signed sine of every token's rotation angles (Su et al. 2021, "RoFormer", in its axial 2-D form).
 
-    Computed at every forward: at N x D numbers it costs nothing, and any sample size works.
+    Half of the channel pairs turn with the row, half with the column. The N x D numbers are computed in every forward
+    pass: that costs almost nothing, and every sample size works.
 
     Returns:
-        `cosine`, `sine`, each `(N, D)`; the first half of `sine` is negated, as `rotate` needs it.
+        `cosine` and `sine`, each `(N, D)`. The first half of `sine` is negated, for `rotate`.
     """
     frequencies = ROTARY_BASE ** -torch.linspace(0, 1, head_dim // 4 + 1, device=device)[:-1]
     rows = torch.arange(height, device=device).repeat_interleave(width)                           # (N,)
@@ -50,16 +50,16 @@ def rotary_embedding(
 
 
 def rotate(hidden_states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (channel i, channel i + D/2) of `hidden_states` `(..., N, D)` by the angles of their token."""
+    """Rotate the pairs (channel i, channel i + D/2) of `hidden_states` `(..., N, D)` by the angles of each token."""
     first, second = hidden_states.chunk(2, dim=-1)
     return torch.addcmul(hidden_states * cosine, torch.cat((second, first), dim=-1), sine)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`F.scaled_dot_product_attention` over `(B, A, N, D)`, but spelled out in bfloat16 on a CPU.
+    """`F.scaled_dot_product_attention` over `(B, A, N, D)`, but written out in bfloat16 on a CPU.
 
-    There, forward and backward of the fused kernel took 5 times as long at 64 tokens and 2.7 times at 1,024 (torch
-    2.14). Beyond that the scores would cost more memory than the time is worth.
+    There the fused kernel took 5 times as long at 64 tokens and 2.7 times at 1,024 (torch 2.14, forward and backward).
+    Beyond 1,024 tokens the scores would take too much memory.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= 1024:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)                        # (B, A, N, N)
@@ -68,16 +68,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Layer norm without weights, then shift and scale `(B, 1, S)` from the condition: adaptive layer norm."""
+    """Adaptive layer norm: a layer norm without weights, then `shift` and `scale` `(B, 1, S)` from the condition."""
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=NORM_EPS)
     return torch.addcmul(shift, normed, 1 + scale)
 
 
 class FlowerAttention(nn.Module):
-    """Multi-head self-attention over the tokens of one sample; queries and keys normalized per head, then rotated.
+    """Multi-head self-attention over the tokens of a sample. Queries and keys are normalized per head, then rotated.
 
-    The norm is a layer norm, as where query-key norms come from (Dehghani et al. 2023, "Scaling ViT to 22B"): on a CPU
-    torch fuses it, while its RMS norm takes five times as long and trains no better.
+    The norm is a layer norm, as in the paper that introduced query-key norms (Dehghani et al. 2023, "Scaling ViT to
+    22B"). On a CPU torch fuses it. An RMS norm takes five times as long there, and trains no better.
     """
 
     def __init__(self, hidden_size: int, num_attention_heads: int, dropout: float) -> None:
@@ -94,7 +94,7 @@ class FlowerAttention(nn.Module):
         qkv = self.to_qkv(hidden_states)                                                          # (B, N, 3S)
         qkv = qkv.unflatten(-1, (3, self.num_attention_heads, -1))                                # (B, N, 3, A, D)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()                                   # (B, A, N, D) each
-        # Autocast on a GPU runs norms in float32; attention need not follow.
+        # On a GPU autocast runs norms in float32. Attention goes back to the lower precision.
         query = rotate(self.norm_q(query).to(value.dtype), cosine, sine)
         key = rotate(self.norm_k(key).to(value.dtype), cosine, sine)
         hidden_states = attend(query, key, value).transpose(1, 2).flatten(2)                      # (B, N, S)
@@ -102,7 +102,7 @@ class FlowerAttention(nn.Module):
 
 
 class FlowerMLP(nn.Module):
-    """SwiGLU (Shazeer 2020). Gate and value are two layers: the gradient of one split in two costs a copy of it."""
+    """SwiGLU (Shazeer 2020). Gate and value are separate layers: the gradient of one split layer costs a copy."""
 
     def __init__(self, hidden_size: int, mlp_size: int, dropout: float) -> None:
         super().__init__()
@@ -117,12 +117,13 @@ class FlowerMLP(nn.Module):
 
 
 class FlowerTransformerBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition; with `has_skip` joined by an earlier block.
+    """Attention and MLP, each shifted, scaled and gated by the condition. With `has_skip` an earlier block joins.
 
-    The shared projection of the condition plus `modulation_offset` is adaLN-single (Chen et al. 2023, "PixArt-alpha").
-    A projection in every block would add 38 % of parameters and take 0.0004 off a held-out loss of 0.664, where the
-    skips take off 0.001, rotary against learned positions 0.005, SwiGLU against a sigmoid gate 0.005 (9 blocks of 256,
-    1,600 steps on 16 principal components of 8 x 8 pixel patches of Oxford 102 Flowers; two seeds differ by 0.0002).
+    All blocks share one projection of the condition, and each adds its `modulation_offset`: adaLN-single (Chen et al.
+    2023, "PixArt-alpha"). A projection in every block would add 38 % of parameters, and lower a held-out loss of 0.664
+    by only 0.0004. The skips lower it by 0.001, rotary instead of learned positions by 0.005, SwiGLU instead of a
+    sigmoid gate by 0.005. (9 blocks of 256, 1,600 steps, on 16 principal components of 8 x 8 pixel patches of Oxford
+    102 Flowers. Two seeds differ by 0.0002.)
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class FlowerTransformerBlock(nn.Module):
     ) -> torch.Tensor:
         if skip is not None:
             hidden_states = self.skip(torch.cat((hidden_states, skip), dim=-1))                   # (B, N, S)
-        # In the dtype of the residual stream, which would otherwise be promoted to float32 under autocast.
+        # In the dtype of the residual stream, which autocast would otherwise promote to float32.
         modulation = (modulation.unflatten(-1, (6, -1)) + self.modulation_offset).to(hidden_states.dtype)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(2).unbind(1)
 
@@ -157,31 +158,31 @@ class FlowerTransformerBlock(nn.Module):
 class FlowerUNet2DModel(ModelMixin, ConfigMixin):
     """A class-conditional denoiser with the interface of diffusers' `UNet2DModel`.
 
-    Blocks of the first half leave their output to the mirror block of the second (U-ViT, Bao et al. 2023). Time and
-    class shift, scale and gate every block; all gates and the output layer start at zero, all skips at "ignore it", so
-    that the untrained model predicts zero and every block is the identity (adaLN-Zero, Peebles & Xie 2023, "DiT").
+    Each block of the first half passes its output to the mirror block of the second (U-ViT, Bao et al. 2023). Time and
+    class shift, scale and gate every block. All gates and the output layer start at zero, and all skips are ignored at
+    first. So the untrained model predicts zero, and every block is the identity (adaLN-Zero, Peebles & Xie 2023).
 
     Args:
-        sample_size: height and width of the latents, or a pair; other sizes work in `forward` too.
+        sample_size: height and width of the latents, one number or a pair. Other sizes work in `forward` too.
         in_channels: channels of the latents.
-        out_channels: channels of the prediction; None: as many as `in_channels`.
+        out_channels: channels of the prediction. None: as many as `in_channels`.
         patch_size: latent positions a side that make one token.
         hidden_size: width of the tokens.
-        num_layers: blocks, an odd number: one in the middle, the rest half down, half up.
-        num_attention_heads: heads; each needs a multiple of 4 channels for the 2-D rotary embedding.
-        mlp_ratio: width of the MLP over `hidden_size`, rounded to a multiple of 32; with SwiGLU 8/3 costs as much as 4
-            without.
-        num_classes: classes without the null one, which the model adds.
-        dropout: probability, on the output of attention and of the MLP.
+        num_layers: number of blocks, odd: one in the middle, the same number before and after it.
+        num_attention_heads: each head needs a multiple of 4 channels for the 2-D rotary embedding.
+        mlp_ratio: width of the MLP relative to `hidden_size`; the width is rounded to a multiple of 32. With SwiGLU
+            8/3 costs as much as 4 without.
+        num_classes: number of classes without the null class, which the model adds.
+        dropout: probability, on the outputs of attention and MLP.
 
     Raises:
-        ValueError: where the numbers cannot be built.
+        ValueError: the model can't be built from these numbers.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["FlowerTransformerBlock"]
     _repeated_blocks = ["FlowerTransformerBlock"]
-    takes_class_mixtures = True  # floats as `class_labels`, see `forward`
+    takes_class_mixtures = True  # `forward` takes floats as `class_labels`
 
     @register_to_config
     def __init__(
@@ -252,7 +253,8 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
             )
         if config.num_layers % 2 == 0:
             raise ValueError(
-                f"num_layers must be odd, half down, one in the middle, half up, not {config.num_layers}."
+                f"num_layers must be odd, with as many blocks before the middle one as after it, not "
+                f"{config.num_layers}."
             )
         if config.hidden_size % (4 * config.num_attention_heads):
             raise ValueError(
@@ -268,8 +270,8 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
-        # Of unit variance (as in EDM2, Karras et al. 2024), not DiT's 0.02, from which a short training leaves the
-        # class unheard: after the quickstart's 1,000 updates a classifier named 0.39 of its flowers rightly, not 0.99.
+        # Unit variance, as in EDM2 (Karras et al. 2024). With DiT's 0.02 a short training almost ignores the class:
+        # after the quickstart's 1,000 updates a classifier recognized 0.39 of the flowers, instead of 0.99.
         nn.init.normal_(self.class_embedding.weight)
         for layer in (self.modulation, self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)
@@ -277,14 +279,14 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
             nn.init.normal_(block.attention.to_out.weight, std=0.02)
             nn.init.normal_(block.mlp.to_out.weight, std=0.02)
             if block.skip is not None:
-                nn.init.eye_(block.skip.weight)  # the identity on the stream, zero on the skip
+                nn.init.eye_(block.skip.weight)  # the identity on the hidden states, zero on the skip
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """The stock one, which makes up weights that are missing and leaves out those that it has no place for.
+        """diffusers' method, but strict: that invents missing weights, and ignores those it doesn't know.
 
         Raises:
-            ValueError: where the weights aren't those of the config.
+            ValueError: the weights don't fit the config.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for kind in ("missing", "unexpected"):
@@ -296,7 +298,7 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
-        # The entry for `AutoModel` is no argument of the model: diffusers would warn that it doesn't know it.
+        # The entry for `AutoModel` is no argument of the model. diffusers would warn that it is unknown.
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def forward(
@@ -306,17 +308,17 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """Predict what the scheduler's `prediction_type` names from noisy latents.
+        """Predict from noisy latents what the scheduler's `prediction_type` names.
 
         Args:
             sample: noisy latents `(B, C, H, W)`, H and W multiples of `patch_size`.
-            timestep: a number or a tensor of 1 or B of them.
-            class_labels: `(B,)` int64, `null_label` for no class; None: no class for the whole batch. Or float
-                `(B, num_classes + 1)`, the weight of each row of the class embedding, for what lies between classes.
-            return_dict: False for a plain tuple.
+            timestep: a number, or a tensor of 1 or B numbers.
+            class_labels: `(B,)` int64, `null_label` for no class. None: no class for the whole batch. Or float
+                `(B, num_classes + 1)`, a weight for each row of the class embedding, for mixtures of classes.
+            return_dict: False gives a plain tuple.
 
         Raises:
-            ValueError: shapes that do not fit the model.
+            ValueError: the shapes don't fit the model.
         """
         patch_size = self.config.patch_size
         batch_size, channels, height, width = sample.shape
@@ -355,12 +357,12 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
     def _embed_condition(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """Sum `(B, S)` of the embeddings of time and class."""
+        """The sum `(B, S)` of the embeddings of time and class."""
         batch_size = sample.shape[0]
         if torch.is_tensor(timestep):
             if timestep.numel() not in (1, batch_size):
                 raise ValueError(
-                    f"timestep must hold 1 or {batch_size} numbers, one a sample, not {timestep.numel()}."
+                    f"timestep must hold 1 or {batch_size} numbers, one for each sample, not {timestep.numel()}."
                 )
             timesteps = timestep.to(sample.device).reshape(-1).expand(batch_size)
         else:
