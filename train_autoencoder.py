@@ -5,9 +5,9 @@
 
     accelerate launch --config_file accelerate_config.yaml train_autoencoder.py --config configs/flowers102_64_gpu.yaml
 
-Reads from top to bottom: flags, one training step, validation, the end of a run, the loop. What this script shares
-with `train_latent_diffusion.py` is in `recipes.py`, `checkpoints.py` and `training.py` of `flower_ldm/`; the losses
-are in `flower_ldm/autoencoder_losses.py`.
+Read it from top to bottom: flags, one training step, validation, the end of a run, set-up, the loop. `recipes.py`,
+`checkpoints.py` and `training.py` of `flower_ldm/` hold what both training scripts share. The losses are in
+`flower_ldm/autoencoder_losses.py`.
 """
 
 import json
@@ -16,12 +16,16 @@ from argparse import Namespace
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.func import functional_call
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from flower_ldm import checkpoints, hub, recipes, runs, training
@@ -67,60 +71,83 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 @dataclass
-class Parts:
-    """What is trained and what judges it. A part whose weight is 0 is `None`."""
+class Networks:
+    """The autoencoder, and what its losses need. `None` is what only losses of weight 0 would need."""
 
     vae: nn.Module
     perceptual: PerceptualLoss | None
     discriminator: nn.Module | None
-    adaptive: AdaptiveAdversarialWeight | None
+    adaptive_weight: AdaptiveAdversarialWeight | None
     centers: nn.Module | None
 
+    @property
+    def trained(self) -> list[nn.Module]:
+        """The networks whose gradients accelerate accumulates."""
+        return [network for network in (self.vae, self.centers, self.discriminator) if network is not None]
 
-def autoencoder_step(accelerator: Accelerator, args, parts: Parts, batch: dict, global_step: int) -> tuple:
-    """One micro-batch through the autoencoder: its weighted loss, each loss unweighted, and the reconstruction."""
+
+class AutoencoderStep(NamedTuple):
+    """What one micro-batch gives."""
+
+    loss: torch.Tensor  # the weighted sum, for the backward pass
+    losses: dict[str, torch.Tensor]  # each unweighted, for the log
+    reconstruction: torch.Tensor  # (B, 3, H, W), detached, for the discriminator
+
+
+def autoencoder_step(
+    accelerator: Accelerator, args: Namespace, networks: Networks, batch: dict[str, torch.Tensor], global_step: int
+) -> AutoencoderStep:
+    """One micro-batch through the autoencoder and its losses."""
     images, class_labels = batch["images"], batch["class_labels"]
     ramp = loss_ramp(global_step, 0, args.loss_ramp_steps)
     with accelerator.autocast():
-        output = parts.vae(images, noise=batch["noise"])
+        output = networks.vae(images, noise=batch["noise"])
         losses = {"pixel_loss": pixel_loss(output.sample, images), "kl_loss": kl_loss(output.posterior)}
         loss = args.pixel_weight * losses["pixel_loss"]
-        if parts.perceptual is not None:
+        if networks.perceptual is not None:
             seen = slice(None, None, args.perceptual_every)
-            losses["perceptual_loss"] = parts.perceptual(output.sample[seen], images[seen])
+            losses["perceptual_loss"] = networks.perceptual(output.sample[seen], images[seen])
             loss = loss + args.perceptual_weight * ramp * losses["perceptual_loss"]
-        if parts.discriminator is not None and global_step >= args.disc_start:
-            loss = loss + weighted_adversarial_loss(accelerator, args, parts, output.sample, loss, losses, global_step)
+        if networks.discriminator is not None and global_step >= args.disc_start:
+            loss = loss + weighted_adversarial_loss(
+                accelerator, args, networks, output.sample, loss, losses, global_step
+            )
         loss = loss + args.kl_weight * losses["kl_loss"]
         if args.classification_weight > 0:
             losses["classification_loss"] = classification_loss(output.class_logits, class_labels)
             loss = loss + args.classification_weight * ramp * losses["classification_loss"]
-        if parts.centers is not None:
-            losses["center_loss"], losses["repulsion_loss"] = parts.centers(output.class_features, class_labels)
+        if networks.centers is not None:
+            losses["center_loss"], losses["repulsion_loss"] = networks.centers(output.class_features, class_labels)
             loss = loss + args.center_weight * ramp * losses["center_loss"]
             loss = loss + args.repulsion_weight * ramp * losses["repulsion_loss"]
-    return loss, losses, output.sample.detach()
+    return AutoencoderStep(loss, losses, output.sample.detach())
 
 
-def weighted_adversarial_loss(accelerator, args, parts, reconstruction, reconstruction_loss, losses, global_step):
-    """The adversarial term as it is added; unweighted it goes into `losses`, and its adaptive weight with it."""
-    discriminator = accelerator.unwrap_model(parts.discriminator)
+def weighted_adversarial_loss(
+    accelerator: Accelerator, args: Namespace, networks: Networks, reconstruction: torch.Tensor,
+    reconstruction_loss: torch.Tensor, losses: dict[str, torch.Tensor], global_step: int,
+) -> torch.Tensor:  # fmt: skip
+    """The weighted adversarial loss. The unweighted loss and the adaptive weight are added to `losses`."""
+    discriminator = accelerator.unwrap_model(networks.discriminator)
     # The discriminator as a fixed function: this pass must leave no gradients in it.
     fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     losses["adversarial_loss"] = adversarial_loss(functional_call(discriminator, fixed, (reconstruction,)))
     weight = args.adversarial_weight * loss_ramp(global_step, args.disc_start, args.loss_ramp_steps)
-    if parts.adaptive is None:
+    adaptive_weight = networks.adaptive_weight
+    if adaptive_weight is None:
         return weight * losses["adversarial_loss"]
-    # Once an update: its micro-batches are no measurements apart.
+    # Only the last micro-batch of an update measures: `sync_gradients` marks it.
     if (global_step - args.disc_start) % args.adaptive_weight_steps == 0 and accelerator.sync_gradients:
-        norms = parts.adaptive.squared_gradient_norms(reconstruction_loss, losses["adversarial_loss"], reconstruction)
-        parts.adaptive.update(accelerator.reduce(norms, reduction="sum"))
-    losses["adaptive_weight"] = parts.adaptive()
+        norms = adaptive_weight.squared_gradient_norms(reconstruction_loss, losses["adversarial_loss"], reconstruction)
+        adaptive_weight.update(accelerator.reduce(norms, reduction="sum"))
+    losses["adaptive_weight"] = adaptive_weight()
     return weight * losses["adaptive_weight"] * losses["adversarial_loss"]
 
 
-def discriminator_step(accelerator: Accelerator, discriminator: nn.Module, images, reconstruction) -> torch.Tensor:
-    """The discriminator's loss on one micro-batch of images and their reconstructions."""
+def discriminator_step(
+    accelerator: Accelerator, discriminator: nn.Module, images: torch.Tensor, reconstruction: torch.Tensor
+) -> torch.Tensor:
+    """The discriminator's loss on one micro-batch of images and their reconstructions, each `(B, 3, H, W)`."""
     with accelerator.autocast():
         real_logits, fake_logits = discriminator(torch.cat([images, reconstruction])).chunk(2)
         return discriminator_loss(real_logits, fake_logits)
@@ -130,8 +157,11 @@ def discriminator_step(accelerator: Accelerator, discriminator: nn.Module, image
 
 
 @torch.inference_mode()
-def validate(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptual, batches: DataLoader) -> dict:
-    """Held-out means over images: PSNR (dB) and SSIM of the reconstruction from the posterior's mean, and losses."""
+def validate(
+    accelerator: Accelerator, args: Namespace, vae: FlowerAutoencoderKL, perceptual: PerceptualLoss | None,
+    batches: DataLoader,
+) -> dict[str, float]:  # fmt: skip
+    """Means over the held-out images: PSNR (dB), SSIM and losses of reconstructions from the posterior's mean."""
     measured = []
     for batch in batches:
         images, class_labels = batch["images"], batch["class_labels"]
@@ -149,16 +179,16 @@ def validate(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptua
                 rows["val_perceptual_loss"] = perceptual.per_image(reconstruction, images)
         measured.append(accelerator.gather_for_metrics(rows))
     means = {name: torch.cat([rows[name] for rows in measured]).mean().item() for name in measured[0]}
-    # Beside the mean of each image's PSNR, that of the mean squared error, which is never higher.
+    # Papers also report the PSNR of the mean error. It is never higher than the mean of the images' PSNRs.
     error = max(means["mean_squared_error"], 10 ** (-HIGHEST_PSNR / 10))
     return means | {"psnr_of_mean_squared_error": -10 * math.log10(error)}
 
 
 @torch.inference_mode()
 def draw_reconstructions(
-    accelerator: Accelerator, args, vae: FlowerAutoencoderKL, images: ImageDataset, step: int
+    accelerator: Accelerator, args: Namespace, vae: FlowerAutoencoderKL, images: ImageDataset, step: int
 ) -> Path:
-    """16 held-out images, spread over all classes, above what the autoencoder makes of them. Returns the file."""
+    """Draw 16 held-out images, spread over all classes, above their reconstructions. Returns the file."""
     keys = np.linspace(0, len(images) - 1, min(16, len(images))).astype(int).tolist()
     originals = images.__getitems__(keys)["images"].to(accelerator.device)
     with accelerator.autocast():
@@ -168,13 +198,16 @@ def draw_reconstructions(
     return path
 
 
-def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: training.LossLog, progress) -> dict:
-    """`validate`, logged; the weights go to `best/` where held-out pixel + perceptual loss is the lowest so far."""
+def validate_and_keep_best(
+    accelerator: Accelerator, args: Namespace, vae: FlowerAutoencoderKL, perceptual: PerceptualLoss | None,
+    batches: DataLoader, log: training.LossLog, progress: checkpoints.Progress,
+) -> dict[str, float]:  # fmt: skip
+    """`validate`, logged and drawn. Weights with the lowest pixel + perceptual loss so far go to `best/`."""
     step = progress.global_step
     metrics = validate(accelerator, args, vae, perceptual, batches)
     log.append(step, metrics)
     if accelerator.is_main_process:
-        # The last ones are promised: a disk that refuses them ends the run with a line.
+        # The last pictures are promised. An error of the disk then ends the run.
         reraise = InputError if step == args.max_train_steps else ()
         with training.optional("pictures of this validation", reraise=reraise):
             curves = Path(args.output_dir) / "autoencoder_losses.png"
@@ -192,14 +225,14 @@ def validate_and_keep_best(accelerator, args, vae, perceptual, batches, log: tra
 
 
 def drop_torn_best(best_dir: Path) -> None:
-    """Take the config out of a `best/` that can't be loaded, so that the next validation writes all of it anew."""
+    """Remove the config of a `best/` that can't be loaded, so that the next validation writes `best/` anew."""
     if not best_dir.is_dir():
         return
     try:
         FlowerAutoencoderKL.from_pretrained(best_dir)
-    except Exception as error:  # diffusers looks at little before it reads: a damaged file ends it anyhow
+    except Exception as error:  # diffusers checks little, so a damaged file can raise anything
         print(f"{best_dir} can't be loaded ({one_line(error, 200)}): the next validation writes it anew", flush=True)
-        with suppress(OSError):  # of somebody's own, such as a folder: replacing it says what is in the way
+        with suppress(OSError):  # if it can't be removed, replacing it gives a clear error
             (best_dir / "config.json").unlink()
 
 
@@ -207,16 +240,16 @@ def drop_torn_best(best_dir: Path) -> None:
 def measure_latents(
     accelerator: Accelerator, vae: FlowerAutoencoderKL, dataset: ImageDataset, batch_size: int
 ) -> None:
-    """Keep per-channel mean and standard deviation of the training split's raw latents in the model's config.
+    """Measure mean and standard deviation of the training split's raw latents, per channel, for the model's config.
 
-    Total variance: of the posterior means, plus the mean posterior variance.
+    The variance is that of the posterior means plus the mean posterior variance.
     """
     sums = torch.zeros(3, vae.config.latent_channels, dtype=torch.float64)
     for keys in progress_bar(torch.arange(len(dataset)).split(batch_size), desc="latent statistics"):
         with accelerator.autocast():
             images = dataset.__getitems__(keys.tolist())["images"].to(accelerator.device)
             posterior = vae.encode(images).latent_dist
-        # On the CPU, since Apple's GPUs have no double precision.
+        # On the CPU, since Apple's GPUs have no float64.
         mean, variance = posterior.mean.cpu().double(), posterior.var.cpu().double()
         moments = torch.stack([values.mean(dim=(0, 2, 3)) for values in (mean, mean.square(), variance)])
         sums += len(keys) / len(dataset) * moments
@@ -227,8 +260,11 @@ def measure_latents(
 # --- the end of a run ------------------------------------------------------------------------------------------------
 
 
-def save_results(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, train_images: ImageDataset, results: dict):
-    """Measure the latents, then write the weights that `vae` holds, `best/` and the metrics."""
+def save_results(
+    accelerator: Accelerator, args: Namespace, vae: FlowerAutoencoderKL, train_images: ImageDataset,
+    results: dict[str, object],
+) -> None:  # fmt: skip
+    """Measure the latents, then write the autoencoder with its present weights, `best/` and the metrics."""
     output_dir = Path(args.output_dir)
     measure_latents(accelerator, vae, train_images, args.train_batch_size)
     best = FlowerAutoencoderKL.from_pretrained(output_dir / "best").to(accelerator.device).eval()
@@ -240,8 +276,11 @@ def save_results(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, train
     print(f"autoencoder in {output_dir}, its reconstructions of held-out images in {output_dir / 'reconstructions'}")
 
 
-def draw_latent_maps(accelerator: Accelerator, args, vae, train_images, val_images, log: training.LossLog) -> None:
-    """Where the latents of training and held-out images lie, by t-SNE and PCA, on disk and in the trackers."""
+def draw_latent_maps(
+    accelerator: Accelerator, args: Namespace, vae: FlowerAutoencoderKL, train_images: ImageDataset,
+    val_images: ImageDataset, log: training.LossLog,
+) -> None:  # fmt: skip
+    """Draw the latents of training and held-out images by t-SNE and PCA, on disk and in the trackers."""
     with accelerator.autocast():
         images = {"training": train_images, "held out": val_images}
         sets = encode_for_map(vae_encoder(vae), images, accelerator.device)
@@ -250,9 +289,73 @@ def draw_latent_maps(accelerator: Accelerator, args, vae, train_images, val_imag
     log.show(args.max_train_steps, {name: Path(args.output_dir) / f"{name}.png" for name in maps})
 
 
-def build_parts(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, perceptual: PerceptualLoss | None) -> tuple:
-    """All that is trained or judges, on its device and prepared, with both optimizers and the rate's schedule."""
-    centers = discriminator = adaptive = disc_optimizer = None
+# --- set-up ----------------------------------------------------------------------------------------------------------
+
+
+def needs_head(args: Namespace) -> bool:
+    """Whether a loss needs the classifier head."""
+    return args.classification_weight > 0 or args.center_weight > 0 or args.repulsion_weight > 0
+
+
+def check_resolution(args: Namespace) -> None:
+    """Refuse images that are too small for the discriminator.
+
+    Raises:
+        InputError: they are, and the adversarial loss is in use.
+    """
+    if args.adversarial_weight > 0 and args.resolution < SMALLEST_IMAGE:
+        raise InputError(
+            f"--resolution must be at least {SMALLEST_IMAGE} for the discriminator, got {args.resolution}: raise it, "
+            "or train without the discriminator by --adversarial_weight 0"
+        )
+
+
+def load_perceptual_loss(accelerator: Accelerator, args: Namespace) -> PerceptualLoss | None:
+    """The perceptual loss, where it has a weight. One process downloads VGG16, the others wait for it."""
+    if args.perceptual_weight == 0:
+        return None
+    with accelerator.main_process_first():
+        return PerceptualLoss(args.vgg_weights)
+
+
+def build_autoencoder(accelerator: Accelerator, args: Namespace, num_classes: int) -> FlowerAutoencoderKL:
+    """The autoencoder on its device.
+
+    Raises:
+        InputError: `--model_config` is wrong, or doesn't suit `--resolution`.
+    """
+    vae = training.build_model(
+        FlowerAutoencoderKL,
+        args.model_config,
+        in_channels=3,
+        num_classes=num_classes if needs_head(args) else 0,
+        sample_size=args.resolution,
+    )
+    if args.resolution % vae.downsample_factor:
+        raise InputError(
+            f"--resolution {args.resolution} must be a multiple of {vae.downsample_factor} for this model"
+        )
+    vae = vae.to(accelerator.device, memory_format=torch.channels_last)
+    if args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    if args.torch_compile:
+        vae.compile(dynamic=False)
+    return vae
+
+
+class Optimizers(NamedTuple):
+    """The optimizers, prepared, and the schedule of the autoencoder's learning rate."""
+
+    autoencoder: AcceleratedOptimizer
+    discriminator: AcceleratedOptimizer | None
+    lr_scheduler: LRScheduler
+
+
+def build_networks(
+    accelerator: Accelerator, args: Namespace, vae: FlowerAutoencoderKL, perceptual: PerceptualLoss | None
+) -> tuple[Networks, Optimizers]:
+    """Everything that is trained or gives a loss, on its device and prepared, with the optimizers."""
+    centers = discriminator = adaptive_weight = disc_optimizer = None
     parameters = list(vae.parameters())
     if args.center_weight > 0 or args.repulsion_weight > 0:
         centers = CenterLoss(vae.config.num_classes, vae.config.head_channels)
@@ -271,61 +374,60 @@ def build_parts(accelerator: Accelerator, args, vae: FlowerAutoencoderKL, percep
         )
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
         if args.adaptive_weight:
-            adaptive = AdaptiveAdversarialWeight().to(accelerator.device)
-    return Parts(vae, perceptual, discriminator, adaptive, centers), optimizer, disc_optimizer, lr_scheduler
+            adaptive_weight = AdaptiveAdversarialWeight().to(accelerator.device)
+    networks = Networks(vae, perceptual, discriminator, adaptive_weight, centers)
+    return networks, Optimizers(optimizer, disc_optimizer, lr_scheduler)
+
+
+def checkpoint_states(
+    networks: Networks, optimizers: Optimizers, ema: EMAModel, progress: checkpoints.Progress
+) -> dict[str, object]:
+    """What a checkpoint holds, by name."""
+    return {
+        "model": networks.vae,
+        "centers": networks.centers,
+        "discriminator": networks.discriminator,
+        "optimizer": optimizers.autoencoder,
+        "disc_optimizer": optimizers.discriminator,
+        "adaptive_weight": networks.adaptive_weight,
+        "ema": ema,
+        "lr_scheduler": optimizers.lr_scheduler,
+        "progress": progress,
+    }
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train, with the words of the command line or of `argv`."""
     args = parse_args(argv)
     with training.process_as_found(), checkpoints.refusals_say_how_to_go_on(args):
         train(args)
 
 
-def train(args) -> None:
+def train(args: Namespace) -> None:
+    """The whole run: set-up, the loop, the results. A signal ends it with `SystemExit`, after a checkpoint."""
     output_dir = Path(args.output_dir)
-    if args.adversarial_weight > 0 and args.resolution < SMALLEST_IMAGE:
-        raise InputError(
-            f"--resolution must be at least {SMALLEST_IMAGE} for the discriminator, got {args.resolution}: raise it, "
-            "or train without by --adversarial_weight 0"
-        )
+    check_resolution(args)
     checkpoints.check_output_dir(args)
     checkpoint = checkpoints.find_checkpoint(args)
-    needs_head = args.classification_weight > 0 or args.center_weight > 0 or args.repulsion_weight > 0
-    accelerator = training.set_up(args, find_unused_parameters=needs_head and args.classification_weight == 0)
-    perceptual = None
-    if args.perceptual_weight > 0:
-        with accelerator.main_process_first():  # one process downloads
-            perceptual = PerceptualLoss(args.vgg_weights)
+    accelerator = training.set_up(args, find_unused_parameters=needs_head(args) and args.classification_weight == 0)
+    perceptual = load_perceptual_loss(accelerator, args)
     train_images, val_images = training.load_images(accelerator, args)
     args.max_train_steps = last_step = training.total_steps(accelerator, args, len(train_images))
 
-    vae = training.build_model(
-        FlowerAutoencoderKL,
-        args.model_config,
-        in_channels=3,
-        num_classes=train_images.num_classes if needs_head else 0,
-        sample_size=args.resolution,
-    )
-    if args.resolution % vae.downsample_factor:
-        raise InputError(
-            f"--resolution {args.resolution} must be a multiple of {vae.downsample_factor} for this model"
-        )
+    vae = build_autoencoder(accelerator, args, train_images.num_classes)
     latent_size = args.resolution // vae.downsample_factor
     train_images.carry_noise((vae.config.latent_channels, latent_size, latent_size))
-    vae = vae.to(accelerator.device, memory_format=torch.channels_last)
-    if args.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    if args.torch_compile:
-        vae.compile(dynamic=False)
     ema = training.build_ema(vae, args.ema_decay)
-    parts, optimizer, disc_optimizer, lr_scheduler = build_parts(accelerator, args, vae, perceptual)
+    networks, optimizers = build_networks(accelerator, args, vae, perceptual)
+    optimizer, disc_optimizer, lr_scheduler = optimizers
     identity = training.run_identity(accelerator, args, train_images, vae)
     if perceptual is not None:
         identity["VGG16 (--vgg_weights)"] = tensors_digest(perceptual.features.state_dict())
     progress = checkpoints.Progress(identity)
-    stateful = {"model": parts.vae, "centers": parts.centers, "discriminator": parts.discriminator,
-                "optimizer": optimizer, "disc_optimizer": disc_optimizer, "adaptive_weight": parts.adaptive,
-                "ema": ema, "lr_scheduler": lr_scheduler, "progress": progress}  # fmt: skip
+    stateful = checkpoint_states(networks, optimizers, ema, progress)
     checkpoints.resume(accelerator, args, checkpoint, stateful)
     hub.claim_repository(accelerator, args)
     checkpoints.claim_output_dir(accelerator, args)
@@ -334,16 +436,15 @@ def train(args) -> None:
 
     train_batches = training.training_batches(accelerator, args, train_images, progress.global_step, last_step)
     val_batches = training.validation_batches(accelerator, args, val_images)
-    trained = [module for module in (parts.vae, parts.centers, parts.discriminator) if module is not None]
     log = training.LossLog(accelerator, output_dir / "log.jsonl", progress.global_step)
     stop = training.StopSignal(accelerator)
     bar = training.step_bar(accelerator, progress.global_step, last_step, "autoencoder")
     clock = training.Clock(progress)
-    parts.vae.train()
+    networks.vae.train()
 
     for batch in train_batches:
-        with accelerator.accumulate(*trained):
-            loss, losses, reconstruction = autoencoder_step(accelerator, args, parts, batch, progress.global_step)
+        with accelerator.accumulate(*networks.trained):
+            loss, losses, reconstruction = autoencoder_step(accelerator, args, networks, batch, progress.global_step)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 # Only this optimizer's: the discriminator's fp16 gradients of earlier micro-batches would be lost.
@@ -353,8 +454,8 @@ def train(args) -> None:
                     log.update(progress.global_step + 1, {"grad_norm": grad_norm})
             optimizer.step()
             optimizer.zero_grad()
-            if parts.discriminator is not None and progress.global_step >= args.disc_start:
-                disc_loss = discriminator_step(accelerator, parts.discriminator, batch["images"], reconstruction)
+            if networks.discriminator is not None and progress.global_step >= args.disc_start:
+                disc_loss = discriminator_step(accelerator, networks.discriminator, batch["images"], reconstruction)
                 accelerator.backward(disc_loss)
                 disc_optimizer.step()
                 disc_optimizer.zero_grad()
@@ -374,7 +475,7 @@ def train(args) -> None:
         if step % args.validation_steps == 0 and not at_end:
             log.check()
             with training.ema_weights(ema, vae), clock.paused():
-                validate_and_keep_best(accelerator, args, vae, parts.perceptual, val_batches, log, progress)
+                validate_and_keep_best(accelerator, args, vae, networks.perceptual, val_batches, log, progress)
         stopping = stop.agreed(step, 1 if at_end else args.logging_steps)
         if step % args.checkpointing_steps == 0 or at_end or stopping:
             log.check()
@@ -386,7 +487,7 @@ def train(args) -> None:
     stop.exit_when_told(checkpoint)
 
     with training.ema_weights(ema, vae):
-        results = validate_and_keep_best(accelerator, args, vae, parts.perceptual, val_batches, log, progress)
+        results = validate_and_keep_best(accelerator, args, vae, networks.perceptual, val_batches, log, progress)
         results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
         results |= {"dataset": train_images.name, "splits": val_images.splits}
         results |= {"vgg_weights": args.vgg_weights and Path(args.vgg_weights).name}

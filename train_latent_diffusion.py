@@ -6,15 +6,16 @@
     accelerate launch --config_file accelerate_config.yaml train_latent_diffusion.py \\
         --config configs/flowers102_64_gpu.yaml
 
-Reads from top to bottom: flags, one training step, validation and previews, the end of a run, the loop. What this
-script shares with `train_autoencoder.py` is in `recipes.py`, `checkpoints.py` and `training.py` of `flower_ldm/`; the
-mathematics is in `flower_ldm/diffusion.py`.
+Read it from top to bottom: flags, one training step, validation and previews, set-up, the end of a run, the loop.
+`recipes.py`, `checkpoints.py` and `training.py` of `flower_ldm/` hold what both training scripts share. The formulas
+are in `flower_ldm/diffusion.py`.
 """
 
 import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,8 +80,18 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 # --- one training step -----------------------------------------------------------------------------------------------
 
 
-def denoising_step(args, unet: nn.Module, noise_scheduler: DDPMScheduler, batch: dict, null_label: int) -> tuple:
-    """One micro-batch: the loss of each sample `(B,)`, weighted and not, and its timestep `(B,)`."""
+class DenoisingStep(NamedTuple):
+    """What one micro-batch gives, each `(B,)`."""
+
+    losses: torch.Tensor  # weighted
+    unweighted_losses: torch.Tensor
+    timesteps: torch.Tensor
+
+
+def denoising_step(
+    args: Namespace, unet: nn.Module, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor], null_label: int
+) -> DenoisingStep:
+    """One micro-batch through the denoiser: noise the latents, predict, compare."""
     latents, noise, uniforms = batch["latents"], batch["noise"], batch["uniforms"]  # (B, C, h, w) twice, (B, 2)
     timesteps = sample_timesteps(uniforms[:, 0], noise_scheduler.config.num_train_timesteps)
     class_labels = drop_labels(batch["class_labels"], uniforms[:, 1], args.label_dropout, null_label)
@@ -89,20 +100,22 @@ def denoising_step(args, unet: nn.Module, noise_scheduler: DDPMScheduler, batch:
     target = diffusion_target(noise_scheduler, latents, noise, timesteps)
     weights = min_snr_weights(noise_scheduler, timesteps, args.snr_gamma or None)
     losses = denoising_loss(prediction, target, weights)
-    return losses, losses / weights, timesteps
+    return DenoisingStep(losses, losses / weights, timesteps)
 
 
 # --- validation and previews -----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def validate(accelerator: Accelerator, args, unet: nn.Module, noise_scheduler, batches: DataLoader) -> dict:
-    """The held-out loss, weighted and not; noise and timesteps are the same at every validation."""
+def validate(
+    accelerator: Accelerator, args: Namespace, unet: nn.Module, noise_scheduler: DDPMScheduler, batches: DataLoader
+) -> dict[str, float]:
+    """The held-out loss, weighted and unweighted. Every validation has the same noise and timesteps."""
     rows = []
     for batch in batches:
         with accelerator.autocast():
-            losses, unweighted_losses, _ = denoising_step(args, unet, noise_scheduler, batch, unet.null_label)
-        rows.append(accelerator.gather_for_metrics(torch.stack([losses, unweighted_losses], dim=1)))
+            step = denoising_step(args, unet, noise_scheduler, batch, unet.null_label)
+        rows.append(accelerator.gather_for_metrics(torch.stack([step.losses, step.unweighted_losses], dim=1)))
     loss, unweighted_loss = torch.cat(rows).mean(dim=0).tolist()
     return {"val_loss": loss, "val_unweighted_loss": unweighted_loss}
 
@@ -153,10 +166,10 @@ def map_set(latents: LatentDataset, name: str) -> LatentSet:
 
 
 def load_autoencoder(name: str) -> nn.Module:
-    """Stage 1's result, or a stock `AutoencoderKL`, frozen.
+    """Stage 1's autoencoder, or a stock `AutoencoderKL`, frozen.
 
     Raises:
-        InputError: where there is none, or one whose latents have not been measured.
+        InputError: it can't be loaded, or its latents have not been measured.
     """
     try:
         config = FlowerAutoencoderKL.load_config(name)
@@ -164,12 +177,12 @@ def load_autoencoder(name: str) -> nn.Module:
         if config.get("_class_name") != model_class.__name__:
             raise InputError(f"--autoencoder {name} is a {config.get('_class_name')}, not a FlowerAutoencoderKL")
         vae, info = model_class.from_pretrained(name, output_loading_info=True)
-        if info["missing_keys"]:  # diffusers makes them up
+        if info["missing_keys"]:  # diffusers would invent them
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
         check_statistics(vae)
     except InputError:
         raise
-    except Exception as error:  # diffusers looks at little before it reads: a damaged file ends it anyhow
+    except Exception as error:  # diffusers checks little, so a damaged file can raise anything
         reason = one_line(error)
         raise InputError(
             f"--autoencoder {name} can't be loaded: give train_autoencoder.py's output folder or a Hub id ({reason})"
@@ -180,10 +193,10 @@ def load_autoencoder(name: str) -> nn.Module:
 
 
 def latent_shape(vae: nn.Module, images: ImageDataset) -> tuple[int, int, int]:
-    """`(C, h, w)` of this data's latents, from its first image.
+    """The shape `(C, h, w)` of this data's latents, from the first image.
 
     Raises:
-        InputError: where the autoencoder can't encode images of this size.
+        InputError: the autoencoder can't encode images of this size.
     """
     try:
         with torch.no_grad():
@@ -192,14 +205,14 @@ def latent_shape(vae: nn.Module, images: ImageDataset) -> tuple[int, int, int]:
     except (ValueError, RuntimeError) as error:
         reason = one_line(error)
         raise InputError(f"--resolution {images.resolution} doesn't suit --autoencoder: {reason}") from error
-    if size != images.resolution:  # a stock autoencoder rounds in silence
+    if size != images.resolution:  # a stock autoencoder rounds without an error
         raise InputError(
             f"--resolution {images.resolution} doesn't suit --autoencoder, which would draw images of {size} pixels"
         )
     return tuple(raw_latents.shape[1:])
 
 
-def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDataset) -> LatentDataset:
+def load_latents(accelerator: Accelerator, args: Namespace, vae: nn.Module, images: ImageDataset) -> LatentDataset:
     """The normalized latents of a split, from the cache. One process encodes, the others wait for it."""
     cache_dir = args.latent_cache_dir or Path(args.output_dir) / "latent_cache"
     with accelerator.main_process_first():
@@ -219,6 +232,30 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
     elif not hasattr(vae, "normalize"):  # or, of some, both: diffusers divides what it has whitened by the factor too
         latents_std = [std / vae.config.scaling_factor for std in latents_std]
     return LatentDataset(cache, latents_mean, latents_std, args.seed)
+
+
+def build_denoiser(
+    accelerator: Accelerator, args: Namespace, latent_shape: tuple[int, int, int], num_classes: int
+) -> FlowerUNet2DModel:
+    """The denoiser on its device, for latents of this shape `(C, h, w)`.
+
+    Raises:
+        InputError: `--model_config` is wrong, or doesn't suit the latents.
+    """
+    channels, height, width = latent_shape
+    unet = training.build_model(
+        FlowerUNet2DModel,
+        args.model_config,
+        sample_size=height if height == width else [height, width],
+        in_channels=channels,
+        out_channels=channels,
+        num_classes=num_classes,
+    ).to(accelerator.device)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.torch_compile:
+        unet.compile(dynamic=False)
+    return unet
 
 
 def save_results(args, pipeline: FlowerLDMPipeline, results: dict) -> None:
@@ -276,13 +313,18 @@ def draw_comparisons(
     log.show(args.max_train_steps, {path.stem: path for path in drawn})
 
 
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
 def main(argv: list[str] | None = None) -> None:
+    """Train, with the words of the command line or of `argv`."""
     args = parse_args(argv)
     with training.process_as_found(), checkpoints.refusals_say_how_to_go_on(args):
         train(args)
 
 
-def train(args) -> None:
+def train(args: Namespace) -> None:
+    """The whole run: set-up, the loop, the results. A signal ends it with `SystemExit`, after a checkpoint."""
     output_dir = Path(args.output_dir)
     vae = load_autoencoder(args.autoencoder)
     checkpoints.check_output_dir(args)
@@ -293,19 +335,7 @@ def train(args) -> None:
     args.max_train_steps = last_step = training.total_steps(accelerator, args, len(train_images))
 
     vae = vae.to(accelerator.device, memory_format=torch.channels_last)
-    channels, height, width = latent_shape(vae, train_images)
-    unet = training.build_model(
-        FlowerUNet2DModel,
-        args.model_config,
-        sample_size=height if height == width else [height, width],
-        in_channels=channels,
-        out_channels=channels,
-        num_classes=len(class_names),
-    ).to(accelerator.device)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.torch_compile:
-        unet.compile(dynamic=False)
+    unet = build_denoiser(accelerator, args, latent_shape(vae, train_images), len(class_names))
     ema = training.build_ema(unet, args.ema_decay)
     noise_scheduler = make_noise_scheduler(args.prediction_type, args.beta_schedule, args.zero_terminal_snr)
     pipeline = build_pipeline(vae, unet, noise_scheduler, class_names)
@@ -333,7 +363,7 @@ def train(args) -> None:
 
     for batch in train_batches:
         with accelerator.accumulate(model):
-            losses, unweighted, timesteps = denoising_step(args, model, noise_scheduler, batch, unet.null_label)
+            losses, unweighted_losses, timesteps = denoising_step(args, model, noise_scheduler, batch, unet.null_label)
             loss = losses.mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -342,8 +372,8 @@ def train(args) -> None:
                     log.update(progress.global_step + 1, {"grad_norm": grad_norm})
             optimizer.step()
             optimizer.zero_grad()
-        log.update(progress.global_step + 1, {"loss": loss, "unweighted_loss": unweighted.mean()})
-        loss_by_timestep.update(timesteps, unweighted)
+        log.update(progress.global_step + 1, {"loss": loss, "unweighted_loss": unweighted_losses.mean()})
+        loss_by_timestep.update(timesteps, unweighted_losses)
         if not accelerator.sync_gradients:
             continue
 
@@ -396,8 +426,8 @@ def train(args) -> None:
     hub.push_results(accelerator, args)
 
 
-def held_out_batches(accelerator: Accelerator, args, latents: LatentDataset) -> DataLoader:
-    """The held-out latents in order, each with the draws of epoch 0, shared out over the processes."""
+def held_out_batches(accelerator: Accelerator, args: Namespace, latents: LatentDataset) -> DataLoader:
+    """The held-out latents in order, each with the random numbers of epoch 0, shared out over the processes."""
     keys = [(0, index) for index in range(len(latents))]
     return accelerator.prepare_data_loader(
         DataLoader(latents, args.train_batch_size, sampler=keys, collate_fn=keep_batch)

@@ -241,7 +241,7 @@ class AutoencoderTraining:
         self.device = self.accelerator.device
         self.vae = build_autoencoder(args, self.device)
         self.ema = training.build_ema(self.vae, args.ema_decay)
-        self.parts, self.optimizer, self.disc_optimizer, _ = train_autoencoder.build_parts(
+        self.networks, (self.optimizer, self.disc_optimizer, _) = train_autoencoder.build_networks(
             self.accelerator, args, self.vae, perceptual
         )
         batch_size, latent_size = args.train_batch_size, args.resolution // self.vae.downsample_factor
@@ -252,18 +252,18 @@ class AutoencoderTraining:
             "noise": torch.randn(latents, device=self.device),
         }
 
-    def update(self, args, parts: train_autoencoder.Parts, optimizer, global_step: int) -> None:
+    def update(self, args, networks: train_autoencoder.Networks, optimizer, global_step: int) -> None:
         """One update, as in the script's loop."""
         loss, _, reconstruction = train_autoencoder.autoencoder_step(
-            self.accelerator, args, parts, self.batch, global_step
+            self.accelerator, args, networks, self.batch, global_step
         )
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if parts.discriminator is not None:
+        if networks.discriminator is not None:
             loss = train_autoencoder.discriminator_step(
-                self.accelerator, parts.discriminator, self.batch["images"], reconstruction
+                self.accelerator, networks.discriminator, self.batch["images"], reconstruction
             )
             self.accelerator.backward(loss)
             self.disc_optimizer.step()
@@ -271,23 +271,25 @@ class AutoencoderTraining:
 
     def full_update(self, global_step: int) -> None:
         """One update with every loss, and the moving average."""
-        self.update(self.args, self.parts, self.optimizer, global_step)
+        self.update(self.args, self.networks, self.optimizer, global_step)
         self.ema.step(self.vae.parameters())
 
-    def with_losses(self, names: list[str]) -> tuple[argparse.Namespace, train_autoencoder.Parts]:
-        """Flags and parts for pixel loss, KL loss and only these of the added losses."""
+    def with_losses(self, names: list[str]) -> tuple[argparse.Namespace, train_autoencoder.Networks]:
+        """Flags and networks for pixel loss, KL loss and only these of the added losses."""
         left_out = [flag for name, flags in ADDED_LOSSES.items() if name not in names for flag in flags]
         args = argparse.Namespace(**{**vars(self.args), **dict.fromkeys(left_out, 0.0)})
-        parts = dataclasses.replace(
-            self.parts,
-            perceptual=self.parts.perceptual if args.perceptual_weight > 0 else None,
-            discriminator=self.parts.discriminator if args.adversarial_weight > 0 else None,
-            centers=self.parts.centers if args.center_weight > 0 or args.repulsion_weight > 0 else None,
+        networks = dataclasses.replace(
+            self.networks,
+            perceptual=self.networks.perceptual if args.perceptual_weight > 0 else None,
+            discriminator=self.networks.discriminator if args.adversarial_weight > 0 else None,
+            centers=self.networks.centers if args.center_weight > 0 or args.repulsion_weight > 0 else None,
         )
-        return args, parts
+        return args, networks
 
-    def workload(self, args, parts: train_autoencoder.Parts, optimizer, global_step: int) -> Workload:
-        return Workload(lambda: self.update(args, parts, optimizer, global_step), args.train_batch_size, parts.vae)
+    def workload(self, args, networks: train_autoencoder.Networks, optimizer, global_step: int) -> Workload:
+        return Workload(
+            lambda: self.update(args, networks, optimizer, global_step), args.train_batch_size, networks.vae
+        )
 
 
 def autoencoder_workloads(stage: AutoencoderTraining, compiled: bool) -> dict[str, Workload]:
@@ -301,15 +303,15 @@ def autoencoder_workloads(stage: AutoencoderTraining, compiled: bool) -> dict[st
     for count, name in enumerate(in_use, start=1):
         variant = stage.with_losses(in_use[:count])
         workloads[name] = stage.workload(*variant, stage.optimizer, usual_step)
-        if name == ADVERSARIAL and stage.parts.adaptive is not None:
+        if name == ADVERSARIAL and stage.networks.adaptive_weight is not None:
             workloads[ADAPTIVE_WEIGHT] = stage.workload(*variant, stage.optimizer, measuring_step)
 
     stock = StockAutoencoder(stage.vae.config.latent_channels, args.resolution)
     stock = stock.to(stage.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(stock.parameters(), lr=args.learning_rate, fused=True)
     stock, optimizer = stage.accelerator.prepare(stock, optimizer)
-    stock_parts = dataclasses.replace(alone, vae=stock)
-    workloads["stock AutoencoderKL"] = stage.workload(alone_args, stock_parts, optimizer, usual_step)
+    stock_networks = dataclasses.replace(alone, vae=stock)
+    workloads["stock AutoencoderKL"] = stage.workload(alone_args, stock_networks, optimizer, usual_step)
     if compiled:  # only now: a compiled model's operations can't be counted
         stage.vae.compile()
         stock.compile()

@@ -31,7 +31,7 @@ from flower_ldm.autoencoder_losses import (
 from flower_ldm.discriminator import PatchDiscriminator
 from flower_ldm.errors import InputError
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL, FlowerAutoencoderOutput
-from train_autoencoder import Parts, autoencoder_step, discriminator_step, parse_args
+from train_autoencoder import Networks, autoencoder_step, discriminator_step, parse_args
 
 CLASS_LABELS = torch.tensor([0, 2])
 
@@ -156,11 +156,11 @@ def test_gradient_alone_reaches_the_encoders_first_layer(name, vae, images, nois
 def test_the_two_players_train_only_themselves(vae, images, noise):
     """The discriminator's loss reaches its first layer and not the autoencoder; the adversarial loss the reverse."""
     accelerator, discriminator = Accelerator(cpu=True), PatchDiscriminator(base_channels=8)
-    parts = Parts(vae, perceptual=None, discriminator=discriminator, adaptive=None, centers=None)
+    networks = Networks(vae, perceptual=None, discriminator=discriminator, adaptive_weight=None, centers=None)
     args = parse_args(["--disc_start=0", "--perceptual_weight=0", "--train_batch_size=2"])
     batch = {"images": images, "class_labels": CLASS_LABELS, "noise": noise}
 
-    loss, losses, reconstruction = autoencoder_step(accelerator, args, parts, batch, global_step=0)
+    loss, losses, reconstruction = autoencoder_step(accelerator, args, networks, batch, global_step=0)
     loss.backward()
     assert "adversarial_loss" in losses
     assert all(parameter.grad is None for parameter in discriminator.parameters())
