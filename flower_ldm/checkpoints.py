@@ -122,8 +122,22 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
             text = yaml.safe_dump(vars(args), sort_keys=True)
             write_whole(output_dir / "args.yaml", lambda unfinished: unfinished.write_text(text))
         accelerator.wait_for_everyone()
-        if args.report_to != "none":
-            accelerator.init_trackers("flower_ldm")
+    if args.report_to != "none":
+        start_trackers(accelerator, args.report_to)
+
+
+def start_trackers(accelerator: Accelerator, report_to: str) -> None:
+    """Start what `--report_to` names.
+
+    Raises:
+        InputError: where it can't be started, such as for want of its network.
+    """
+    try:
+        accelerator.init_trackers("flower_ldm")
+    except Exception as error:  # of a tracker's network, of its account: they have no common base
+        raise InputError(
+            f"--report_to {report_to} can't be started: {one_line(error, 300)}; see to that, or take --report_to none"
+        ) from error
 
 
 @contextmanager
