@@ -10,7 +10,6 @@ Read it from top to bottom: flags, one training step, validation, the end of a r
 `flower_ldm/autoencoder_losses.py`.
 """
 
-import json
 import math
 from argparse import Namespace
 from contextlib import suppress
@@ -45,7 +44,7 @@ from flower_ldm.autoencoder_losses import (
 from flower_ldm.data import ImageDataset
 from flower_ldm.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
-from flower_ldm.files import replace_files, tensors_digest, write_whole
+from flower_ldm.files import replace_files, tensors_digest
 from flower_ldm.latent_maps import encode_for_map, save_latent_maps
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
@@ -193,7 +192,7 @@ def draw_reconstructions(
     originals = images.__getitems__(keys)["images"].to(accelerator.device)
     with accelerator.autocast():
         reconstructions = vae(originals).sample
-    path = Path(args.output_dir) / "reconstructions" / f"step-{step:08d}.png"
+    path = runs.RECONSTRUCTIONS.path(args.output_dir, step)
     save_reconstructions(originals, reconstructions, path)
     return path
 
@@ -210,16 +209,16 @@ def validate_and_keep_best(
         # The last pictures are promised. An error of the disk then ends the run.
         reraise = InputError if step == args.max_train_steps else ()
         with training.optional("pictures of this validation", reraise=reraise):
-            curves = Path(args.output_dir) / "autoencoder_losses.png"
+            curves = runs.AUTOENCODER_LOSSES.path(args.output_dir)
             save_loss_curves(runs.read_log(log.path), AUTOENCODER_CURVES, curves)
             rows = draw_reconstructions(accelerator, args, vae, batches.dataset, step)
             log.show(step, {"reconstructions": rows, "autoencoder_losses": curves})
     score = metrics["val_pixel_loss"] + metrics.get("val_perceptual_loss", 0.0)
-    best_dir = Path(args.output_dir) / "best"
-    if score < progress.best_score or not (best_dir / "config.json").is_file():
+    best_dir = Path(args.output_dir) / runs.BEST
+    if score < progress.best_score or not (best_dir / runs.MODEL_CONFIG).is_file():
         progress.best_score = score
         if accelerator.is_main_process:
-            replace_files(best_dir, best_dir.with_name("unfinished-best"), vae.save_pretrained)
+            replace_files(best_dir, best_dir.with_name(runs.UNFINISHED_BEST), vae.save_pretrained)
     accelerator.wait_for_everyone()
     return metrics
 
@@ -233,7 +232,7 @@ def drop_torn_best(best_dir: Path) -> None:
     except Exception as error:  # diffusers checks little, so a damaged file can raise anything
         print(f"{best_dir} can't be loaded ({one_line(error, 200)}): the next validation writes it anew", flush=True)
         with suppress(OSError):  # if it can't be removed, replacing it gives a clear error
-            (best_dir / "config.json").unlink()
+            (best_dir / runs.MODEL_CONFIG).unlink()
 
 
 @torch.inference_mode()
@@ -267,13 +266,13 @@ def save_results(
     """Measure the latents, then write the autoencoder with its present weights, `best/` and the metrics."""
     output_dir = Path(args.output_dir)
     measure_latents(accelerator, vae, train_images, args.train_batch_size)
-    best = FlowerAutoencoderKL.from_pretrained(output_dir / "best").to(accelerator.device).eval()
+    best = FlowerAutoencoderKL.from_pretrained(output_dir / runs.BEST).to(accelerator.device).eval()
     measure_latents(accelerator, best, train_images, args.train_batch_size)
-    replace_files(output_dir, output_dir / "unfinished-export", vae.save_pretrained, index="config.json")
-    replace_files(output_dir / "best", output_dir / "unfinished-best", best.save_pretrained)
-    metrics = json.dumps(results, indent=2) + "\n"
-    write_whole(output_dir / "metrics.json", lambda unfinished: unfinished.write_text(metrics))
-    print(f"autoencoder in {output_dir}, its reconstructions of held-out images in {output_dir / 'reconstructions'}")
+    replace_files(output_dir, output_dir / runs.UNFINISHED_EXPORT, vae.save_pretrained, index=runs.MODEL_CONFIG)
+    replace_files(output_dir / runs.BEST, output_dir / runs.UNFINISHED_BEST, best.save_pretrained)
+    runs.write_metrics(runs.METRICS_FILE.path(output_dir), results)
+    pictures = runs.RECONSTRUCTIONS.path(output_dir).parent
+    print(f"autoencoder in {output_dir}, its reconstructions of held-out images in {pictures}")
 
 
 def draw_latent_maps(
@@ -285,8 +284,8 @@ def draw_latent_maps(
         images = {"training": train_images, "held out": val_images}
         sets = encode_for_map(vae_encoder(vae), images, accelerator.device)
     save_latent_maps(sets, train_images.class_names, Path(args.output_dir))
-    maps = ("latent_space_tsne", "latent_space_pca")
-    log.show(args.max_train_steps, {name: Path(args.output_dir) / f"{name}.png" for name in maps})
+    maps = [runs.LATENT_MAP.path(args.output_dir, method) for method in runs.LATENT_MAPS]
+    log.show(args.max_train_steps, {path.stem: path for path in maps})
 
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
@@ -432,11 +431,11 @@ def train(args: Namespace) -> None:
     hub.claim_repository(accelerator, args)
     checkpoints.claim_output_dir(accelerator, args)
     if accelerator.is_main_process:
-        drop_torn_best(output_dir / "best")
+        drop_torn_best(output_dir / runs.BEST)
 
     train_batches = training.training_batches(accelerator, args, train_images, progress.global_step, last_step)
     val_batches = training.validation_batches(accelerator, args, val_images)
-    log = training.LossLog(accelerator, output_dir / "log.jsonl", progress.global_step)
+    log = training.LossLog(accelerator, runs.LOG_FILE.path(output_dir), progress.global_step)
     stop = training.StopSignal(accelerator)
     bar = training.step_bar(accelerator, progress.global_step, last_step, "autoencoder")
     clock = training.Clock(progress)
@@ -491,6 +490,7 @@ def train(args: Namespace) -> None:
         results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
         results |= {"dataset": train_images.name, "splits": val_images.splits}
         results |= {"vgg_weights": args.vgg_weights and Path(args.vgg_weights).name}
+        results |= training.about_machine(accelerator)
         log.close()
         if accelerator.is_main_process:
             save_results(accelerator, args, vae, train_images, results)

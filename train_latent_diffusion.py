@@ -11,7 +11,6 @@ Read it from top to bottom: flags, one training step, validation and previews, s
 are in `flower_ldm/diffusion.py`.
 """
 
-import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -143,7 +142,7 @@ def draw_preview(
     accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
 ) -> LatentSet:
     """The class grid and the loss curves of this step, on disk and in the trackers. Returns the grid's latents."""
-    grid, curves = samples_path(args, step), Path(args.output_dir) / "diffusion_loss.png"
+    grid, curves = samples_path(args, step), runs.DIFFUSION_LOSS.path(args.output_dir)
     generated = draw_class_grid(accelerator, args, pipeline, grid)
     save_diffusion_loss(runs.read_log(log.path), curves)
     log.show(step, {"samples": grid, "diffusion_loss": curves})
@@ -152,7 +151,7 @@ def draw_preview(
 
 def samples_path(args, step: int) -> Path:
     """Where the class grid of a step goes."""
-    return Path(args.output_dir) / "samples" / f"step-{step:08d}.png"
+    return runs.SAMPLES.path(args.output_dir, step)
 
 
 def map_set(latents: LatentDataset, name: str) -> LatentSet:
@@ -214,7 +213,7 @@ def latent_shape(vae: nn.Module, images: ImageDataset) -> tuple[int, int, int]:
 
 def load_latents(accelerator: Accelerator, args: Namespace, vae: nn.Module, images: ImageDataset) -> LatentDataset:
     """The normalized latents of a split, from the cache. One process encodes, the others wait for it."""
-    cache_dir = args.latent_cache_dir or Path(args.output_dir) / "latent_cache"
+    cache_dir = args.latent_cache_dir or Path(args.output_dir) / runs.LATENT_CACHE
     with accelerator.main_process_first():
         cache = load_or_build_latent_cache(
             vae,
@@ -261,9 +260,9 @@ def build_denoiser(
 def save_results(args, pipeline: FlowerLDMPipeline, results: dict) -> None:
     """The pipeline with the weights that `unet` holds now, and the metrics."""
     output_dir = Path(args.output_dir)
-    replace_files(output_dir, output_dir / "unfinished-export", pipeline.save_pretrained, index="model_index.json")
-    metrics = json.dumps(results, indent=2) + "\n"
-    write_whole(output_dir / "metrics.json", lambda unfinished: unfinished.write_text(metrics))
+    unfinished = output_dir / runs.UNFINISHED_EXPORT
+    replace_files(output_dir, unfinished, pipeline.save_pretrained, index=runs.PIPELINE_INDEX.name)
+    runs.write_metrics(runs.METRICS_FILE.path(output_dir), results)
     print(f"pipeline in {output_dir}")
 
 
@@ -272,7 +271,7 @@ def draw_last_preview(
 ) -> LatentSet:
     """`draw_preview`, its class grid as `vae_samples_grid_subset.png` too. Returns the grid's latents."""
     generated = draw_preview(accelerator, args, pipeline, step, log)
-    drawn, grid = samples_path(args, step), Path(args.output_dir) / "vae_samples_grid_subset.png"
+    drawn, grid = samples_path(args, step), runs.CLASS_GRID.path(args.output_dir)
     write_whole(grid, lambda unfinished: shutil.copy(drawn, unfinished))
     print(f"samples in {grid}")
     return generated
@@ -289,7 +288,7 @@ def draw_latents(
     labels = named_classes(pipeline.num_classes, PATH_CLASSES)
     with accelerator.autocast():
         denoising = save_denoising(pipeline, labels, plane, output_dir, args.seed, guidance_scale=args.guidance_scale)
-    maps = [output_dir / f"latent_space_{name}.png" for name in ("tsne", "pca")]
+    maps = [runs.LATENT_MAP.path(output_dir, method) for method in runs.LATENT_MAPS]
     stills = {path.stem: path for path in [*maps, *denoising] if path.suffix == ".png"}
     log.show(args.max_train_steps, stills)
 
@@ -308,7 +307,8 @@ def draw_comparisons(
         if args.label_dropout > 0:
             drawn += save_guidance_sweep(pipeline, labels, output_dir, args.seed)
         else:
-            print("left out guidance_sweep.png: without label dropout there is no null label to guide away from")
+            name = runs.GUIDANCE_SWEEP.name
+            print(f"left out {name}: without label dropout there is no null label to guide away from")
         drawn += save_interpolations(pipeline, labels, output_dir, args.seed, guidance_scale=args.guidance_scale)
     log.show(args.max_train_steps, {path.stem: path for path in drawn})
 
@@ -355,7 +355,7 @@ def train(args: Namespace) -> None:
 
     train_batches = training.training_batches(accelerator, args, train_latents, progress.global_step, last_step)
     val_batches = held_out_batches(accelerator, args, val_latents)
-    log = training.LossLog(accelerator, output_dir / "log.jsonl", progress.global_step)
+    log = training.LossLog(accelerator, runs.LOG_FILE.path(output_dir), progress.global_step)
     loss_by_timestep = LossByTimestep(noise_scheduler.config.num_train_timesteps, device=accelerator.device)
     stop = training.StopSignal(accelerator)
     bar = training.step_bar(accelerator, progress.global_step, last_step, "denoiser")
@@ -409,6 +409,7 @@ def train(args: Namespace) -> None:
         log.append(last_step, results)
         results |= {"step": last_step, "training_seconds": progress.seconds, "num_images": len(val_images)}
         results |= {"dataset": train_images.name, "splits": val_images.splits}
+        results |= training.about_machine(accelerator)
         log.close()
         if accelerator.is_main_process:
             save_results(args, pipeline, results)

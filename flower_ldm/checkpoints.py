@@ -25,9 +25,8 @@ from .files import DiskError, check_writable, refusals_of_disk, sync, write_whol
 from .recipes import flag_of
 from .run_lock import LOCK, lock_folder
 
-CHECKPOINT_PREFIX = "checkpoint-"
-CHECKPOINT_NAME = re.compile(f"{CHECKPOINT_PREFIX}(0|[1-9][0-9]*)")
-UNFINISHED_NAME = re.compile("unfinished-(0|[1-9][0-9]*)")  # one being written, or one being removed
+CHECKPOINT_NAME = re.compile(f"{runs.CHECKPOINT}(0|[1-9][0-9]*)")
+UNFINISHED_NAME = re.compile(f"{runs.UNFINISHED}(0|[1-9][0-9]*)")  # one being written, or one being removed
 
 
 # --- the output folder -----------------------------------------------------------------------------------------------
@@ -63,8 +62,8 @@ def check_output_dir(args: argparse.Namespace) -> None:
         raise InputError(f"--overwrite_output_dir: {output_dir} {reason}; name another --output_dir")
     if not runs.is_run(output_dir):
         raise InputError(
-            f"--overwrite_output_dir: {output_dir} is not the folder of a training run, since it has no args.yaml "
-            "with the flags of one; name another --output_dir"
+            f"--overwrite_output_dir: {output_dir} is not the folder of a training run, since it has no "
+            f"{runs.ARGS_FILE.name} with the flags of one; name another --output_dir"
         )
     if foreign := runs.contents(output_dir)[1]:
         names = ", ".join(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
@@ -120,10 +119,24 @@ def claim_output_dir(accelerator: Accelerator, args: argparse.Namespace) -> None
             check_output_dir(args)  # once more: a run that has just ended there held the lock until now
             runs.remove(output_dir, unfinished_only=resumes_in_place(args))
             text = yaml.safe_dump(vars(args), sort_keys=True)
-            write_whole(output_dir / "args.yaml", lambda unfinished: unfinished.write_text(text))
+            write_whole(runs.ARGS_FILE.path(output_dir), lambda unfinished: unfinished.write_text(text))
         accelerator.wait_for_everyone()
-        if args.report_to != "none":
-            accelerator.init_trackers("flower_ldm")
+    if args.report_to != "none":
+        start_trackers(accelerator, args.report_to)
+
+
+def start_trackers(accelerator: Accelerator, report_to: str) -> None:
+    """Start what `--report_to` names.
+
+    Raises:
+        InputError: where it can't be started, such as for want of its network.
+    """
+    try:
+        accelerator.init_trackers("flower_ldm")
+    except Exception as error:  # of a tracker's network, of its account: they have no common base
+        raise InputError(
+            f"--report_to {report_to} can't be started: {one_line(error, 300)}; see to that, or take --report_to none"
+        ) from error
 
 
 @contextmanager
@@ -185,7 +198,8 @@ def save_checkpoint(
         InputError: the disk refuses. What was there stays.
     """
     output_dir = Path(args.output_dir)
-    target, unfinished = output_dir / f"{CHECKPOINT_PREFIX}{global_step}", output_dir / f"unfinished-{global_step}"
+    target = output_dir / f"{runs.CHECKPOINT}{global_step}"
+    unfinished = output_dir / f"{runs.UNFINISHED}{global_step}"
     random_states = gather_object([random_state(accelerator.device)])
     if accelerator.is_main_process:
         with refusals_of_disk(target):
@@ -195,7 +209,7 @@ def save_checkpoint(
                 for name, owner in unwrapped(accelerator, stateful).items():
                     save_state(owner.state_dict(), unfinished / f"{name}.safetensors")
                 save_state(random_states, unfinished / "random_states.safetensors")
-                (unfinished / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
+                runs.ARGS_FILE.path(unfinished).write_text(yaml.safe_dump(vars(args), sort_keys=True))
                 write_manifest(unfinished, global_step)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -223,7 +237,7 @@ def make_room(path: Path) -> None:
     if UNFINISHED_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif os.path.lexists(path):
-        names = (path.with_name(f"{path.name}-aside-{number}") for number in itertools.count(1))
+        names = (path.with_name(f"{path.name}{runs.ASIDE}{number}") for number in itertools.count(1))
         aside = path.rename(next(name for name in names if not os.path.lexists(name)))
         print(f"{path} existed already: it is now called {aside.name}")
 
@@ -237,7 +251,7 @@ def drop_checkpoints(output_dir: Path, newest: int, limit: int) -> None:
     older = [path for path in older if not why_invalid(path, step_of(path), hashes=False)]
     for path in older[: max(0, len(older) + 1 - limit)]:
         try:
-            doomed = path.with_name(f"unfinished-{step_of(path)}")
+            doomed = path.with_name(f"{runs.UNFINISHED}{step_of(path)}")
             make_room(doomed)
             shutil.rmtree(path.rename(doomed))
         except OSError as error:
@@ -246,7 +260,7 @@ def drop_checkpoints(output_dir: Path, newest: int, limit: int) -> None:
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(path.name.removeprefix(CHECKPOINT_PREFIX))
+    return int(path.name.removeprefix(runs.CHECKPOINT))
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -277,7 +291,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
         checkpoint = named_checkpoint(args)
     saved = runs.read_args(checkpoint)
     if saved is None:
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: its args.yaml can't be read")
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: its {runs.ARGS_FILE.name} can't be read")
     for name in sorted(name for name in vars(args) if not flag_of(name).may_change):
         if saved.get(name) != getattr(args, name):
             if name not in saved:
@@ -329,7 +343,7 @@ def named_checkpoint(args: argparse.Namespace) -> Path:
     if resumes_in_place(args):
         if not CHECKPOINT_NAME.fullmatch(checkpoint.resolve().name):
             raise InputError(
-                f"--resume_from_checkpoint {checkpoint} must be called {CHECKPOINT_PREFIX}<step>, "
+                f"--resume_from_checkpoint {checkpoint} must be called {runs.CHECKPOINT}<step>, "
                 "or --output_dir must be another folder"
             )
         step = step_of(checkpoint.resolve())

@@ -11,7 +11,6 @@ Shapes: N samples, M reference images; D features; K classes; (H, W) pixels.
 import argparse
 import json
 import os
-import platform
 import shlex
 import sys
 import time
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
 import sklearn
@@ -29,7 +27,7 @@ import torchmetrics
 from sklearn.pipeline import Pipeline
 from torch import nn
 
-from . import FlowerLDMPipeline, __version__
+from . import FlowerLDMPipeline, runs
 from .autoencoder_losses import PerceptualLoss, fidelity
 from .data import DataOptions, ImageDataset, to_uint8
 from .errors import InputError, exit_on_input_error
@@ -45,7 +43,6 @@ from .files import (
     file_path,
     path_text,
     refusals_of_disk,
-    write_whole,
 )
 from .flags import FlagParser
 from .lettering import save_figure
@@ -62,7 +59,6 @@ from .metrics import (
 from .model_card import write_model_card
 from .progress_bars import progress_bar
 from .report import write_report
-from .runs import read_flags
 from .sampling import SCHEDULERS, Sampler, check_sampling, load_pipeline, sample_labels
 from .visualization import save_nearest_neighbors
 
@@ -76,8 +72,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(prog="python -m flower_ldm.evaluation", description="Measure a pipeline.")
     flag = parser.add_argument
     flag("--pipeline", type=path_text, required=True, help="folder of a pipeline, or its id on the Hub")
-    flag("--output", type=file_path, help="JSON file that gets the key evaluation; unset: metrics.json in --pipeline")
-    flag("--cache_dir", type=file_path, help="features and drawn images; unset: evaluation_cache beside --output")
+    flag("--output", type=file_path,
+         help=f"JSON file that gets the key evaluation; unset: {runs.METRICS_FILE.name} in --pipeline")  # fmt: skip
+    flag("--cache_dir", type=file_path,
+         help=f"features and drawn images; unset: {runs.EVALUATION_CACHE} beside --output")  # fmt: skip
     DataOptions.add_flags_of_run(parser)
     # what is measured
     flag("--features", type=path_text, default=DEFAULT_FEATURES,
@@ -108,11 +106,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < MIN_IMAGES:
             raise InputError(f"--{name} must be at least {MIN_IMAGES} (neighbors are counted), got {value}")
-    args.data = DataOptions.from_run(read_flags(Path(args.pipeline)), args)
+    args.data = DataOptions.from_run(runs.read_flags(Path(args.pipeline)), args)
     if args.output is None:
-        args.output = Path(args.pipeline if os.path.isdir(args.pipeline) else ".") / "metrics.json"
+        args.output = runs.METRICS_FILE.path(args.pipeline if os.path.isdir(args.pipeline) else ".")
     if args.cache_dir is None:
-        args.cache_dir = args.output.parent / "evaluation_cache"
+        args.cache_dir = args.output.parent / runs.EVALUATION_CACHE
     return args
 
 
@@ -341,10 +339,10 @@ def evaluate(
     )
     held_out_found = neighbors.search(real.held_out, real.held_out_features, mirrored)
     names = [pipe.class_names[label] for label in labels.tolist()]
-    save_nearest_neighbors(samples, names, real.train, found, args.output.parent / "nearest_neighbours.png")
+    save_nearest_neighbors(samples, names, real.train, found, runs.NEAREST_NEIGHBORS.path(args.output.parent))
     sweep = measure_sweep(args, sampler, network, real)
     if sweep:
-        save_sweep(sweep, against_held_out, args.output.parent / "evaluation_sweep.png")
+        save_sweep(sweep, against_held_out, runs.EVALUATION_SWEEP.path(args.output.parent))
     return {
         **describe(args, pipe, network, real),
         "sampling": {
@@ -484,7 +482,7 @@ def read_metrics(path: Path) -> dict:
         InputError: where it is no file for a JSON object.
     """
     if path.is_dir():
-        raise InputError(f"--output {path} is a folder: name a file, such as {path / 'metrics.json'}")
+        raise InputError(f"--output {path} is a folder: name a file, such as {runs.METRICS_FILE.path(path)}")
     try:
         metrics = json.loads(path.read_text()) if path.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -496,10 +494,9 @@ def read_metrics(path: Path) -> dict:
 
 
 def write_metrics(path: Path, evaluation: dict) -> None:
-    """Put the evaluation among the other metrics of the file; a reader sees the old file or the new one."""
-    text = json.dumps(read_metrics(path) | {"evaluation": evaluation}, indent=2) + "\n"
+    """Put the evaluation among the other metrics of the file."""
     with refusals_of_disk(path, "run the command again, or name another --output; what was drawn is kept"):
-        write_whole(path, lambda unfinished: unfinished.write_text(text))
+        runs.write_metrics(path, {"evaluation": evaluation}, others=read_metrics(path))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -513,17 +510,15 @@ def main(argv: list[str] | None = None) -> None:
     network = load_feature_network(args.features, args.device)
     perceptual = PerceptualLoss(args.vgg_weights).to(args.device) if args.vgg_weights else None
     evaluation = evaluate(args, pipe, network, perceptual)
-    evaluation["versions"] = {
-        "flower_ldm": __version__, "python": platform.python_version(), "torch": torch.__version__,
-        "diffusers": diffusers.__version__, "torchmetrics": torchmetrics.__version__,
-        "scikit-learn": sklearn.__version__,
+    evaluation["versions"] = runs.versions() | {
+        "torchmetrics": torchmetrics.__version__, "scikit-learn": sklearn.__version__
     }  # fmt: skip
     evaluation["seconds"] = time.perf_counter() - started
     evaluation["command"] = shlex.join(["python", "-m", "flower_ldm.evaluation", *argv])
     write_metrics(args.output, evaluation)
     print(table(evaluation))
     print(f"metrics in {args.output}, pictures beside it")
-    if args.output.name == "metrics.json" and (args.output.parent / "args.yaml").is_file():
+    if args.output.name == runs.METRICS_FILE.name and runs.ARGS_FILE.path(args.output.parent).is_file():
         write_model_card(args.output.parent)
         print(f"the run's page, with them: {write_report(args.output.parent)}")
 

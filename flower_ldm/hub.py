@@ -1,8 +1,8 @@
 """A finished run to the Hugging Face Hub: `python -m flower_ldm.hub results/flower-ldm --hub_model_id user/name`.
 
-Both training scripts do the same with `--push_to_hub`. What goes is listed here, file by file: the model with its
-code, the card, generated pictures and curves, the metrics, the flags that aren't paths. All else stays, such as
-checkpoints, logs, and pictures that show photographs of the data set.
+Both training scripts do the same with `--push_to_hub`. What goes is listed in `runs.ARTIFACTS`, file by file: the
+model with its code, the card, generated pictures and curves, the metrics, the flags that aren't paths. All else stays,
+such as checkpoints, logs, and pictures that show photographs of the data set.
 """
 
 import argparse
@@ -23,19 +23,8 @@ from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .files import file_path, without_paths
 from .model_card import write_model_card
 from .recipes import public_flags
-from .runs import WEIGHTS, fits, read_flags
+from .runs import ARGS_FILE, CARD_FILE, METRICS_FILE, PIPELINE_INDEX, SAMPLES, fits, public_files, read_flags
 from .training import stop_signals
-
-# By the file that makes a folder one of the two kinds: what of it goes to the Hub.
-AUTOENCODER_FILES = ("config.json", *WEIGHTS, "autoencoder_flower.py", "autoencoder_losses.png", "latent_space_*.png")
-PIPELINE_FILES = (
-    "model_index.json", "pipeline_flower_ldm.py", "scheduler/scheduler_config.json",
-    *(f"vae/{name}" for name in ("config.json", *WEIGHTS, "autoencoder_flower.py")),
-    *(f"{unet}/{name}" for unet in ("unet", "guide") for name in ("config.json", *WEIGHTS, "unet_flower.py")),
-    "samples/*.png", "vae_samples_grid_subset.png", "diffusion_loss.png", "latent_space_*.png",
-    "denoising_path_*.png", "diffusion_animation_*.gif", "diffusion_animation_*.mp4", "guidance_sweep.png",
-    "interpolation_*.png", "evaluation_sweep.png",
-)  # fmt: skip
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -130,10 +119,10 @@ def push_run(run_dir: Path, repo_id: str, private: bool = False, api: HfApi | No
     api = api or HfApi()
     try:
         repo_id = create_repository(repo_id, private, api)
-        additions["README.md"] = write_model_card(run_dir, repo_id)
+        additions[CARD_FILE.name] = write_model_card(run_dir, repo_id)
         operations = [CommitOperationAdd(path, content) for path, content in additions.items()]
         for path in api.list_repo_files(repo_id):
-            if path not in additions and path != "README.md" and fits(path, allowed):
+            if path not in additions and path != CARD_FILE.name and fits(path, allowed):
                 operations.append(CommitOperationDelete(path))
         return api.create_commit(repo_id, operations, commit_message="Upload a run of flower_ldm").commit_url
     except (Exception, KeyboardInterrupt) as error:  # whatever the reason, the run is on disk and can be pushed again
@@ -148,14 +137,17 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
     Raises:
         InputError: where the folder is no finished run, or what would go isn't a file of its own.
     """
-    for name in ("metrics.json", "args.yaml"):
-        if not (run_dir / name).is_file():
-            raise InputError(f"{run_dir} is no finished run of flower_ldm: it has no {name}")
-    is_pipeline = (run_dir / "model_index.json").is_file()
-    allowed = ("README.md", "metrics.json", "args.yaml", *(PIPELINE_FILES if is_pipeline else AUTOENCODER_FILES))
+    for needed in (METRICS_FILE, ARGS_FILE):
+        if not needed.path(run_dir).is_file():
+            raise InputError(f"{run_dir} is no finished run of flower_ldm: it has no {needed.name}")
+    if PIPELINE_INDEX.path(run_dir).is_file():
+        # What somebody has put beside our samples goes too.
+        allowed = (*public_files("latent_diffusion"), f"{os.path.dirname(SAMPLES.name)}/*.png")
+    else:
+        allowed = public_files("autoencoder")
     files: dict[str, Path | bytes] = dict(own_files(run_dir, allowed))
     try:
-        metrics = without_paths(json.loads((run_dir / "metrics.json").read_text()))
+        metrics = without_paths(json.loads(METRICS_FILE.path(run_dir).read_text()))
         metrics.get("evaluation", {}).pop("command", None)  # its words are paths, among others
         flags = public_flags(read_flags(run_dir))
         for entries in (metrics, metrics.get("evaluation", {})):
@@ -163,8 +155,8 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
                 entries["dataset"] = public_dataset(entries["dataset"])
     except (OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:  # damaged
         raise InputError(f"{run_dir} is no finished run of flower_ldm: {one_line(error)}") from error
-    files["metrics.json"] = (json.dumps(metrics, indent=2) + "\n").encode()
-    files["args.yaml"] = yaml.safe_dump(flags, sort_keys=True).encode()
+    files[METRICS_FILE.name] = (json.dumps(metrics, indent=2) + "\n").encode()
+    files[ARGS_FILE.name] = yaml.safe_dump(flags, sort_keys=True).encode()
     return allowed, files
 
 

@@ -13,6 +13,7 @@ from sklearn.manifold import TSNE
 from .data import ImageDataset
 from .lettering import drawable, save_figure
 from .progress_bars import progress_bar
+from .runs import LATENT_MAP
 
 NAMED_CLASSES = 10  # that a picture shows by name; it has as many colors
 # Of CARTO's "Safe" palette, after Paul Tol's: colors that stay apart for the color-blind.
@@ -121,12 +122,12 @@ def save_latent_maps(sets: dict[str, LatentSet], class_names: list[str], folder:
     axis.set_xlabel(f"1st principal component, {shares[0]:.1%} of the variance")
     axis.set_ylabel(f"2nd principal component, {shares[1]:.1%}")
     axis.set_title("Latents in the plane in which the training images vary most (PCA)", fontsize=10)
-    save_figure(figure, folder / "latent_space_pca.png")
+    save_figure(figure, LATENT_MAP.path(folder, "pca"))
     figure, axis = plt.subplots(figsize=(8.2, 6.2), layout="constrained")
     latent_map(axis, by_tsne, labels, class_names)
     axis.set(xticks=[], yticks=[])
     axis.set_title("Latents, neighbors beside each other (t-SNE)", fontsize=10)
-    save_figure(figure, folder / "latent_space_tsne.png")
+    save_figure(figure, LATENT_MAP.path(folder, "tsne"))
     return plane
 
 

@@ -1,6 +1,6 @@
 """The model card of a run: `README.md` with the metadata that the Hugging Face Hub reads.
 
-Written from what a run's folder says (`report.read_run`) by both training scripts at their end, and again by the
+Written from what a run's folder says (`runs.read_run`) by both training scripts at their end, and again by the
 evaluation when there is more to say. What wasn't measured isn't shown. It is made to be public: it names no path, and
 links no picture that shows a photograph of the data set or a reconstruction of one.
 """
@@ -27,21 +27,23 @@ from .report import (
     sampling_words,
     training_seconds,
 )
-from .runs import CARD_MARK as MARK
-from .runs import Run, nested, read_run
+from .runs import (
+    ARGS_FILE,
+    AUTOENCODER_LOSSES,
+    CARD_FILE,
+    CARD_MARK,
+    CLASS_GRID,
+    DIFFUSION_LOSS,
+    MODEL_CONFIG,
+    Artifact,
+    Run,
+    nested,
+    read_run,
+)
 
-FILE_NAME = "README.md"
 ANYWHERE = {"autoencoder": "user/flower-autoencoder", "latent_diffusion": "user/flower-ldm"}  # until it is pushed
 DOWNLOADED = "model"  # where the card's commands expect this repository
 
-# Drawn by the model, or curves; a card shows no others. Alternative text of each.
-PICTURES = {
-    "autoencoder": {"autoencoder_losses.png": "The losses over the updates"},
-    "latent_diffusion": {
-        "vae_samples_grid_subset.png": "Images that this model drew, one class a column",
-        "diffusion_loss.png": "The loss over the updates",
-    },
-}
 METRIC_NAMES = {  # of samples: name in metrics.json -> type and name in the Hub's metadata
     "frechet_distance": ("frechet_distance", "Fréchet distance"),
     "kid": ("kid", "KID"),
@@ -71,15 +73,15 @@ def write_model_card(run_dir: Path, repo_id: str | None = None) -> Path:
 
     Returns:
         the card's path. A card that was there is replaced, and not before the new one is complete; one without the
-        line `MARK` is somebody's own and stays as it is.
+        line `CARD_MARK` is somebody's own and stays as it is.
 
     Raises:
         InputError: where `run_dir` is no run, one of its files can't be read, or the card can't be written.
     """
     run = read_run(Path(run_dir))
-    path = run.folder / FILE_NAME
+    path = CARD_FILE.path(run.folder)
     try:
-        if path.is_file() and MARK not in path.read_text("utf-8"):
+        if path.is_file() and CARD_MARK not in path.read_text("utf-8"):
             return path
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read: {one_line(error)}") from error
@@ -92,15 +94,15 @@ def render(run: Run, repo_id: str | None = None) -> str:
     name = repo_id.split("/")[-1] if repo_id else ANYWHERE[run.stage].split("/")[-1]
     sections = [
         f"# {plain(name)}",
-        plain(public_lede(run)),
-        picture(run, "vae_samples_grid_subset.png", "Every image is drawn by the model; none is a photograph."),
+        plain(lede(public_run(run))),
+        picture(run, CLASS_GRID),
         use(run, repo_id or ANYWHERE[run.stage]),
         training(run),
         measured(run),
         limits(run),
         license(run),
         again(run, repo_id or ANYWHERE[run.stage]),
-        MARK,
+        CARD_MARK,
     ]
     body = "\n\n".join(filter(None, sections))
     card = f"---\n{metadata(run, name).to_yaml()}\n---\n\n{body}\n"
@@ -132,19 +134,20 @@ def public_run(run: Run) -> Run:
                run.num_parameters, run.class_names)  # fmt: skip
 
 
-def public_lede(run: Run) -> str:
-    return lede(public_run(run))
-
-
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def picture(run: Run, name: str, caption: str = "") -> str:
-    """A relative link to one of the run's pictures with what is seen there below it; empty where there is none."""
-    alt = PICTURES[run.stage].get(name)
-    if alt is None or not (run.folder / name).is_file():
+def picture(run: Run, artifact: Artifact) -> str:
+    """A relative link to one of the run's pictures with its caption below it.
+
+    Empty where there is none, and where it would show photographs or isn't in the repository.
+    """
+    if artifact.shows_photographs or not artifact.on_hub or artifact.stage not in (None, run.stage):
         return ""
-    return f"![{alt}]({name})" + (f"\n\n*{caption}*" if caption else "")
+    if not artifact.path(run.folder).is_file():
+        return ""
+    alt, caption = artifact.texts()
+    return f"![{alt}]({artifact.name})" + (f"\n\n*{caption}*" if caption else "")
 
 
 def use(run: Run, repo_id: str) -> str:
@@ -170,8 +173,8 @@ def use(run: Run, repo_id: str) -> str:
         "`trust_remote_code` allows to run, is short. Read it, and put the commit that you have read in place of "
         f"`COMMIT` ([list](https://huggingface.co/{repo_id}/commits/main)), so that no later one runs:"
         if travels else "",
-        _code(f"from diffusers import {library}", "",
-              f'{load} = {library}.from_pretrained("{repo_id}", revision="COMMIT", trust_remote_code=True)', *lines)
+        _code(f"from diffusers import {library}", "", f'{load} = {library}.from_pretrained('
+              f'"{repo_id}", revision="COMMIT", trust_remote_code=True)', *lines)
         if travels else "",
         "With the package `flower_ldm` installed" + (", no trust is needed:" if travels else ":"),
         _code(f"from flower_ldm import {kind}", "", f'{load} = {kind}.from_pretrained("{repo_id}")', *lines),
@@ -205,12 +208,12 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def training(run: Run) -> str:
     """What it was trained on, how, for how long."""
     rows = [[plain(name), plain(value)] for _, group in facts(public_run(run)) for name, value in group]
-    curve = "autoencoder_losses.png" if run.stage == "autoencoder" else "diffusion_loss.png"
-    parts = ["## Training", f"| | |\n|---|---|\n{_rows(rows)}", picture(run, curve), _judge(run)]
+    curves = AUTOENCODER_LOSSES if run.stage == "autoencoder" else DIFFUSION_LOSS
+    blocks = ["## Training", f"| | |\n|---|---|\n{_rows(rows)}", picture(run, curves), _judge(run)]
     if (stage1 := autoencoder_run(run)) and (seconds := training_seconds(stage1)):
-        parts.append(f"Its autoencoder was trained before it, for {number(stage1.last_step)} updates in "
-                     f"{duration(seconds)}.")  # fmt: skip
-    return "\n\n".join(filter(None, parts))
+        blocks.append(f"Its autoencoder was trained before it, for {number(stage1.last_step)} updates in "
+                      f"{duration(seconds)}.")  # fmt: skip
+    return "\n\n".join(filter(None, blocks))
 
 
 def _rows(rows: list[list[str]]) -> str:
@@ -297,6 +300,7 @@ def reconstruction_values(run: Run) -> dict[str, float]:
 
 
 def limits(run: Run) -> str:
+    """What the model can't do, and whether it repeats training images."""
     size = run.args.get("resolution")
     known = f"It knows images of {size} × {size} pixels" if size else "It knows images of one size"
     if run.stage == "autoencoder":
@@ -336,13 +340,13 @@ def license(run: Run) -> str:
     return f"## License and data\n\nThe code is Apache-2.0. {data}"
 
 
-# --- doing it again --------------------------------------------------------------------------------------------------
+# --- training it again -----------------------------------------------------------------------------------------------
 
 
 def autoencoder_run(run: Run) -> Run | None:
     """The run of stage 1 that this pipeline's autoencoder is from, where it is still there and still the same."""
     folder = run.args.get("autoencoder")
-    if run.stage != "latent_diffusion" or not folder or not os.path.isfile(os.path.join(folder, "args.yaml")):
+    if run.stage != "latent_diffusion" or not folder or not os.path.isfile(ARGS_FILE.path(folder)):
         return None
     try:
         stage1 = read_run(Path(folder))
@@ -357,11 +361,11 @@ def again(run: Run, repo_id: str) -> str:
     if not run.args:
         return ""
     commands, notes = [], []
-    stages = [(run, "train_autoencoder.py", "config.json")]
+    stages = [(run, "train_autoencoder.py", MODEL_CONFIG)]
     if run.stage == "latent_diffusion":
-        stages = [(run, "train_latent_diffusion.py", "unet/config.json")]
+        stages = [(run, "train_latent_diffusion.py", f"unet/{MODEL_CONFIG}")]
         if stage1 := autoencoder_run(run):
-            stages.insert(0, (stage1, "train_autoencoder.py", "vae/config.json"))
+            stages.insert(0, (stage1, "train_autoencoder.py", f"vae/{MODEL_CONFIG}"))
         elif hub_id(run.args.get("autoencoder")):
             notes.append("The autoencoder is that of the Hub.")
         else:

@@ -143,7 +143,7 @@ def add_latent_diffusion_flags(parser: FlagParser) -> None:
     flag("--autoencoder", type=path_or_hub_id, default="results/autoencoder", may_change=True, is_read=True,
          help="stage 1's output folder, or a Hub id")  # fmt: skip
     flag("--latent_cache_dir", type=path_text, may_change=True, is_read=True,
-         help="<output_dir>/latent_cache unless set; share it between runs on the same latents")  # fmt: skip
+         help="in --output_dir unless set; share it between runs on the same latents")  # fmt: skip
     # the diffusion
     flag("--prediction_type", choices=PREDICTION_TYPES, default="v_prediction", public=as_it_is)
     flag("--beta_schedule", choices=BETA_SCHEDULES, default="squaredcos_cap_v2", public=as_it_is)

@@ -26,9 +26,26 @@ from .formatting import count_of_parameters, duration, is_finite, joined, number
 from .images import open_image
 from .recipes import fold_command, training_command
 from .report_curves import sweep_charts, timestep_chart, training_curves
-from .runs import Run, nested, read_run
+from .runs import (
+    ANIMATION,
+    CLASS_GRID,
+    DENOISING_PATH,
+    EVALUATION_SWEEP,
+    GUIDANCE_SWEEP,
+    INTERPOLATION,
+    LATENT_MAP,
+    LATENT_MAPS,
+    NEAREST_NEIGHBORS,
+    PAGE_FILE,
+    RECONSTRUCTIONS,
+    SAMPLES,
+    SIDE_BY_SIDE,
+    Artifact,
+    Run,
+    nested,
+    read_run,
+)
 
-FILE_NAME = "report.html"
 PICTURES_BYTES = 9_000_000  # all data URIs together; with the page's text it stays below 10 MB
 PICTURE_BYTES = 500_000  # above it a picture is compressed further
 MOST_PIXELS = 50_000_000  # of a picture that is opened
@@ -36,21 +53,6 @@ PICTURE_PIXELS = 2400  # the longest side that is kept
 TEMPLATES = Path(__file__).parent / "report_page"
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
-SINGLE_PICTURES = {  # file: (alternative text, caption)
-    "original_reconstructed_generated": (
-        "Originals, their reconstructions and generated images",
-        "Originals, what the autoencoder makes of them, and generated images of the same classes.",
-    ),
-    "nearest_neighbours": (
-        "Samples beside the training images nearest to them",
-        "The most suspicious samples, each beside the training images nearest to it.",
-    ),
-    "guidance_sweep": (
-        "The same seeds at several guidance scales",
-        "The same seeds at several guidance scales.",
-    ),
-    "evaluation_sweep": ("Metrics over guidance and steps", ""),
-}
 SETS = {"real": "Real images", "reconstructions": "Reconstructions", "samples": "Samples"}
 ROLES = {"real": "the floor", "reconstructions": "the ceiling", "samples": "the model"}
 METRICS = {  # name: (title, which way is better, decimals, how to read it)
@@ -88,10 +90,7 @@ METRICS = {  # name: (title, which way is better, decimals, how to read it)
 }  # fmt: skip
 
 
-# --- reading a run ---------------------------------------------------------------------------------------------------
-
-
-# --- numbers and words -----------------------------------------------------------------------------------------------
+# --- what was trained ------------------------------------------------------------------------------------------------
 
 
 def training_seconds(run: Run) -> float | None:
@@ -202,10 +201,11 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
             ("Updates", number(run.last_step)),
             ("Batch", _batch_words(args)),
             ("Learning rate", _rate_words(args)),
-            ("Precision", PRECISIONS.get(args.get("mixed_precision"))),
+            ("Precision", PRECISIONS.get(metrics.get("mixed_precision") or args.get("mixed_precision"))),
             ("Moving average", f"decay {args['ema_decay']}" if "ema_decay" in args else None),
             ("Time", duration(seconds) if (seconds := training_seconds(run)) else None),
             ("Device", metrics.get("device")),
+            ("Processes", number(processes) if (processes := metrics.get("num_processes")) != 1 else None),
             ("Recipe", args.get("config")),
             ("Perceptual network", metrics.get("vgg_weights") and Path(str(metrics["vgg_weights"])).name),
         ],
@@ -318,32 +318,30 @@ def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """The pictures `step-<update>.png` of a folder, by update."""
-    names = [(re.fullmatch(r"step-([0-9]+)\.png", path.name), path) for path in folder.glob("step-*.png")]
-    return sorted((int(name[1]), path) for name, path in names if name and path.is_file())
+def _by_update(pictures: Artifact, folder: Path) -> list[tuple[int, Path]]:
+    """The pictures of a run that were drawn in training, by update."""
+    found = pictures.found(folder)
+    return sorted((int(digits), path) for digits, path in found if re.fullmatch("[0-9]+", digits) and path.is_file())
 
 
-def _spoken(path: Path, prefix: str) -> str:
-    """What a picture's name ends in."""
-    return path.stem.removeprefix(prefix).replace("_", " ").strip()
+def _without_underscores(stem: str) -> str:
+    return stem.replace("_", " ").strip()
 
 
-def _class_of(run: Run, path: Path, prefix: str) -> str:
+def _class_of(run: Run, stem: str) -> str:
     """The class that a picture is of, as it is spelled where no other class gives a file the same name."""
-    stem = path.stem.removeprefix(prefix)
     stems = [(name, file_safe_name(name)) for name in run.class_names]
     names = [name for label, (name, safe) in enumerate(stems) if stem in (safe, f"{safe}_{label}")]
-    return names[0] if len(names) == 1 else _spoken(path, prefix)
+    return names[0] if len(names) == 1 else _without_underscores(stem)
 
 
 def hero_picture(run: Run, album: Album) -> dict | None:
     """The picture of the first screen: the last reconstructions, or the class grid, or else the last samples."""
     if run.stage == "autoencoder":
-        steps, what = _steps(run.folder / "reconstructions"), "held-out images, each above its reconstruction"
+        steps, what = _by_update(RECONSTRUCTIONS, run.folder), "held-out images, each above its reconstruction"
     else:
-        steps, what = _steps(run.folder / "samples"), "generated images, one class a column"
-        grid = run.folder / "vae_samples_grid_subset.png"
+        steps, what = _by_update(SAMPLES, run.folder), "generated images, one class a column"
+        grid = CLASS_GRID.path(run.folder)
         if grid.is_file():
             return album.picture(grid, f"A grid of {what}", f"{what.capitalize()}; nothing here is a photograph.")
     if not steps:
@@ -354,43 +352,34 @@ def hero_picture(run: Run, album: Album) -> dict | None:
 
 def pictures_over_time(run: Run, album: Album) -> list[dict]:
     """The first, a middle and the last picture drawn in training; nothing where there is one only."""
-    name, what = ("reconstructions", "Reconstructions") if run.stage == "autoencoder" else ("samples", "Samples")
-    steps = _steps(run.folder / name)
+    drawn = RECONSTRUCTIONS if run.stage == "autoencoder" else SAMPLES
+    steps = _by_update(drawn, run.folder)
     shown = sorted({0, len(steps) // 2, len(steps) - 1}) if len(steps) > 1 else []
-    pictures = [album.picture(steps[i][1], f"{what} at update {number(steps[i][0])}", f"Update {number(steps[i][0])}")
-                for i in shown]  # fmt: skip
+    pictures = [album.picture(path, *drawn.texts(number(step))) for step, path in map(steps.__getitem__, shown)]
     return [picture for picture in pictures if picture]
 
 
 def latent_maps(run: Run, album: Album) -> list[dict]:
-    kinds = {
-        "tsne": ("t-SNE", "t-SNE: neighbors stay neighbors; distances between clouds mean little."),
-        "pca": ("PCA", "PCA: the two directions along which the latents vary most; distances are true to scale."),
-    }
-    pictures = [album.picture(run.folder / f"latent_space_{kind}.png", f"Latents by {name}, colored by class", note)
-                for kind, (name, note) in kinds.items()]  # fmt: skip
+    pictures = [album.picture(LATENT_MAP.path(run.folder, method), LATENT_MAP.texts(name)[0], caption)
+                for method, (name, caption) in LATENT_MAPS.items()]  # fmt: skip
     return [picture for picture in pictures if picture]
 
 
 def interpolations(run: Run, album: Album) -> list[dict]:
-    pictures = [album.picture(path, f"Images between two {_spoken(path, 'interpolation_')}",
-                              f"Between two {_spoken(path, 'interpolation_')}.")
-                for path in sorted(run.folder.glob("interpolation_*.png"))]  # fmt: skip
+    pictures = [album.picture(path, *INTERPOLATION.texts(_without_underscores(ends)))
+                for ends, path in INTERPOLATION.found(run.folder)]  # fmt: skip
     return [picture for picture in pictures if picture]
 
 
 def denoising_paths(run: Run, album: Album) -> list[dict]:
-    prefix = "denoising_path_"
-    named = [(path, _class_of(run, path, prefix)) for path in sorted(run.folder.glob(f"{prefix}*.png"))]
-    pictures = [album.picture(path, f"The denoising path of one sample of class {name}",
-                              f"{name}: the path of one sample") for path, name in named]  # fmt: skip
+    pictures = [album.picture(path, *DENOISING_PATH.texts(_class_of(run, stem)))
+                for stem, path in DENOISING_PATH.found(run.folder)]  # fmt: skip
     return [picture for picture in pictures if picture]
 
 
 def animations(run: Run, album: Album) -> list[dict]:
-    prefix = "diffusion_animation_"
-    named = [(path, _class_of(run, path, prefix)) for path in sorted(run.folder.glob(f"{prefix}*.gif"))]
-    pictures = [album.animation(path, f"Animation: a sample of class {name} emerges", name) for path, name in named]
+    pictures = [album.animation(path, *ANIMATION.texts(_class_of(run, stem)))
+                for stem, path in ANIMATION.found(run.folder)]  # fmt: skip
     return [picture for picture in pictures if picture]
 
 
@@ -490,7 +479,7 @@ def sweep_table(sweep: list[dict]) -> list[tuple[str, list[str]]]:
     return [("", [number(row.get(key), decimals) for key, decimals in keys.items()]) for row in sweep]
 
 
-# --- doing it again --------------------------------------------------------------------------------------------------
+# --- commands and versions -------------------------------------------------------------------------------------------
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
@@ -502,8 +491,8 @@ def commands(run: Run) -> list[tuple[str, str]]:
         output_dir = shlex.quote(str(run.args.get("output_dir") or run.folder.name))
         if run.stage == "latent_diffusion" and run.finished:
             found.append(("Draw samples", f"python -m flower_ldm.sample --pipeline {output_dir}"))
-        if again := run.evaluation.get("command"):
-            found.append(("Evaluate", fold_command(again)))
+        if evaluation := run.evaluation.get("command"):
+            found.append(("Evaluate", fold_command(evaluation)))
         found.append(("Write this page", f"python -m flower_ldm.report {output_dir}"))
     return found
 
@@ -525,11 +514,9 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
     evaluation = run.evaluation
     table = metrics_table(evaluation)
     sweep = evaluation["sweep"] if isinstance(evaluation.get("sweep"), list) else []
-    single = {
-        name: album.picture(run.folder / f"{name}.png", *texts)
-        for name, texts in SINGLE_PICTURES.items()
-        if not (sweep and name == "evaluation_sweep")  # the page draws it itself, to be hovered over
-    }
+    # A sweep the page draws itself, to be hovered over.
+    pictures = (SIDE_BY_SIDE, NEAREST_NEIGHBORS, GUIDANCE_SWEEP, *(() if sweep else (EVALUATION_SWEEP,)))
+    single = {picture: album.picture(picture.path(run.folder), *picture.texts()) for picture in pictures}
     sections = {
         "facts": facts(run),
         "curves": {"losses": losses, "optimizer": optimizer},
@@ -537,7 +524,7 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
         "progress": pictures_over_time(run, album),
         "reconstruction": {
             "rows": reconstruction_figures(run),
-            "picture": single["original_reconstructed_generated"],
+            "picture": single[SIDE_BY_SIDE],
         },
         "latents": latent_maps(run, album),
         "path": {"paths": denoising_paths(run, album), "animations": []},
@@ -547,10 +534,10 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
         "sweep": {
             "charts": sweep_charts(sweep),
             "rows": sweep_table(sweep),
-            "plot": single.get("evaluation_sweep"),
-            "grid": single["guidance_sweep"],
+            "plot": single.get(EVALUATION_SWEEP),
+            "grid": single[GUIDANCE_SWEEP],
         },
-        "memorisation": {"rows": memorization_table(evaluation), "picture": single["nearest_neighbours"]},
+        "memorisation": {"rows": memorization_table(evaluation), "picture": single[NEAREST_NEIGHBORS]},
         "again": commands(run),
         "versions": versions(run),
     }
@@ -604,7 +591,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     page = render(read_run(run_dir))
-    path = run_dir / FILE_NAME
+    path = PAGE_FILE.path(run_dir)
     write_whole(path, lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
     return path
 

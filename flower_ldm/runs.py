@@ -3,70 +3,183 @@
 import json
 import math
 import os
+import platform
 import re
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import accelerate
+import diffusers
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from . import __version__
 from .errors import InputError, one_line
-from .files import is_regular, parse_yaml
+from .files import is_regular, parse_yaml, write_whole
 from .formatting import is_finite, number
-from .recipes import flag_of, marks_of_a_run
+from .recipes import marks_of_a_run, training_flags
 from .run_lock import LOCK
 
 # A card with this line was written by a run; one without is somebody's own.
 CARD_MARK = "<!-- Written by flower_ldm. Take this line out, and your changes will not be overwritten. -->"
 
-# By diffusers' name: a latent cache may lie in the same folder, and holds the photographs.
+
+# --- the files of a run ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file, or one of several alike, that a run or its evaluation writes into the run's folder.
+
+    Attributes:
+        name: where it lies in the folder. A star stands for what tells several apart, such as the class or the
+            update, and never for a folder; <step> for the digits of an update.
+        alt: of a picture, the text for those who can't see it; a star as in the name.
+        caption: of a picture, what a reader sees below it; a star as in the name.
+        stage: the stage that writes it, as in `Run.stage`; `None` where both do.
+        shows_photographs: whether photographs of the data set, or reconstructions of them, can be seen in it. Such a
+            picture is in no card and not on the Hub.
+        on_hub: whether a push uploads it.
+    """
+
+    name: str
+    alt: str = ""
+    caption: str = ""
+    stage: str | None = None
+    shows_photographs: bool = False
+    on_hub: bool = False
+
+    def path(self, folder: str | Path, which: str | int = "") -> Path:
+        """The file in a folder. `which` takes the star's place, the number of an update as eight digits."""
+        return Path(folder) / self.name.replace("*", f"{which:08d}" if isinstance(which, int) else which)
+
+    def found(self, folder: Path) -> list[tuple[str, Path]]:
+        """Whatever is called so in a folder, by name: what stands in the star's place, and the path."""
+        before, _, after = self.name.partition("*")
+        names = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.glob(self.name))]
+        return [(name.removeprefix(before).removesuffix(after), path) for name, path in names]
+
+    def texts(self, which: str = "") -> tuple[str, str]:
+        """Alternative text and caption. `which` takes the star's place, as people say it."""
+        return self.alt.replace("*", which), self.caption.replace("*", which)
+
+
+ARGS_FILE = Artifact("args.yaml", on_hub=True)
+LOG_FILE = Artifact("log.jsonl")
+METRICS_FILE = Artifact("metrics.json", on_hub=True)
+CARD_FILE = Artifact("README.md", on_hub=True)
+PAGE_FILE = Artifact("report.html", shows_photographs=True)
+
+# Models, by diffusers' names. The weights by all that they may have: a latent cache may lie in the same folder, and
+# holds the photographs.
+MODEL_CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json")
-MODEL = ("config.json", *WEIGHTS, "autoencoder_flower.py", "unet_flower.py")
-CHECKPOINT = ("*.safetensors", "*.bin", "*.pkl", "*.pt", "*.json", "*.yaml")
-# Whatever a run and its evaluation may leave, finished or killed. Stars stand for part of one name, <step> for digits.
-RUN_FILES = (
-    "args.yaml", "log.jsonl", "metrics.json", "README.md", "report.html", LOCK, *MODEL,
-    *(f"{part}/{name}" for part in ("best", "vae", "unet", "guide") for name in MODEL),
-    "model_index.json", "pipeline_flower_ldm.py", "scheduler/scheduler_config.json",
-    "autoencoder_losses.png", "diffusion_loss.png", "vae_samples_grid_subset.png", "latent_space_*.png",
-    "denoising_path_*.png", "diffusion_animation_*.gif", "diffusion_animation_*.mp4", "guidance_sweep.png",
-    "interpolation_*.png", "original_reconstructed_generated.png", "nearest_neighbours.png", "evaluation_sweep.png",
-    "samples/step-*.png", "reconstructions/step-*.png", "latent_cache/*.safetensors",
-    "evaluation_cache/*.safetensors", "evaluation_cache/samples-*/*.safetensors",
-    *(f"logs/{folder}{name}" for folder in ("", "*/", "*/*/") for name in ("events.out.tfevents.*", "hparams.yml")),
-    *(f"{folder}-<step>/{name}" for folder in ("checkpoint", "unfinished") for name in CHECKPOINT),
-    *(f"unfinished-{kept}/{folder}{name}" for kept in ("best", "export") for folder in ("", "*/")
+AUTOENCODER_FILES = (MODEL_CONFIG, *WEIGHTS, "autoencoder_flower.py")
+UNET_FILES = (MODEL_CONFIG, *WEIGHTS, "unet_flower.py")
+BEST = "best"  # the folder of stage 1's best weights
+PIPELINE_INDEX = Artifact("model_index.json", stage="latent_diffusion", on_hub=True)
+SCHEDULER_CONFIG = Artifact("scheduler/scheduler_config.json", stage="latent_diffusion", on_hub=True)
+MODELS = (
+    *(Artifact(name, stage="autoencoder", on_hub=True) for name in AUTOENCODER_FILES),
+    *(Artifact(f"{BEST}/{name}", stage="autoencoder") for name in AUTOENCODER_FILES),
+    PIPELINE_INDEX, SCHEDULER_CONFIG, Artifact("pipeline_flower_ldm.py", stage="latent_diffusion", on_hub=True),
+    *(Artifact(f"{component}/{name}", stage="latent_diffusion", on_hub=True)
+      for component, names in {"vae": AUTOENCODER_FILES, "unet": UNET_FILES, "guide": UNET_FILES}.items()
+      for name in names),
+)  # fmt: skip
+
+AUTOENCODER_LOSSES = Artifact(
+    "autoencoder_losses.png", "The losses over the updates", stage="autoencoder", on_hub=True
+)
+RECONSTRUCTIONS = Artifact(
+    "reconstructions/step-*.png", "Reconstructions at update *", "Update *",
+    stage="autoencoder", shows_photographs=True,
+)  # fmt: skip
+LATENT_MAP = Artifact("latent_space_*.png", "Latents by *, colored by class", on_hub=True)
+LATENT_MAPS = {  # what takes the star's place: the name of the method, the caption
+    "tsne": ("t-SNE", "t-SNE: neighbors stay neighbors; distances between clouds mean little."),
+    "pca": ("PCA", "PCA: the two directions along which the latents vary most; distances are true to scale."),
+}
+DIFFUSION_LOSS = Artifact("diffusion_loss.png", "The loss over the updates", stage="latent_diffusion", on_hub=True)
+SAMPLES = Artifact("samples/step-*.png", "Samples at update *", "Update *", stage="latent_diffusion", on_hub=True)
+CLASS_GRID = Artifact(
+    "vae_samples_grid_subset.png", "Images that this model drew, one class a column",
+    "Every image is drawn by the model; none is a photograph.", stage="latent_diffusion", on_hub=True,
+)  # fmt: skip
+SIDE_BY_SIDE = Artifact(
+    "original_reconstructed_generated.png", "Originals, their reconstructions and generated images",
+    "Originals, what the autoencoder makes of them, and generated images of the same classes.",
+    stage="latent_diffusion", shows_photographs=True,
+)  # fmt: skip
+DENOISING_PATH = Artifact(
+    "denoising_path_*.png", "The denoising path of one sample of class *", "*: the path of one sample",
+    stage="latent_diffusion", on_hub=True,
+)  # fmt: skip
+ANIMATION = Artifact(
+    "diffusion_animation_*.gif", "Animation: a sample of class * emerges", "*", stage="latent_diffusion", on_hub=True
+)
+FILM = Artifact("diffusion_animation_*.mp4", stage="latent_diffusion", on_hub=True)
+INTERPOLATION = Artifact(
+    "interpolation_*.png", "Images between two *", "Between two *.", stage="latent_diffusion", on_hub=True
+)
+GUIDANCE_SWEEP = Artifact(
+    "guidance_sweep.png", "The same seeds at several guidance scales", "The same seeds at several guidance scales.",
+    stage="latent_diffusion", on_hub=True,
+)  # fmt: skip
+EVALUATION_SWEEP = Artifact(
+    "evaluation_sweep.png", "Metrics over guidance and steps", stage="latent_diffusion", on_hub=True
+)
+NEAREST_NEIGHBORS = Artifact(
+    "nearest_neighbours.png",  # British in this name alone: users know the file by it
+    "Samples beside the training images nearest to them",
+    "The most suspicious samples, each beside the training images nearest to it.",
+    stage="latent_diffusion", shows_photographs=True,
+)  # fmt: skip
+PICTURES = (
+    AUTOENCODER_LOSSES, RECONSTRUCTIONS, LATENT_MAP, DIFFUSION_LOSS, SAMPLES, CLASS_GRID, SIDE_BY_SIDE, DENOISING_PATH,
+    ANIMATION, FILM, INTERPOLATION, GUIDANCE_SWEEP, EVALUATION_SWEEP, NEAREST_NEIGHBORS,
+)  # fmt: skip
+
+# Folders; those that end in a hyphen are followed by an update or, of drawn samples, by a digest.
+LATENT_CACHE, EVALUATION_CACHE, DRAWN_SAMPLES, LOGS = "latent_cache", "evaluation_cache", "samples-", "logs"
+CHECKPOINT, ASIDE = "checkpoint-", "-aside-"
+UNFINISHED = "unfinished-"  # a checkpoint that is being written or removed; likewise the export of a model:
+UNFINISHED_BEST, UNFINISHED_EXPORT = "unfinished-best", "unfinished-export"
+WORKING_FILES = (
+    LOCK, f"{LATENT_CACHE}/*.safetensors", f"{EVALUATION_CACHE}/*.safetensors",
+    f"{EVALUATION_CACHE}/{DRAWN_SAMPLES}*/*.safetensors",
+    *(f"{LOGS}/{folder}{name}" for folder in ("", "*/", "*/*/") for name in ("events.out.tfevents.*", "hparams.yml")),
+    *(f"{folder}<step>/{name}" for folder in (CHECKPOINT, UNFINISHED)
+      for name in ("*.safetensors", "*.bin", "*.pkl", "*.pt", "*.json", "*.yaml")),
+    *(f"{unfinished}/{folder}{name}" for unfinished in (UNFINISHED_BEST, UNFINISHED_EXPORT) for folder in ("", "*/")
       for name in ("*.json", "*.safetensors", "*.py")),
 )  # fmt: skip
-RUN_FOLDERS = {pattern.rsplit("/", depth)[0] for pattern in RUN_FILES for depth in range(1, pattern.count("/") + 1)}
+
+# Whatever a run and its evaluation may leave, finished or killed.
+ARTIFACTS = (ARGS_FILE, LOG_FILE, METRICS_FILE, CARD_FILE, PAGE_FILE, *MODELS, *PICTURES,
+             *map(Artifact, WORKING_FILES))  # fmt: skip
+RUN_FILES = tuple(artifact.name for artifact in ARTIFACTS)
+RUN_FOLDERS = {name.rsplit("/", depth)[0] for name in RUN_FILES for depth in range(1, name.count("/") + 1)}
+OF_A_STEP = re.compile(f"^(?:({CHECKPOINT})[0-9]+|({UNFINISHED})[0-9]+)(?=/|$)")
 # A killed process leaves what it hadn't moved to its place: `files.write_whole`'s, and safetensors' own.
 TORN = re.compile(r"(.*\.\d+\.tmp|.+/\.tmp[A-Za-z0-9]{6})")
 LEFT_BY_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
+def public_files(stage: str) -> tuple[str, ...]:
+    """The names of what a push uploads of a run of this stage, with their stars."""
+    return tuple(artifact.name for artifact in ARTIFACTS if artifact.on_hub and artifact.stage in (None, stage))
+
+
+# --- whose a folder is -----------------------------------------------------------------------------------------------
+
+
 def is_run(folder: Path) -> bool:
     """Whether one of our scripts has begun a run in this folder."""
     return (read_args(folder) or {}).keys() >= marks_of_a_run()
-
-
-def read_args(folder: Path) -> dict[str, object] | None:
-    """The flags in the `args.yaml` of a run or a checkpoint; `None` where there is none, or something else.
-
-    Flags are plain values and lists of them. What nests deeper, such as lists of lists that fill the memory when they
-    are printed, nobody's run has written.
-    """
-    if not is_regular(folder / "args.yaml"):
-        return None
-    try:
-        flags = parse_yaml((folder / "args.yaml").read_bytes())
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    if not isinstance(flags, dict):
-        return None
-    parts = [part for value in flags.values() for part in (value if isinstance(value, list) else [value])]
-    return None if any(isinstance(part, (list, dict, set)) for part in parts) else flags
 
 
 def contents(folder: Path) -> tuple[list[Path], list[str]]:
@@ -93,7 +206,7 @@ def contents(folder: Path) -> tuple[list[Path], list[str]]:
 
 def is_of_run(path: Path, name: str) -> bool:
     """Whether a file, by its name within a run's folder, is one that our scripts write."""
-    if name == "README.md":
+    if name == CARD_FILE.name:
         try:
             return is_regular(path) and CARD_MARK in path.read_text("utf-8")
         except (OSError, ValueError):
@@ -105,7 +218,7 @@ def is_of_run(path: Path, name: str) -> bool:
 
 def fits(name: str, patterns: tuple[str, ...] | set[str]) -> bool:
     """Whether a name fits one of the patterns; a star stands for part of one name, never for a folder."""
-    name = re.sub(r"^(checkpoint|unfinished)-[0-9]+(?=/|$)", r"\1-<step>", name)
+    name = OF_A_STEP.sub(lambda found: f"{found[1] or found[2]}<step>", name)
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -116,7 +229,7 @@ def remove(folder: Path, unfinished_only: bool) -> None:
     """
     for path in contents(folder)[0]:
         name = path.relative_to(folder).as_posix()
-        if name in ("args.yaml", LOCK) or (unfinished_only and not is_unfinished(name)):
+        if name in (ARGS_FILE.name, LOCK) or (unfinished_only and not is_unfinished(name)):
             continue
         if unfinished_only and path.is_symlink():  # somebody's
             continue
@@ -129,7 +242,7 @@ def remove(folder: Path, unfinished_only: bool) -> None:
 
 def is_unfinished(name: str) -> bool:
     """Whether what is called so within a run's folder is what a killed run was writing."""
-    return name.startswith("unfinished-") or TORN.fullmatch(name) is not None
+    return name.startswith(UNFINISHED) or TORN.fullmatch(name) is not None
 
 
 def whose_else(folder: Path) -> str | None:
@@ -141,6 +254,9 @@ def whose_else(folder: Path) -> str | None:
         if path.resolve().is_relative_to(folder):
             return f"holds {what}"
     return "is where a disk is mounted" if os.path.ismount(folder) else None
+
+
+# --- what a run says -------------------------------------------------------------------------------------------------
 
 
 def read_log(path: Path) -> list[dict]:
@@ -163,28 +279,35 @@ def read_log(path: Path) -> list[dict]:
     return [lines[key] for key in sorted(lines)]
 
 
-# What must be what, by the file that says it; `None` stands for what isn't known. What else is there, and not as
-# the page wants it, is left out.
-CHECKED = {
-    "metrics": {
-        "a number": "step training_seconds num_images",
-        "a text": "dataset device vgg_weights",
-        "a list of names": "splits",
-        "a mapping": "evaluation versions",
-    },
-    "evaluation": {
-        "a list of names": "remarks",
-        "a text or a list of names": "command",
-        "a list of mappings of numbers": "sweep",
-        "a mapping": "sampling features splits reconstruction against_held_out memorization versions",
-    },
-    "index": {"a mapping of labels to names": "id2label"},
-    "config": {
-        "a number": "in_channels latent_channels num_classes",
-        "a text": "_class_name _diffusers_version prediction_type beta_schedule",
-        "a number or a list of them": "sample_size",
-    },
-}
+# By the file: each key that is read, and what its value must be, or `None` where it isn't known. The keys of args.yaml
+# are the flags. A file with another value is refused; of "anything" a reader leaves out what it can't show. More keys
+# than these are no mistake.
+METRICS_KEYS = {  # all that is written, too: see `write_metrics`
+    # how and on what
+    "step": "a number", "training_seconds": "a number", "num_images": "a number",
+    "dataset": "a text", "splits": "a list of names", "vgg_weights": "a text",
+    "device": "a text", "versions": "a mapping", "mixed_precision": "a text", "num_processes": "a number",
+    # stage 1, held out
+    "psnr": "anything", "ssim": "anything", "psnr_of_mean_squared_error": "anything", "mean_squared_error": "anything",
+    "val_pixel_loss": "anything", "val_perceptual_loss": "anything", "val_accuracy": "anything",
+    # stage 2, held out
+    "val_loss": "anything", "val_unweighted_loss": "anything",
+    "evaluation": "a mapping",
+}  # fmt: skip
+EVALUATION_KEYS = {  # likewise, under "evaluation"
+    "pipeline": "anything", "dataset": "anything", "resolution": "anything", "num_classes": "anything",
+    "splits": "a mapping", "features": "a mapping", "classifier": "anything", "sampling": "a mapping",
+    "reconstruction": "a mapping", "against_held_out": "a mapping",
+    "memorisation": "a mapping",  # British in this name alone: programs of users read it
+    "sweep": "a list of mappings of numbers", "remarks": "a list of names", "versions": "a mapping",
+    "seconds": "anything", "command": "a text or a list of names",
+}  # fmt: skip
+INDEX_KEYS = {"id2label": "a mapping of labels to names"}
+CONFIG_KEYS = {
+    "in_channels": "a number", "latent_channels": "a number", "num_classes": "a number",
+    "_class_name": "a text", "_diffusers_version": "a text", "prediction_type": "a text", "beta_schedule": "a text",
+    "sample_size": "a number or a list of them",
+}  # fmt: skip
 
 
 @dataclass
@@ -217,30 +340,32 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read all that a page shows, except for the pictures. What it gives has the types that `CHECKED` says.
+    """Read all that a page shows, except for the pictures. What it gives has the types that the tables of keys say.
 
     Raises:
         InputError: where `folder` is no run of either stage, or one of its files can't be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name the --output_dir of a training run")
-    args, metrics, log = read_flags(folder), read_mapping(folder / "metrics.json", "metrics"), _read_log(folder)
-    _check(folder / "metrics.json", nested(metrics, "evaluation"), "evaluation")
-    index = read_mapping(folder / "model_index.json", "index")
+    args, log = read_flags(folder), _read_log(folder)
+    metrics = read_mapping(METRICS_FILE.path(folder), METRICS_KEYS)
+    _check(METRICS_FILE.path(folder), nested(metrics, "evaluation"), EVALUATION_KEYS)
+    index = read_mapping(PIPELINE_INDEX.path(folder), INDEX_KEYS)
     names = set().union(args, metrics, *log)
     if not names:
-        raise InputError(f"{folder} is no training run: it has no args.yaml, log.jsonl or metrics.json")
+        files = f"{ARGS_FILE.name}, {LOG_FILE.name} or {METRICS_FILE.name}"
+        raise InputError(f"{folder} is no training run: it has no {files}")
     if index or names & {"autoencoder", "unweighted_loss", "val_unweighted_loss"}:
-        stage, parts = "latent_diffusion", {"denoiser": folder / "unet", "autoencoder": folder / "vae"}
+        stage, models = "latent_diffusion", {"denoiser": folder / "unet", "autoencoder": folder / "vae"}
     elif names & {"pixel_weight", "pixel_loss", "val_pixel_loss"}:
-        stage, parts = "autoencoder", {"autoencoder": folder}
+        stage, models = "autoencoder", {"autoencoder": folder}
     else:
         raise InputError(f"{folder} is a run of neither train_autoencoder.py nor train_latent_diffusion.py")
     class_names = [str(name) for _, name in sorted(nested(index, "id2label").items(), key=lambda item: int(item[0]))]
-    configs = {name: read_mapping(path / "config.json", "config") for name, path in parts.items()}
+    configs = {name: read_mapping(path / MODEL_CONFIG, CONFIG_KEYS) for name, path in models.items()}
     if stage == "latent_diffusion":
-        configs["scheduler"] = read_mapping(folder / "scheduler" / "scheduler_config.json", "config")
-    num_parameters = {name: _count_parameters(path) for name, path in parts.items()}
+        configs["scheduler"] = read_mapping(SCHEDULER_CONFIG.path(folder), CONFIG_KEYS)
+    num_parameters = {name: _count_parameters(path) for name, path in models.items()}
     return Run(folder, stage, args, log, metrics, configs, num_parameters, class_names)
 
 
@@ -250,24 +375,29 @@ def read_flags(folder: Path) -> dict:
     Raises:
         InputError: where the file can't be read, or holds something else.
     """
-    path = folder / "args.yaml"
-    args = read_mapping(path)
+    path = ARGS_FILE.path(folder)
+    args = read_mapping(path, {name: flag.kind for name, flag in training_flags().items()})
     for name, value in args.items():
         if not (isinstance(name, str) and re.fullmatch(r"\w+", name, re.ASCII)):
             raise InputError(f"{path}: {name!s:.40} is no flag")
-        kind = flag_of(name).kind
-        if kind is not None and value is not None and not TYPES[kind](value):
-            raise InputError(f"{path}: {name} must be {kind}, not {_kind(value)}")
-        if not (value is None or _is_scalar(value) or _is_words(value)):
+        if not (value is None or _is_scalar(value) or _is_list_of_names(value)):
             raise InputError(f"{path}: {name} must be a number, a text, or a list of such, not {_kind(value)}")
     return args
 
 
-def read_mapping(path: Path, kind: str | None = None) -> dict:
+def read_args(folder: Path) -> dict[str, object] | None:
+    """The same of a folder that may be anybody's, or damaged: `None` where `args.yaml` isn't a run's, or is a link."""
+    try:
+        return read_flags(folder) if is_regular(ARGS_FILE.path(folder)) else None
+    except InputError:
+        return None
+
+
+def read_mapping(path: Path, keys: dict[str, str]) -> dict:
     """A JSON or YAML file that holds one mapping; empty where there is no such file.
 
     Raises:
-        InputError: where it can't be read, or something in it is not what `CHECKED` says of this kind of file.
+        InputError: where it can't be read, or a value in it isn't what `keys` says.
     """
     if not os.path.isfile(path):  # of a name too long for a file neither
         return {}
@@ -280,16 +410,14 @@ def read_mapping(path: Path, kind: str | None = None) -> dict:
         raise InputError(f"{path} can't be read: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold names and values")
-    if kind is not None:
-        _check(path, content, kind)
+    _check(path, content, keys)
     return content
 
 
-def _check(path: Path, content: dict, kind: str) -> None:
-    for what, names in CHECKED[kind].items():
-        for name in names.split():
-            if content.get(name) is not None and not TYPES[what](content[name]):
-                raise InputError(f"{path}: {name} must be {what}, not {_kind(content[name])}")
+def _check(path: Path, content: dict, keys: dict[str, str]) -> None:
+    for name, kind in keys.items():
+        if content.get(name) is not None and not TYPES[kind](content[name]):
+            raise InputError(f"{path}: {name} must be {kind}, not {_kind(content[name])}")
 
 
 def _kind(value: object) -> str:
@@ -305,7 +433,7 @@ def _is_scalar(value: object) -> bool:
     return isinstance(value, (int, float, str))
 
 
-def _is_words(value: object) -> bool:
+def _is_list_of_names(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_scalar, value))
 
 
@@ -318,12 +446,13 @@ LABEL = re.compile("[0-9]{1,9}")
 
 
 TYPES = {
+    "anything": lambda value: True,
     "a number": _is_number,
     "yes or no": lambda value: isinstance(value, bool),
     "a text": lambda value: isinstance(value, str),
     "a mapping": lambda value: isinstance(value, dict),
-    "a list of names": _is_words,
-    "a text or a list of names": lambda value: isinstance(value, str) or _is_words(value),
+    "a list of names": _is_list_of_names,
+    "a text or a list of names": lambda value: isinstance(value, str) or _is_list_of_names(value),
     "a number or a list of them": lambda value: all(map(_is_number, value if isinstance(value, list) else [value])),
     "a list of mappings of numbers": lambda value: isinstance(value, list) and all(map(_is_point, value)),
     "a mapping of labels to names": lambda value: isinstance(value, dict) and all(map(LABEL.fullmatch, value)),
@@ -331,7 +460,7 @@ TYPES = {
 
 
 def _read_log(folder: Path) -> list[dict]:
-    path = folder / "log.jsonl"
+    path = LOG_FILE.path(folder)
     try:
         log = read_log(path) if path.is_file() else []
     except OSError as error:
@@ -359,10 +488,36 @@ def nested(mapping: dict, *names: str) -> dict:
 def _count_parameters(folder: Path) -> int:
     """Numbers in a model's safetensors files, from their headers alone; 0 where there are none."""
     count = 0
-    for path in filter(Path.is_file, folder.glob("diffusion_pytorch_model*.safetensors")):
+    for path in filter(Path.is_file, folder.glob(WEIGHTS[0])):
         try:
             with safe_open(path, framework="numpy") as file:
                 count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except (SafetensorError, OSError):
             return 0
     return count
+
+
+# --- metrics.json ----------------------------------------------------------------------------------------------------
+
+
+def write_metrics(path: Path, metrics: dict, others: dict | None = None) -> None:
+    """Write what was measured; a reader sees the old file or the new one.
+
+    Args:
+        others: more entries that the file keeps, whatever they are; `metrics` wins.
+
+    Raises:
+        KeyError: for a key that `METRICS_KEYS`, or under "evaluation" `EVALUATION_KEYS`, doesn't declare.
+        DiskError: where it can't be written.
+    """
+    unknown = metrics.keys() - METRICS_KEYS.keys() | nested(metrics, "evaluation").keys() - EVALUATION_KEYS.keys()
+    if unknown:
+        raise KeyError(f"declare in runs.py what this is in {METRICS_FILE.name}: {', '.join(sorted(unknown))}")
+    text = json.dumps((others or {}) | metrics, indent=2) + "\n"
+    write_whole(path, lambda unfinished: unfinished.write_text(text))
+
+
+def versions() -> dict[str, str]:
+    """Of this package, and of what the result of a run depends on most."""
+    packages = {package.__name__: package.__version__ for package in (torch, diffusers, accelerate)}
+    return {"flower_ldm": __version__, "python": platform.python_version(), **packages}

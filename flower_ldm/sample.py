@@ -21,6 +21,7 @@ from .progress_bars import bar_options, progress_bar
 from .sampling import SCHEDULERS, check_sampling, load_pipeline
 
 DEFAULT_NUM_LABELS = 10
+GRID = "grid.png"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -156,8 +157,8 @@ def main(argv: list[str] | None = None) -> None:
             progress.update(len(batch))
 
     columns = [images[start : start + args.num_images] for start in range(0, len(images), args.num_images)]
-    write_whole(folder / "grid.png", partial(label_grid(columns, names[:: args.num_images]).save, format="PNG"))
-    print(f"{len(images)} images and grid.png are in {folder}")
+    write_whole(folder / GRID, partial(label_grid(columns, names[:: args.num_images]).save, format="PNG"))
+    print(f"{len(images)} images and {GRID} are in {folder}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from . import FlowerLDMPipeline
 from .errors import InputError, one_line, refusals_of_input
 from .files import CACHE_REFUSED, UnusableCacheError, read_tensors, tensors_digest, write_tensors
 from .progress_bars import bar_options, is_terminal, progress_bar
+from .runs import DRAWN_SAMPLES, MODEL_CONFIG, PIPELINE_INDEX, WEIGHTS
 
 SCHEDULERS = {
     "ddpm": diffusers.DDPMScheduler,
@@ -60,16 +61,16 @@ def load_pipeline(
 
 
 def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
-    if os.path.exists(name) and not (Path(name) / FlowerLDMPipeline.config_name).is_file():
-        raise InputError(f"{flag} {name} is not the folder of a pipeline: it has no model_index.json")
+    if os.path.exists(name) and not PIPELINE_INDEX.path(name).is_file():
+        raise InputError(f"{flag} {name} is not the folder of a pipeline: it has no {PIPELINE_INDEX.name}")
     if not is_terminal():
         diffusers.utils.logging.disable_progress_bar()  # the bar of the loading, which is always redrawn in place
     try:
         return FlowerLDMPipeline.from_pretrained(name)
     except Exception as error:  # of files, of the network, of the Hub: they have no common base
         reason = one_line(error, 300)
-        if isinstance(error, RemoteEntryNotFoundError) and FlowerLDMPipeline.config_name in reason:
-            raise InputError(f"{flag} {name} is no pipeline: there is no model_index.json on the Hub") from error
+        if isinstance(error, RemoteEntryNotFoundError) and PIPELINE_INDEX.name in reason:
+            raise InputError(f"{flag} {name} is no pipeline: there is no {PIPELINE_INDEX.name} on the Hub") from error
         if Path(name).is_dir():
             raise InputError(f"{flag} {name} can't be loaded: {missing_file(Path(name)) or reason}") from error
         raise InputError(f"{flag} {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error
@@ -82,7 +83,7 @@ def missing_file(folder: Path) -> str | None:
     except Exception:  # it has a message of its own
         return None
     parts = [name for name in ("vae", "unet", "guide") if isinstance(index.get(name), list) and index[name][0]]
-    for part, file in itertools.product(parts, ("config.json", "diffusion_pytorch_model*.safetensors")):
+    for part, file in itertools.product(parts, (MODEL_CONFIG, WEIGHTS[0])):
         if not any((folder / part).glob(file)) and not any((folder / part).glob("*.bin")):
             return f"{part}/{file.replace('*', '')} is missing"
     return None
@@ -169,7 +170,7 @@ class Sampler:
         """
         about = json.dumps([self.digest, self.seed, options], sort_keys=True, default=list)
         key = hashlib.sha256(about.encode()).hexdigest()
-        folder = self.cache_dir / f"samples-{key[:16]}"
+        folder = self.cache_dir / f"{DRAWN_SAMPLES}{key[:16]}"
         images, seconds = self._kept(folder, key, num_samples)
         missing = [number for number in range(num_samples) if number not in images]
         self.pipe.set_progress_bar_config(**bar_options(desc="denoising", leave=False))

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -46,6 +47,7 @@ from .files import refusals_of_disk
 from .images import open_image
 from .progress_bars import progress_bar
 from .run_lock import locks_released
+from .runs import LOGS, versions
 
 SHARED_MEMORY = "/dev/shm"
 
@@ -124,7 +126,7 @@ def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Ac
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / LOGS)),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         kwargs_handlers=[
             DistributedDataParallelKwargs(
@@ -143,6 +145,35 @@ def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Ac
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """The data type of `accelerator.autocast()`; `None` where it changes nothing."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
+def about_machine(accelerator: Accelerator) -> dict[str, object]:
+    """What computes the run, for its metrics: device, versions, precision in force, processes."""
+    return {
+        "device": device_name(accelerator.device),
+        "versions": versions(),
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU as its maker calls it; a CPU likewise, with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{cpu_name()} ({device.type})"
+    threads = torch.get_num_threads()
+    return f"{cpu_name()} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def cpu_name() -> str:
+    """The CPU's model; its architecture where the system doesn't say more."""
+    with suppress(OSError):  # Linux, where `platform` doesn't know it
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def load_images(accelerator: Accelerator, args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:

@@ -25,10 +25,25 @@ from .latent_maps import LatentPlane, LatentSet, encode_for_map, named_classes, 
 from .lettering import drawable, save_figure, wrapped
 from .memorization import TrainingNeighbors, memorized
 from .progress_bars import bar_options, progress_bar
-from .runs import is_bin, read_flags, read_log
+from .runs import (
+    ANIMATION,
+    ARGS_FILE,
+    AUTOENCODER_LOSSES,
+    CLASS_GRID,
+    DENOISING_PATH,
+    DIFFUSION_LOSS,
+    GUIDANCE_SWEEP,
+    INTERPOLATION,
+    LOG_FILE,
+    NEAREST_NEIGHBORS,
+    SIDE_BY_SIDE,
+    is_bin,
+    read_flags,
+    read_log,
+)
 from .sampling import decode, draw_classes, load_pipeline
 
-SUSPECTS = 8  # columns of nearest_neighbours.png
+SUSPECTS = 8  # columns of the picture of nearest neighbors
 # Stage 1's losses and scores, as its curves show them.
 AUTOENCODER_CURVES = ["pixel_loss", "perceptual_loss", "kl_loss", "adversarial_loss", "discriminator_loss",
                       "classification_loss", "center_loss", "repulsion_loss", "psnr", "ssim"]  # fmt: skip
@@ -269,13 +284,13 @@ def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: d
     images = decode(pipe, latents)
     images = images.reshape(len(columns), MAP_IMAGES, *images.shape[1:])
     generated = LatentSet(latents.cpu().numpy(), np.repeat(columns, MAP_IMAGES))
-    save_class_grid(images[:, :GRID_IMAGES], names, folder / "vae_samples_grid_subset.png")
+    save_class_grid(images[:, :GRID_IMAGES], names, CLASS_GRID.path(folder))
     if datasets:
         sets = encode_for_map(pipe.encode_images, datasets, pipe.device)
         plane = save_latent_maps({**sets, "generated": generated}, pipe.class_names, folder)
         save_side_by_side(pipe, datasets["held out"], columns, images[:, 0], folder)
         found = TrainingNeighbors(datasets["training"]).search(images[:, 0])
-        save_nearest_neighbors(images[:, 0], names, datasets["training"], found, folder / "nearest_neighbours.png")
+        save_nearest_neighbors(images[:, 0], names, datasets["training"], found, NEAREST_NEIGHBORS.path(folder))
     else:
         plane = LatentPlane.fit(generated.latents, generated.labels)
     labels = pipe.get_label_ids(args.labels) if args.labels else named_classes(pipe.num_classes, 3)
@@ -290,7 +305,7 @@ def save_guidance_sweep(
     """`guidance_sweep.png`: a row for each label, from the same noise at every guidance scale. Returns the file."""
     path = save_picture_table(
         trajectory.sweep_guidance(pipe, labels, GUIDANCE_SCALES, seed, **options),
-        folder / "guidance_sweep.png",
+        GUIDANCE_SWEEP.path(folder),
         column_names=[f"{scale:g}" for scale in GUIDANCE_SCALES],
         row_names=[pipe.class_names[label] for label in labels],
         title="guidance scale (1 is off), each row from the same noise",
@@ -311,9 +326,9 @@ def save_denoising(
     pictures, animations = [], []
     for label, stem in progress_bar(stems.items(), desc="denoising paths", leave=False):
         recorded = trajectory.record_trajectory(pipe, label, seed, **options)
-        pictures.append(folder / f"denoising_path_{stem}.png")
+        pictures.append(DENOISING_PATH.path(folder, stem))
         trajectory.save_denoising_path(recorded, plane, pictures[-1])
-        animations += trajectory.save_animation(recorded, folder / f"diffusion_animation_{stem}.gif")
+        animations += trajectory.save_animation(recorded, ANIMATION.path(folder, stem))
     return pictures + animations
 
 
@@ -328,19 +343,20 @@ def save_interpolations(
     rows = [trajectory.interpolate_seeds(pipe, label, (seed, seed + 1), num_images, **options) for label in labels]
     names = [pipe.class_names[label] for label in labels]
     title = f"one class, from the noise of seed {seed} to that of seed {seed + 1} along the arc"
-    written = [save_picture_table(np.stack(rows), folder / "interpolation_seeds.png", row_names=names, title=title)]
+    seeds, classes = INTERPOLATION.path(folder, "seeds"), INTERPOLATION.path(folder, "classes")
+    written = [save_picture_table(np.stack(rows), seeds, row_names=names, title=title)]
     if len(labels) < 2:
-        print("left out interpolation_classes.png: it needs two classes")
+        print(f"left out {classes.name}: it needs two classes")
         return written
     pairs = list(zip(labels, [*labels[1:], labels[0]], strict=True))[: 1 if len(labels) == 2 else None]
     try:
         rows = [trajectory.interpolate_classes(pipe, *pair, num_images, seed, **options) for pair in pairs]
     except ValueError as error:
-        print(f"left out interpolation_classes.png: {error}")
+        print(f"left out {classes.name}: {error}")
         return written
     between = save_picture_table(
         np.stack(rows),
-        folder / "interpolation_classes.png",
+        classes,
         row_names=[
             f"{drawable(pipe.class_names[start], 20)} to {drawable(pipe.class_names[end], 20)}" for start, end in pairs
         ],
@@ -360,13 +376,13 @@ def save_side_by_side(
     first = {label: torch.nonzero(images.labels == label)[:1].flatten().tolist() for label in labels}
     columns = [number for number, label in enumerate(labels) if first[label]]
     if not columns:
-        print("left out original_reconstructed_generated.png: none of these classes has a held-out image")
+        print(f"left out {SIDE_BY_SIDE.name}: none of these classes has a held-out image")
         return []
     originals = images.__getitems__([first[labels[number]][0] for number in columns])["images"]
     rebuilt = decode(pipe, pipe.encode_images(originals))
     path = save_picture_table(
         np.stack([to_uint8(originals), rebuilt, generated[columns]]),
-        folder / "original_reconstructed_generated.png",
+        SIDE_BY_SIDE.path(folder),
         column_names=[pipe.class_names[labels[number]] for number in columns],
         row_names=["held out", "reconstructed", "generated"],
     )
@@ -410,13 +426,15 @@ def main(argv: list[str] | None = None) -> None:
         vae = load_autoencoder(args.autoencoder, args.device)
         options = data_options(args, args.autoencoder)
         if options is None:
-            raise InputError(f"--autoencoder {args.autoencoder} has no args.yaml: say by --dataset what to encode")
+            raise InputError(
+                f"--autoencoder {args.autoencoder} has no {ARGS_FILE.name}: say by --dataset what to encode"
+            )
         options = options.at_resolution(vae.config.sample_size, f"--autoencoder {args.autoencoder}")
         datasets = by_name(options.load())
         folder = fresh_folder(args.output)
         draw_autoencoder(vae, datasets, folder)
-        if (log := Path(args.autoencoder) / "log.jsonl").is_file():
-            save_loss_curves(read_log(log), AUTOENCODER_CURVES, folder / "autoencoder_losses.png")
+        if (log := LOG_FILE.path(args.autoencoder)).is_file():
+            save_loss_curves(read_log(log), AUTOENCODER_CURVES, AUTOENCODER_LOSSES.path(folder))
     else:
         pipe = load_pipeline(args.pipeline, None, args.device, "float32")
         with refusals_of_input():
@@ -426,8 +444,8 @@ def main(argv: list[str] | None = None) -> None:
         datasets = by_name(options.load_for(pipe, args.pipeline)) if options else {}
         folder = fresh_folder(args.output)
         draw_pipeline(args, pipe, datasets, folder)
-        if (log := Path(args.pipeline) / "log.jsonl").is_file():
-            save_diffusion_loss(read_log(log), folder / "diffusion_loss.png")
+        if (log := LOG_FILE.path(args.pipeline)).is_file():
+            save_diffusion_loss(read_log(log), DIFFUSION_LOSS.path(folder))
     print(f"{len(list(folder.iterdir()))} pictures are in {folder}")
 
 

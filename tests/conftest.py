@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +162,19 @@ def finished_runs(tmp_path_factory, random_vgg: Path, run_script) -> FinishedRun
     run_script(train_autoencoder.main, stage1)
     run_script(train_latent_diffusion.main, stage2)
     return FinishedRuns(folder / "autoencoder", folder / "flower-ldm", stage1, stage2)
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(finished_runs: FinishedRuns, random_vgg: Path, tmp_path_factory) -> Path:
+    """A copy of the tiny pipeline on which the whole evaluation has run. Tests change copies of it, or nothing."""
+    from flower_ldm import evaluation
+
+    folder = shutil.copytree(finished_runs.flower_ldm, tmp_path_factory.mktemp("evaluated") / "flower-ldm")
+    flags = f"--pipeline {folder} --vgg_weights {random_vgg} --device cpu --num_samples 8 --steps 2"
+    flags += " --guidance_scale 2.5 --guidance_interval 0.1 0.8"
+    flags += " --sweep_guidance 1 3 --sweep_steps 1 2 --sweep_samples 6"
+    evaluation.main(flags.split())
+    return folder
 
 
 @pytest.fixture

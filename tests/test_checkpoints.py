@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from conftest import parse
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
@@ -187,6 +188,30 @@ def test_what_somebody_else_put_into_a_run_stops_its_replacement(output_dir, ear
         claim(output_dir, "--overwrite_output_dir")
     assert re.search("written: '([^']*)'", str(caught.value))[1] in (name, str(Path(name).parent), name.split("/")[0])
     assert on_disk(output_dir) == earlier_run | {name: b"dear flower"}
+
+
+class Unreachable(GeneralTracker):
+    """A tracker whose service can't be reached."""
+
+    name, requires_logging_directory, tracker = "unreachable", False, None
+
+    def __init__(self):
+        super().__init__(_blank=True)
+
+    def store_init_configuration(self, values):
+        pass
+
+    def start(self):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+
+def test_a_tracker_that_cannot_start_is_not_taken_for_the_disk(output_dir):
+    args = parse(f"--output_dir={output_dir}", "--report_to=tensorboard")
+    accelerator = Accelerator(cpu=True, log_with=Unreachable())
+    with pytest.raises(InputError) as caught, checkpoints.refusals_say_how_to_go_on(args):
+        checkpoints.claim_output_dir(accelerator, args)
+    assert re.fullmatch("--report_to tensorboard can't be started: .*Connection refused; see .*", str(caught.value))
+    assert "can't be written" not in str(caught.value)
 
 
 def test_what_is_not_ours_is_named_in_one_line(output_dir, earlier_run):

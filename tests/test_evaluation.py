@@ -416,8 +416,8 @@ def test_output_that_is_no_place_for_metrics(tmp_path):
         with pytest.raises(InputError, match=message):
             main(["--pipeline", "nowhere", "--output", str(path)])
     assert (tmp_path / "torn.json").read_text() == '{"step": 1'
-    write_metrics(tmp_path / "new.json", {"n": 1})
-    assert json.loads((tmp_path / "new.json").read_text()) == {"evaluation": {"n": 1}}
+    write_metrics(tmp_path / "new.json", {"seconds": 1})
+    assert json.loads((tmp_path / "new.json").read_text()) == {"evaluation": {"seconds": 1}}
 
 
 def test_as_a_command_bad_input_is_exit_code_2(tmp_path, monkeypatch, capsys):

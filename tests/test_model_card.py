@@ -16,7 +16,8 @@ import train_autoencoder
 import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
 from flower_ldm.errors import InputError
-from flower_ldm.model_card import MARK, PICTURES, write_model_card
+from flower_ldm.model_card import write_model_card
+from flower_ldm.runs import ARTIFACTS, CARD_MARK
 
 EVALUATION = {
     "splits": {"train": ["train"], "held_out": ["val"]},
@@ -76,7 +77,7 @@ def blocks(card: str, language: str) -> list[str]:
 def test_both_scripts_leave_a_card(finished_runs):
     for folder in (finished_runs.autoencoder, finished_runs.flower_ldm):
         card = (folder / "README.md").read_text()
-        assert card.startswith("---\nlibrary_name: diffusers\n") and MARK in card
+        assert card.startswith("---\nlibrary_name: diffusers\n") and CARD_MARK in card
         assert "trained for 6 updates" in card
 
 
@@ -157,7 +158,7 @@ def test_card_names_no_path_and_shows_no_photograph(runs, stage):
     card = write_model_card(runs[stage]).read_text()
     assert "planted" not in card and str(runs[stage].parent) not in card and "reconstructions/" not in card
     linked = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", card)
-    assert linked and set(linked) <= PICTURES[runs[stage].name.replace("flower_ldm", "latent_diffusion")].keys()
+    assert linked and set(linked) <= {one.name for one in ARTIFACTS if one.on_hub and not one.shows_photographs}
     assert all((runs[stage] / name).is_file() for name in linked)
 
 
@@ -282,7 +283,7 @@ def test_names_get_out_of_no_code_block_and_no_metadata(runs):
 
 def test_somebodys_own_card_is_left_alone(runs):
     path = runs["autoencoder"] / "README.md"
-    own = path.read_text().replace(MARK, "Drawn in spring.")
+    own = path.read_text().replace(CARD_MARK, "Drawn in spring.")
     path.write_text(own)
     assert write_model_card(runs["autoencoder"]) == path and path.read_text() == own
 
