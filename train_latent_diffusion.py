@@ -49,7 +49,7 @@ from flower_ldm.files import replace_files, write_whole
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
 from flower_ldm.latent_maps import MAP_SETS, LatentSet, named_classes, save_latent_maps, spread_over_classes
 from flower_ldm.model_card import write_model_card
-from flower_ldm.pipelines.pipeline_flower_ldm import check_statistics
+from flower_ldm.pipelines.pipeline_flower_ldm import latents_statistics
 from flower_ldm.report import write_report
 from flower_ldm.sampling import decode, draw_classes
 from flower_ldm.visualization import (
@@ -165,7 +165,7 @@ def load_autoencoder(name: str) -> nn.Module:
         vae, info = model_class.from_pretrained(name, output_loading_info=True)
         if info["missing_keys"]:  # diffusers makes them up
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
-        check_statistics(vae)
+        latents_statistics(vae)  # refuses what would draw nothing
     except InputError:
         raise
     except Exception as error:  # diffusers looks at little before it reads: a damaged file ends it anyhow
@@ -210,14 +210,7 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
             autocast_dtype=training.autocast_dtype(accelerator),
             num_workers=training.workers_that_fit(accelerator, args, images),
         )
-    latents_mean, latents_std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    if latents_mean is None:  # a stock autoencoder has one factor for all its channels
-        channels = vae.config.latent_channels
-        latents_mean = [vae.config.get("shift_factor") or 0.0] * channels
-        latents_std = [1 / vae.config.scaling_factor] * channels
-    elif not hasattr(vae, "normalize"):  # or, of some, both: diffusers divides what it has whitened by the factor too
-        latents_std = [std / vae.config.scaling_factor for std in latents_std]
-    return LatentDataset(cache, latents_mean, latents_std, args.seed)
+    return LatentDataset(cache, *latents_statistics(vae), args.seed)
 
 
 def save_results(args, pipeline: FlowerLDMPipeline, results: dict) -> None:

@@ -61,9 +61,10 @@ from .metrics import (
     train_classifier,
 )
 from .model_card import write_model_card
+from .pipelines.pipeline_flower_ldm import SCHEDULERS
 from .report import write_report
 from .runs import read_flags
-from .sampling import SCHEDULERS, Sampler, check_sampling, load_pipeline, sample_labels
+from .sampling import SCHEDULER_HELP, Sampler, check_sampling, load_pipeline, sample_labels
 from .visualization import save_nearest_neighbors
 
 SET_NAMES = {"real": "real training images", "reconstructions": "reconstructions", "samples": "samples"}
@@ -91,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--guidance_scale", type=float, default=3.0, help="1 means off")
     flag("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("BEGIN", "END"),
          help="in fractions of the trajectory; 0 is pure noise")  # fmt: skip
-    flag("--scheduler", choices=SCHEDULERS, help="unset: the pipeline's own")
+    flag("--scheduler", choices=SCHEDULERS, help=SCHEDULER_HELP)
     flag("--sweep_guidance", type=float, nargs="+", help="guidance scales to compare")
     flag("--sweep_steps", type=int, nargs="+", help="numbers of steps to compare, each with every guidance scale")
     flag("--sweep_samples", type=int, help="samples at each point of the sweep; unset: --num_samples")

@@ -17,8 +17,8 @@ from .errors import InputError, OneLineParser, exit_on_input_error, one_line, re
 from .files import file_path, file_safe_name, fresh_folder, path_text, write_whole
 from .images import MAX_IMAGE_PIXELS, open_image
 from .lettering import drawable, pillow_font, wrapped
-from .pipelines.pipeline_flower_ldm import upright_srgb
-from .sampling import SCHEDULERS, check_sampling, load_pipeline
+from .pipelines.pipeline_flower_ldm import SCHEDULERS, upright_srgb
+from .sampling import SCHEDULER_HELP, check_sampling, load_pipeline
 
 DEFAULT_NUM_LABELS = 10
 
@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=path_text,
         help="pipeline of a worse model of the same kind to be guided away from, DIR or Hub id",
     )
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the pipeline's own")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help=SCHEDULER_HELP)
     # what is drawn over
     parser.add_argument("--image", type=file_path, help="picture to draw over; its middle is taken")
     parser.add_argument(

@@ -26,7 +26,7 @@ from .latent_maps import LatentPlane, LatentSet, encode_for_map, named_classes, 
 from .lettering import drawable, save_figure, wrapped
 from .memorization import TrainingNeighbors, memorized
 from .runs import is_bin, read_flags, read_log
-from .sampling import decode, draw_classes, load_pipeline
+from .sampling import check_sampling, decode, draw_classes, load_pipeline
 
 SUSPECTS = 8  # columns of nearest_neighbours.png
 # Stage 1's losses and scores, as its curves show them.
@@ -421,7 +421,9 @@ def main(argv: list[str] | None = None) -> None:
         pipe = load_pipeline(args.pipeline, None, args.device, "float32")
         with refusals_of_input():
             pipe.get_label_ids(args.labels or 0)
-            pipe.check_inputs(1, 1, args.guidance_scale, num_inference_steps=args.num_inference_steps)
+        check_sampling(
+            pipe, 1, {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+        )
         options = data_options(args, args.pipeline)
         datasets = by_name(options.load_for(pipe, args.pipeline)) if options else {}
         folder = fresh_folder(args.output)

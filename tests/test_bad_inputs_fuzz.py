@@ -825,7 +825,7 @@ class Calls(OfPipeline):
         return calls()
 
     def run(self, case):
-        self.pipe.check_inputs(1, **case)
+        self.pipe.check_inputs(num_labels=1, **case)
         images, steps = case.get("num_images_per_label", 1), case.get("num_inference_steps", 25)
         if images > 4 or steps > 25:
             return

@@ -20,7 +20,13 @@ from huggingface_hub import constants, create_branch, create_repo, upload_folder
 from safetensors.torch import load_file, save_file
 
 from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel
-from flower_ldm.pipelines.pipeline_flower_ldm import FlowerLDMPipeline, find_classes, plain_name
+from flower_ldm.pipelines.pipeline_flower_ldm import (
+    SCHEDULERS,
+    FlowerLDMPipeline,
+    find_classes,
+    latents_statistics,
+    plain_name,
+)
 
 NAMES = {0: "rose", 1: "sunflower", 2: "7", 3: "Tulip"}
 STEPS = 4
@@ -336,6 +342,47 @@ def test_bad_argument_is_one_clear_line_before_any_computation(stock_pipe, optio
     assert not calls
 
 
+def state_of(scheduler) -> dict:
+    """All that a scheduler remembers, each tensor with the numbers in it."""
+    return {
+        name: value.tolist() if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list) else value
+        for name, value in vars(scheduler).items()
+    }
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_checking_inputs_changes_nothing(stock_pipe, scheduler):
+    stock_pipe.scheduler = stock_pipe.make_scheduler(SCHEDULERS[scheduler].scheduler_class)
+    sample(stock_pipe, num_inference_steps=25)
+    state, chance = state_of(stock_pipe.scheduler), torch.get_rng_state()
+    stock_pipe.check_inputs(num_labels=2, num_inference_steps=20, guidance_scale=1.5)
+    stock_pipe.check_inputs(num_labels=1)
+    assert state_of(stock_pipe.scheduler) == state
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
+def test_inputs_can_be_checked_in_the_middle_of_a_call(pipe):
+    expected = sample(pipe)
+
+    def check(pipe, *_):
+        pipe.check_inputs(num_labels=3, num_inference_steps=50)
+        return {}
+
+    assert torch.equal(sample(pipe, callback_on_step_end=check), expected)
+
+
+def test_arguments_that_are_not_checked_count_as_the_calls_defaults(stock_pipe):
+    """25 steps, for one."""
+    stock_pipe.scheduler = DDIMScheduler(20, beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    with pytest.raises(ValueError, match="^num_inference_steps must be at most 20, as many as training has, got 25$"):
+        stock_pipe.check_inputs(num_labels=1)
+    stock_pipe.check_inputs(num_labels=1, num_inference_steps=20)
+    with pytest.raises(ValueError, match="must have one for each of 2 images, got 3"):
+        stock_pipe.check_inputs(num_labels=2, num_inference_steps=20, generator=generators(0, 1, 2))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        stock_pipe.check_inputs(num_labels=1, steps=20)
+
+
 def test_a_scheduler_whose_config_leaves_no_timestep_is_one_clear_line(stock_pipe):
     options = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing", "lambda_min_clipped": 9.0}
     stock_pipe.scheduler = diffusers.DPMSolverMultistepScheduler(**options)
@@ -521,6 +568,17 @@ def test_stock_vae_is_decoded_through_its_factors(stock_pipe):
         stock_pipe.vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[3.0] * 4)
         expected = stock_pipe.vae.decode(latents / 0.5 * 3 + 1).sample
         torch.testing.assert_close(stock_pipe.decode_latents(latents, "pt"), (expected / 2 + 0.5).clamp(0, 1))
+
+
+def test_latents_statistics_of_every_kind_of_autoencoder():
+    vae, _ = stock_parts()
+    assert latents_statistics(vae) == ([0.25] * 4, [2.0] * 4)  # 1 / 0.5
+    vae.register_to_config(shift_factor=None)
+    assert latents_statistics(vae) == ([0.0] * 4, [2.0] * 4)
+    vae.register_to_config(latents_mean=[1, 2, 3, 4], latents_std=[1.0, 2.0, 3.0, 4.0])
+    assert latents_statistics(vae) == ([1, 2, 3, 4], [2.0, 4.0, 6.0, 8.0])
+    vae, _ = flower_parts()
+    assert latents_statistics(vae) == ([0.1, 0.2, -0.3, 0.0], [1.0, 2.0, 0.5, 3.0])
 
 
 def test_flower_vae_is_decoded_through_its_statistics():
@@ -844,6 +902,7 @@ def damage_weights(part: str, change):
         (stock_parts, damage_config("unet", sample_size=[8, "8"]), "the unet's in_channels and sample_size must be"),
         (stock_parts, damage_config("vae", block_out_channels=[8] * 10**7), "damaged: block_out_channels must hold"),
         (stock_parts, damage_config("vae", scaling_factor=0), "the vae's scaling_factor must be a number other than"),
+        (stock_parts, damage_config("vae", shift_factor="0"), "the vae's shift_factor must be a finite number, got"),
         (stock_parts, damage_config("vae", latents_std=[1.0] * 4), "the vae's latents_mean must be finite numbers"),
         (
             stock_parts,

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel
 from flower_ldm.errors import InputError
 from flower_ldm.files import fresh_folder
+from flower_ldm.pipelines.pipeline_flower_ldm import SCHEDULERS
 from flower_ldm.sample import file_names, label_grid, main
-from flower_ldm.sampling import SCHEDULERS
 
 NAMES = ["rose", "bird of paradise", "7"]
 
