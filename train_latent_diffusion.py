@@ -6,17 +6,17 @@
     accelerate launch --config_file accelerate_config.yaml train_latent_diffusion.py \\
         --config configs/flowers102_64_gpu.yaml
 
-Reads from top to bottom: flags, one training step, validation and previews, the end of a run, the loop. What this
-script shares with `train_autoencoder.py` is in `recipes.py`, `checkpoints.py` and `training.py` of `flower_ldm/`; the
-mathematics is in `flower_ldm/diffusion.py`.
+Reads from top to bottom: flags, one training step, validation and previews, set-up, the end of a run, the loop. What
+this script shares with `train_autoencoder.py` is in `recipes.py`, `checkpoints.py` and `training.py` of `flower_ldm/`;
+the mathematics is in `flower_ldm/diffusion.py`.
 """
 
 import json
 import shutil
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
@@ -47,22 +47,11 @@ from flower_ldm.diffusion import (
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
 from flower_ldm.files import replace_files, write_whole
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
-from flower_ldm.latent_maps import MAP_SETS, LatentSet, named_classes, save_latent_maps, spread_over_classes
+from flower_ldm.latent_maps import MAP_SETS, LatentSet, named_classes, spread_over_classes
 from flower_ldm.model_card import write_model_card
 from flower_ldm.pipelines.pipeline_flower_ldm import latents_statistics
 from flower_ldm.report import write_report
-from flower_ldm.sampling import decode, draw_classes
-from flower_ldm.visualization import (
-    GRID_IMAGES,
-    save_class_grid,
-    save_denoising,
-    save_diffusion_loss,
-    save_guidance_sweep,
-    save_interpolations,
-    save_side_by_side,
-)
-
-PATH_CLASSES = 3  # whose denoising is drawn at the end of a run
+from flower_ldm.visualization import draw_samples, save_diffusion_loss, save_pipeline_pictures, save_samples_grid
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -106,31 +95,14 @@ def validate(accelerator: Accelerator, args, unet: nn.Module, noise_scheduler, b
     return {"val_loss": loss, "val_unweighted_loss": unweighted_loss}
 
 
-def build_pipeline(vae: nn.Module, unet: nn.Module, noise_scheduler: DDPMScheduler, class_names: list[str]):
-    """The pipeline, with a fast sampler of the same noise schedule (DPM-Solver++, Lu et al. 2022)."""
-    scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config, timestep_spacing="trailing")
-    pipeline = FlowerLDMPipeline(vae=vae, unet=unet, scheduler=scheduler, id2label=dict(enumerate(class_names)))
-    pipeline.set_progress_bar_config(leave=False, desc="preview")
-    return pipeline
-
-
-def draw_class_grid(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, path: Path) -> LatentSet:
-    """Up to 10 classes, spread over all of them, 4 images each, always from the same noise. Returns their latents."""
-    labels = named_classes(pipeline.num_classes)
-    with accelerator.autocast():
-        latents = draw_classes(pipeline, labels, args.seed, GRID_IMAGES, guidance_scale=args.guidance_scale)
-        images = decode(pipeline, latents)
-    images = images.reshape(len(labels), GRID_IMAGES, *images.shape[1:])
-    save_class_grid(images, [pipeline.class_names[label] for label in labels], path)
-    return LatentSet(latents.cpu().numpy(), np.repeat(labels, GRID_IMAGES))
-
-
 def draw_preview(
     accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
 ) -> LatentSet:
     """The class grid and the loss curves of this step, on disk and in the trackers. Returns the grid's latents."""
     grid, curves = samples_path(args, step), Path(args.output_dir) / "diffusion_loss.png"
-    generated = draw_class_grid(accelerator, args, pipeline, grid)
+    with accelerator.autocast():
+        generated = draw_samples(pipeline, args.seed)
+        save_samples_grid(pipeline, generated, grid)
     save_diffusion_loss(runs.read_log(log.path), curves)
     log.show(step, {"samples": grid, "diffusion_loss": curves})
     return generated
@@ -139,13 +111,6 @@ def draw_preview(
 def samples_path(args, step: int) -> Path:
     """Where the class grid of a step goes."""
     return Path(args.output_dir) / "samples" / f"step-{step:08d}.png"
-
-
-def map_set(latents: LatentDataset, name: str) -> LatentSet:
-    """Of a split's latents as many as a latent map shows, spread over the classes."""
-    labels = latents.cache.labels.numpy()
-    kept = spread_over_classes(labels, MAP_SETS[name][0], named_classes(len(latents.cache.class_names)))
-    return LatentSet(latents.posterior_means(kept).numpy(), labels[kept])
 
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
@@ -213,6 +178,32 @@ def load_latents(accelerator: Accelerator, args, vae: nn.Module, images: ImageDa
     return LatentDataset(cache, *latents_statistics(vae), args.seed)
 
 
+def held_out_batches(accelerator: Accelerator, args, latents: LatentDataset) -> DataLoader:
+    """The held-out latents in order, each with the draws of epoch 0, shared out over the processes."""
+    keys = [(0, index) for index in range(len(latents))]
+    return accelerator.prepare_data_loader(
+        DataLoader(latents, args.train_batch_size, sampler=keys, collate_fn=keep_batch)
+    )
+
+
+def build_pipeline(
+    vae: nn.Module, unet: nn.Module, noise_scheduler: DDPMScheduler, class_names: list[str], **guidance
+) -> FlowerLDMPipeline:
+    """The pipeline, with a fast sampler of the same noise schedule (DPM-Solver++, Lu et al. 2022).
+
+    Args:
+        guidance: what the pipeline keeps about it, such as `guidance_scale`.
+    """
+    scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config, timestep_spacing="trailing")
+    id2label = dict(enumerate(class_names))
+    pipeline = FlowerLDMPipeline(vae=vae, unet=unet, scheduler=scheduler, id2label=id2label, **guidance)
+    pipeline.set_progress_bar_config(leave=False, desc="preview")
+    return pipeline
+
+
+# --- the end of a run ------------------------------------------------------------------------------------------------
+
+
 def save_results(args, pipeline: FlowerLDMPipeline, results: dict) -> None:
     """The pipeline with the weights that `unet` holds now, and the metrics."""
     output_dir = Path(args.output_dir)
@@ -222,50 +213,38 @@ def save_results(args, pipeline: FlowerLDMPipeline, results: dict) -> None:
     print(f"pipeline in {output_dir}")
 
 
-def draw_last_preview(
-    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
-) -> LatentSet:
-    """`draw_preview`, its class grid as `vae_samples_grid_subset.png` too. Returns the grid's latents."""
-    generated = draw_preview(accelerator, args, pipeline, step, log)
-    drawn, grid = samples_path(args, step), Path(args.output_dir) / "vae_samples_grid_subset.png"
-    write_whole(grid, lambda unfinished: shutil.copy(drawn, unfinished))
-    print(f"samples in {grid}")
-    return generated
-
-
-def draw_latents(
+def draw_last_pictures(
     accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, train_latents: LatentDataset,
-    val_latents: LatentDataset, generated: LatentSet, log: training.LossLog,
+    val_latents: LatentDataset, val_images: ImageDataset, log: training.LossLog,
 ) -> None:  # fmt: skip
-    """Maps of the latents, training, held-out and generated, and the way of a few samples through them."""
-    output_dir = Path(args.output_dir)
-    sets = {"training": map_set(train_latents, "training"), "held out": map_set(val_latents, "held out")}
-    plane = save_latent_maps({**sets, "generated": generated}, pipeline.class_names, output_dir)
-    labels = named_classes(pipeline.num_classes, PATH_CLASSES)
-    with accelerator.autocast():
-        denoising = save_denoising(pipeline, labels, plane, output_dir, args.seed, guidance_scale=args.guidance_scale)
-    maps = [output_dir / f"latent_space_{name}.png" for name in ("tsne", "pca")]
-    stills = {path.stem: path for path in [*maps, *denoising] if path.suffix == ".png"}
-    log.show(args.max_train_steps, stills)
+    """The class grid and the curves; with `--final_pictures` all that there is to see of a pipeline. One that can't be
+    drawn costs neither the run nor the others.
+    """
+    output_dir, step, generated = Path(args.output_dir), args.max_train_steps, None
+    optional = partial(training.optional, but=InputError)
+    with optional("the last class grid"):
+        generated = draw_preview(accelerator, args, pipeline, step, log)
+        grid = output_dir / "vae_samples_grid_subset.png"
+        write_whole(grid, lambda unfinished: shutil.copy(samples_path(args, step), unfinished))
+        print(f"samples in {grid}")
+    if generated is None or not args.final_pictures:
+        return
+    with optional("the last pictures"), accelerator.autocast():
+        encoded = {"training": map_set(train_latents, "training"), "held out": map_set(val_latents, "held out")}
+        written = save_pipeline_pictures(
+            pipeline, output_dir, generated, encoded, val_images, seed=args.seed, guard=optional
+        )
+        log.show(step, {path.stem: path for path in written if path.suffix == ".png"})
 
 
-def draw_comparisons(
-    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, val_images: ImageDataset, generated: LatentSet,
-    log: training.LossLog,
-) -> None:  # fmt: skip
-    """Held-out images beside reconstructions and samples; guidance scales; what lies between classes and seeds."""
-    output_dir = Path(args.output_dir)
-    labels = named_classes(pipeline.num_classes, PATH_CLASSES)
-    with accelerator.autocast():
-        latents = torch.from_numpy(generated.latents[::GRID_IMAGES]).to(accelerator.device)
-        columns = generated.labels[::GRID_IMAGES].tolist()
-        drawn = save_side_by_side(pipeline, val_images, columns, decode(pipeline, latents), output_dir)
-        if args.label_dropout > 0:
-            drawn += save_guidance_sweep(pipeline, labels, output_dir, args.seed)
-        else:
-            print("left out guidance_sweep.png: without label dropout there is no null label to guide away from")
-        drawn += save_interpolations(pipeline, labels, output_dir, args.seed, guidance_scale=args.guidance_scale)
-    log.show(args.max_train_steps, {path.stem: path for path in drawn})
+def map_set(latents: LatentDataset, name: str) -> LatentSet:
+    """Of a split's latents as many as a latent map shows, spread over the classes."""
+    labels = latents.cache.labels.numpy()
+    kept = spread_over_classes(labels, MAP_SETS[name][0], named_classes(len(latents.cache.class_names)))
+    return LatentSet(latents.posterior_means(kept).numpy(), labels[kept])
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -300,7 +279,10 @@ def train(args) -> None:
         unet.compile(dynamic=False)
     ema = training.build_ema(unet, args.ema_decay)
     noise_scheduler = make_noise_scheduler(args.prediction_type, args.beta_schedule, args.zero_terminal_snr)
-    pipeline = build_pipeline(vae, unet, noise_scheduler, class_names)
+    pipeline = build_pipeline(
+        vae, unet, noise_scheduler, class_names,
+        guidance_scale=args.guidance_scale, takes_guidance=args.label_dropout > 0,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
@@ -376,26 +358,11 @@ def train(args) -> None:
         log.close()
         if accelerator.is_main_process:
             save_results(args, pipeline, results)
-            generated = None
-            with training.optional("the last class grid", but=InputError):
-                generated = draw_last_preview(accelerator, args, pipeline, last_step, log)
-            if args.final_pictures and generated is not None:
-                with training.optional("the maps of the latents", but=InputError):
-                    draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
-                with training.optional("the last comparisons", but=InputError):
-                    draw_comparisons(accelerator, args, pipeline, val_images, generated, log)
+            draw_last_pictures(accelerator, args, pipeline, train_latents, val_latents, val_images, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     training.end_trackers(accelerator)
     hub.push_results(accelerator, args)
-
-
-def held_out_batches(accelerator: Accelerator, args, latents: LatentDataset) -> DataLoader:
-    """The held-out latents in order, each with the draws of epoch 0, shared out over the processes."""
-    keys = [(0, index) for index in range(len(latents))]
-    return accelerator.prepare_data_loader(
-        DataLoader(latents, args.train_batch_size, sampler=keys, collate_fn=keep_batch)
-    )
 
 
 if __name__ == "__main__":
