@@ -13,10 +13,10 @@ are in `flower_ldm/diffusion.py`.
 
 import shutil
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler
@@ -47,23 +47,12 @@ from flower_ldm.diffusion import (
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
 from flower_ldm.files import replace_files, write_whole
 from flower_ldm.latent_cache import LatentDataset, cache_key, load_or_build_latent_cache
-from flower_ldm.latent_maps import MAP_SETS, LatentSet, named_classes, save_latent_maps, spread_over_classes
+from flower_ldm.latent_maps import MAP_SETS, LatentSet, named_classes, spread_over_classes
 from flower_ldm.model_card import write_model_card
-from flower_ldm.pipelines.pipeline_flower_ldm import check_statistics
+from flower_ldm.pipelines.pipeline_flower_ldm import latents_statistics
 from flower_ldm.progress_bars import bar_options
 from flower_ldm.report import write_report
-from flower_ldm.sampling import decode, draw_classes
-from flower_ldm.visualization import (
-    GRID_IMAGES,
-    save_class_grid,
-    save_denoising,
-    save_diffusion_loss,
-    save_guidance_sweep,
-    save_interpolations,
-    save_side_by_side,
-)
-
-PATH_CLASSES = 3  # whose denoising is drawn at the end of a run
+from flower_ldm.visualization import draw_samples, save_diffusion_loss, save_pipeline_pictures, save_samples_grid
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -119,46 +108,22 @@ def validate(
     return {"val_loss": loss, "val_unweighted_loss": unweighted_loss}
 
 
-def build_pipeline(vae: nn.Module, unet: nn.Module, noise_scheduler: DDPMScheduler, class_names: list[str]):
-    """The pipeline, with a fast sampler of the same noise schedule (DPM-Solver++, Lu et al. 2022)."""
-    scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config, timestep_spacing="trailing")
-    pipeline = FlowerLDMPipeline(vae=vae, unet=unet, scheduler=scheduler, id2label=dict(enumerate(class_names)))
-    pipeline.set_progress_bar_config(**bar_options(leave=False, desc="preview"))
-    return pipeline
-
-
-def draw_class_grid(accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, path: Path) -> LatentSet:
-    """Up to 10 classes, spread over all of them, 4 images each, always from the same noise. Returns their latents."""
-    labels = named_classes(pipeline.num_classes)
-    with accelerator.autocast():
-        latents = draw_classes(pipeline, labels, args.seed, GRID_IMAGES, guidance_scale=args.guidance_scale)
-        images = decode(pipeline, latents)
-    images = images.reshape(len(labels), GRID_IMAGES, *images.shape[1:])
-    save_class_grid(images, [pipeline.class_names[label] for label in labels], path)
-    return LatentSet(latents.cpu().numpy(), np.repeat(labels, GRID_IMAGES))
-
-
 def draw_preview(
-    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
+    accelerator: Accelerator, args: Namespace, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
 ) -> LatentSet:
     """The class grid and the loss curves of this step, on disk and in the trackers. Returns the grid's latents."""
     grid, curves = samples_path(args, step), runs.DIFFUSION_LOSS.path(args.output_dir)
-    generated = draw_class_grid(accelerator, args, pipeline, grid)
+    with accelerator.autocast():
+        generated = draw_samples(pipeline, args.seed)
+        save_samples_grid(pipeline, generated, grid)
     save_diffusion_loss(runs.read_log(log.path), curves)
     log.show(step, {"samples": grid, "diffusion_loss": curves})
     return generated
 
 
-def samples_path(args, step: int) -> Path:
+def samples_path(args: Namespace, step: int) -> Path:
     """Where the class grid of a step goes."""
     return runs.SAMPLES.path(args.output_dir, step)
-
-
-def map_set(latents: LatentDataset, name: str) -> LatentSet:
-    """Of a split's latents as many as a latent map shows, spread over the classes."""
-    labels = latents.cache.labels.numpy()
-    kept = spread_over_classes(labels, MAP_SETS[name][0], named_classes(len(latents.cache.class_names)))
-    return LatentSet(latents.posterior_means(kept).numpy(), labels[kept])
 
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
@@ -178,7 +143,7 @@ def load_autoencoder(name: str) -> nn.Module:
         vae, info = model_class.from_pretrained(name, output_loading_info=True)
         if info["missing_keys"]:  # diffusers would invent them
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
-        check_statistics(vae)
+        latents_statistics(vae)  # refuses what would draw nothing
     except InputError:
         raise
     except Exception as error:  # diffusers checks little, so a damaged file can raise anything
@@ -223,14 +188,15 @@ def load_latents(accelerator: Accelerator, args: Namespace, vae: nn.Module, imag
             autocast_dtype=training.autocast_dtype(accelerator),
             num_workers=training.workers_that_fit(accelerator, args, images),
         )
-    latents_mean, latents_std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    if latents_mean is None:  # a stock autoencoder has one factor for all its channels
-        channels = vae.config.latent_channels
-        latents_mean = [vae.config.get("shift_factor") or 0.0] * channels
-        latents_std = [1 / vae.config.scaling_factor] * channels
-    elif not hasattr(vae, "normalize"):  # or, of some, both: diffusers divides what it has whitened by the factor too
-        latents_std = [std / vae.config.scaling_factor for std in latents_std]
-    return LatentDataset(cache, latents_mean, latents_std, args.seed)
+    return LatentDataset(cache, *latents_statistics(vae), args.seed)
+
+
+def held_out_batches(accelerator: Accelerator, args: Namespace, latents: LatentDataset) -> DataLoader:
+    """The held-out latents in order, each with the draws of epoch 0, shared among the processes."""
+    keys = [(0, index) for index in range(len(latents))]
+    return accelerator.prepare_data_loader(
+        DataLoader(latents, args.train_batch_size, sampler=keys, collate_fn=keep_batch)
+    )
 
 
 def build_denoiser(
@@ -257,7 +223,25 @@ def build_denoiser(
     return unet
 
 
-def save_results(args, pipeline: FlowerLDMPipeline, results: dict) -> None:
+def build_pipeline(
+    vae: nn.Module, unet: nn.Module, noise_scheduler: DDPMScheduler, class_names: list[str], **guidance
+) -> FlowerLDMPipeline:
+    """The pipeline, with a fast sampler of the same noise schedule (DPM-Solver++, Lu et al. 2022).
+
+    Args:
+        guidance: what the pipeline keeps about it, such as `guidance_scale`.
+    """
+    scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config, timestep_spacing="trailing")
+    id2label = dict(enumerate(class_names))
+    pipeline = FlowerLDMPipeline(vae=vae, unet=unet, scheduler=scheduler, id2label=id2label, **guidance)
+    pipeline.set_progress_bar_config(**bar_options(leave=False, desc="preview"))
+    return pipeline
+
+
+# --- the end of a run ------------------------------------------------------------------------------------------------
+
+
+def save_results(args: Namespace, pipeline: FlowerLDMPipeline, results: dict) -> None:
     """The pipeline with the weights that `unet` holds now, and the metrics."""
     output_dir = Path(args.output_dir)
     unfinished = output_dir / runs.UNFINISHED_EXPORT
@@ -266,51 +250,35 @@ def save_results(args, pipeline: FlowerLDMPipeline, results: dict) -> None:
     print(f"pipeline in {output_dir}")
 
 
-def draw_last_preview(
-    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
-) -> LatentSet:
-    """`draw_preview`, its class grid as `vae_samples_grid_subset.png` too. Returns the grid's latents."""
-    generated = draw_preview(accelerator, args, pipeline, step, log)
-    drawn, grid = samples_path(args, step), runs.CLASS_GRID.path(args.output_dir)
-    write_whole(grid, lambda unfinished: shutil.copy(drawn, unfinished))
-    print(f"samples in {grid}")
-    return generated
-
-
-def draw_latents(
-    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, train_latents: LatentDataset,
-    val_latents: LatentDataset, generated: LatentSet, log: training.LossLog,
+def draw_last_pictures(
+    accelerator: Accelerator, args: Namespace, pipeline: FlowerLDMPipeline, train_latents: LatentDataset,
+    val_latents: LatentDataset, val_images: ImageDataset, log: training.LossLog,
 ) -> None:  # fmt: skip
-    """Maps of the latents, training, held-out and generated, and the way of a few samples through them."""
-    output_dir = Path(args.output_dir)
-    sets = {"training": map_set(train_latents, "training"), "held out": map_set(val_latents, "held out")}
-    plane = save_latent_maps({**sets, "generated": generated}, pipeline.class_names, output_dir)
-    labels = named_classes(pipeline.num_classes, PATH_CLASSES)
-    with accelerator.autocast():
-        denoising = save_denoising(pipeline, labels, plane, output_dir, args.seed, guidance_scale=args.guidance_scale)
-    maps = [runs.LATENT_MAP.path(output_dir, method) for method in runs.LATENT_MAPS]
-    stills = {path.stem: path for path in [*maps, *denoising] if path.suffix == ".png"}
-    log.show(args.max_train_steps, stills)
+    """The class grid and the curves; with `--final_pictures` all that there is to see of a pipeline. One that can't be
+    drawn costs neither the run nor the others.
+    """
+    output_dir, step, generated = Path(args.output_dir), args.max_train_steps, None
+    optional = partial(training.optional, reraise=InputError)
+    with optional("the last class grid"):
+        generated = draw_preview(accelerator, args, pipeline, step, log)
+        grid = runs.CLASS_GRID.path(output_dir)
+        write_whole(grid, lambda unfinished: shutil.copy(samples_path(args, step), unfinished))
+        print(f"samples in {grid}")
+    if generated is None or not args.final_pictures:
+        return
+    with optional("the last pictures"), accelerator.autocast():
+        encoded = {"training": map_set(train_latents, "training"), "held out": map_set(val_latents, "held out")}
+        written = save_pipeline_pictures(
+            pipeline, output_dir, generated, encoded, val_images, seed=args.seed, guard=optional
+        )
+        log.show(step, {path.stem: path for path in written if path.suffix == ".png"})
 
 
-def draw_comparisons(
-    accelerator: Accelerator, args, pipeline: FlowerLDMPipeline, val_images: ImageDataset, generated: LatentSet,
-    log: training.LossLog,
-) -> None:  # fmt: skip
-    """Held-out images beside reconstructions and samples; guidance scales; what lies between classes and seeds."""
-    output_dir = Path(args.output_dir)
-    labels = named_classes(pipeline.num_classes, PATH_CLASSES)
-    with accelerator.autocast():
-        latents = torch.from_numpy(generated.latents[::GRID_IMAGES]).to(accelerator.device)
-        columns = generated.labels[::GRID_IMAGES].tolist()
-        drawn = save_side_by_side(pipeline, val_images, columns, decode(pipeline, latents), output_dir)
-        if args.label_dropout > 0:
-            drawn += save_guidance_sweep(pipeline, labels, output_dir, args.seed)
-        else:
-            name = runs.GUIDANCE_SWEEP.name
-            print(f"left out {name}: without label dropout there is no null label to guide away from")
-        drawn += save_interpolations(pipeline, labels, output_dir, args.seed, guidance_scale=args.guidance_scale)
-    log.show(args.max_train_steps, {path.stem: path for path in drawn})
+def map_set(latents: LatentDataset, name: str) -> LatentSet:
+    """Of a split's latents as many as a latent map shows, spread over the classes."""
+    labels = latents.cache.labels.numpy()
+    kept = spread_over_classes(labels, MAP_SETS[name][0], named_classes(len(latents.cache.class_names)))
+    return LatentSet(latents.posterior_means(kept).numpy(), labels[kept])
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -338,7 +306,10 @@ def train(args: Namespace) -> None:
     unet = build_denoiser(accelerator, args, latent_shape(vae, train_images), len(class_names))
     ema = training.build_ema(unet, args.ema_decay)
     noise_scheduler = make_noise_scheduler(args.prediction_type, args.beta_schedule, args.zero_terminal_snr)
-    pipeline = build_pipeline(vae, unet, noise_scheduler, class_names)
+    pipeline = build_pipeline(
+        vae, unet, noise_scheduler, class_names,
+        guidance_scale=args.guidance_scale, takes_guidance=args.label_dropout > 0,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
@@ -413,26 +384,11 @@ def train(args: Namespace) -> None:
         log.close()
         if accelerator.is_main_process:
             save_results(args, pipeline, results)
-            generated = None
-            with training.optional("the last class grid", reraise=InputError):
-                generated = draw_last_preview(accelerator, args, pipeline, last_step, log)
-            if args.final_pictures and generated is not None:
-                with training.optional("the maps of the latents", reraise=InputError):
-                    draw_latents(accelerator, args, pipeline, train_latents, val_latents, generated, log)
-                with training.optional("the last comparisons", reraise=InputError):
-                    draw_comparisons(accelerator, args, pipeline, val_images, generated, log)
+            draw_last_pictures(accelerator, args, pipeline, train_latents, val_latents, val_images, log)
             write_model_card(output_dir)
             print(f"the run on one page: {write_report(output_dir)}")
     training.end_trackers(accelerator)
     hub.push_results(accelerator, args)
-
-
-def held_out_batches(accelerator: Accelerator, args: Namespace, latents: LatentDataset) -> DataLoader:
-    """The held-out latents in order, each with the random numbers of epoch 0, shared out over the processes."""
-    keys = [(0, index) for index in range(len(latents))]
-    return accelerator.prepare_data_loader(
-        DataLoader(latents, args.train_batch_size, sampler=keys, collate_fn=keep_batch)
-    )
 
 
 if __name__ == "__main__":

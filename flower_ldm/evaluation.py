@@ -57,9 +57,10 @@ from .metrics import (
     train_classifier,
 )
 from .model_card import write_model_card
+from .pipelines.pipeline_flower_ldm import SCHEDULERS
 from .progress_bars import progress_bar
 from .report import write_report
-from .sampling import SCHEDULERS, Sampler, check_sampling, load_pipeline, sample_labels
+from .sampling import SCHEDULER_HELP, Sampler, check_sampling, load_pipeline, sample_labels
 from .visualization import save_nearest_neighbors
 
 SET_NAMES = {"real": "real training images", "reconstructions": "reconstructions", "samples": "samples"}
@@ -86,10 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--num_samples", type=int, default=1020, help="spread evenly over the classes")
     flag("--seed", type=int, default=0, help="image i has the seed SEED + i")
     flag("--num_inference_steps", "--steps", type=int, default=25)
-    flag("--guidance_scale", type=float, default=3.0, help="1 means off")
-    flag("--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("BEGIN", "END"),
-         help="in fractions of the trajectory; 0 is pure noise")  # fmt: skip
-    flag("--scheduler", choices=SCHEDULERS, help="unset: the pipeline's own")
+    flag("--guidance_scale", type=float, help="1 means off; unset: the pipeline's own")
+    flag("--guidance_interval", type=float, nargs=2, metavar=("BEGIN", "END"),
+         help="in fractions of the trajectory; 0 is pure noise; unset: the pipeline's own")  # fmt: skip
+    flag("--scheduler", choices=SCHEDULERS, help=SCHEDULER_HELP)
     flag("--sweep_guidance", type=float, nargs="+", help="guidance scales to compare")
     flag("--sweep_steps", type=int, nargs="+", help="numbers of steps to compare, each with every guidance scale")
     flag("--sweep_samples", type=int, help="samples at each point of the sweep; unset: --num_samples")
@@ -300,7 +301,7 @@ def measure_sweep(args: argparse.Namespace, sampler: Sampler, network: FeatureNe
     num_samples = args.sweep_samples or args.num_samples
     labels = sample_labels(num_samples, real.train.num_classes)
     sweep = []
-    for options in sweep_options(args):
+    for options in sweep_options(args, sampler.pipe):
         images, seconds = sampler.draw(num_samples, **options)
         features = extract_features(network, images, batch_size=args.batch_size, title="features of samples")
         measured = measure_set(features, labels, real.held_out_features, real.classifier, neighborhoods=False)
@@ -318,7 +319,7 @@ def evaluate(
     reconstruction = measure_reconstruction(args, pipe, network, perceptual, real)
     reconstructions, _ = reconstruct(pipe.vae, real.train, real.held_back, batch_size=args.batch_size)
     sampler = Sampler(pipe, args.cache_dir, seed=args.seed, batch_size=args.batch_size)
-    samples, seconds = sampler.draw(args.num_samples, **sampling_options(args))
+    samples, seconds = sampler.draw(args.num_samples, **sampling_options(args, pipe))
     labels, real_labels = sample_labels(args.num_samples, pipe.num_classes), real.train.labels[real.held_back]
     look = partial(extract_features, network, batch_size=args.batch_size)
     sets = {
@@ -347,7 +348,7 @@ def evaluate(
         **describe(args, pipe, network, real),
         "sampling": {
             "num_samples": args.num_samples, "seed": args.seed, "scheduler": type(pipe.scheduler).__name__,
-            **sampling_options(args), "seconds": seconds, "images_per_second": args.num_samples / seconds,
+            **sampling_options(args, pipe), "seconds": seconds, "images_per_second": args.num_samples / seconds,
             "device": str(pipe.device), "dtype": args.dtype,
         },
         "reconstruction": reconstruction,
@@ -378,23 +379,25 @@ def describe(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: Feature
     }  # fmt: skip
 
 
-def sampling_options(args: argparse.Namespace) -> dict:
-    """The options of the pipeline's call for the main set of samples."""
+def sampling_options(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> dict:
+    """The options of the pipeline's call for the main set of samples, its own guidance where no flag gives any."""
+    scale, interval = pipe.resolve_guidance(args.guidance_scale, args.guidance_interval)
     return {
-        "guidance_scale": args.guidance_scale,
-        "guidance_interval": list(args.guidance_interval),
+        "guidance_scale": scale,
+        "guidance_interval": list(interval),
         "num_inference_steps": args.num_inference_steps,
     }
 
 
-def sweep_options(args: argparse.Namespace) -> list[dict]:
+def sweep_options(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> list[dict]:
     """The options at each point of the sweep; none without one."""
     if not args.sweep_guidance and not args.sweep_steps:
         return []
+    options = sampling_options(args, pipe)
     return [
-        sampling_options(args) | {"guidance_scale": scale, "num_inference_steps": steps}
+        options | {"guidance_scale": scale, "num_inference_steps": steps}
         for steps in sorted(set(args.sweep_steps or [args.num_inference_steps]))
-        for scale in sorted(set(args.sweep_guidance or [args.guidance_scale]))
+        for scale in sorted(set(args.sweep_guidance or [options["guidance_scale"]]))
     ]
 
 
@@ -505,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     read_metrics(args.output)
     pipe = load_pipeline(args.pipeline, args.scheduler, args.device, args.dtype)
-    for options in [sampling_options(args), *sweep_options(args)]:
+    for options in [sampling_options(args, pipe), *sweep_options(args, pipe)]:
         check_sampling(pipe, args.batch_size, options)
     network = load_feature_network(args.features, args.device)
     perceptual = PerceptualLoss(args.vgg_weights).to(args.device) if args.vgg_weights else None

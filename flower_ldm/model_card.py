@@ -162,10 +162,7 @@ def use(run: Run, repo_id: str) -> str:
         travels = "auto_map" in run.configs["autoencoder"]
     else:
         load, kind, library = "pipe", "FlowerLDMPipeline", "DiffusionPipeline"
-        scales = nested(run.evaluation, "sampling").get("guidance_scale"), run.args.get("guidance_scale")
-        scale = next(filter(is_finite, scales), 2.0)
-        lines = [f"images = pipe({_labels(run)}, num_images_per_label=4, guidance_scale={scale}).images",
-                 'images[0].save("image.png")']  # fmt: skip
+        lines = [f"images = pipe({_labels(run)}, num_images_per_label=4).images", 'images[0].save("image.png")']
         travels = True
     blocks = [
         "## Use it",

@@ -18,6 +18,7 @@ from .diffusion import BETA_SCHEDULES, PREDICTION_TYPES
 from .errors import InputError, one_line
 from .files import SpellingLoader, parse_yaml, path_or_hub_id, path_text, without_paths
 from .flags import NOT_NEGATIVE, POSITIVE, SEED, SHARE, Flag, FlagParser, as_it_is
+from .pipelines.pipeline_flower_ldm import GUIDANCE_SCALE
 
 # diffusers' schedules that these flags can describe.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -154,8 +155,8 @@ def add_latent_diffusion_flags(parser: FlagParser) -> None:
     flag("--label_dropout", type=float, default=0.1, bounds=SHARE, public=as_it_is,
          help="share of labels dropped, for classifier-free guidance")  # fmt: skip
     # previews
-    flag("--guidance_scale", type=float, default=2.0, may_change=True, public=as_it_is,
-         help="of the previews; 1 means off")  # fmt: skip
+    flag("--guidance_scale", type=float, default=GUIDANCE_SCALE, may_change=True, public=as_it_is,
+         help="of the previews, and kept in the pipeline as its default; 1 means off")  # fmt: skip
 
 
 # --- what holds of a run's flags -------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from .errors import InputError, OneLineParser, exit_on_input_error, one_line, re
 from .files import file_path, file_safe_name, fresh_folder, path_text, write_whole
 from .images import MAX_IMAGE_PIXELS, open_image
 from .lettering import drawable, pillow_font, wrapped
-from .pipelines.pipeline_flower_ldm import upright_srgb
+from .pipelines.pipeline_flower_ldm import SCHEDULERS, upright_srgb
 from .progress_bars import bar_options, progress_bar
-from .sampling import SCHEDULERS, check_sampling, load_pipeline
+from .sampling import SCHEDULER_HELP, check_sampling, load_pipeline
 
 DEFAULT_NUM_LABELS = 10
 GRID = "grid.png"
@@ -35,10 +35,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="image i, counted over all labels, has the seed SEED + i")
     # how it is drawn
     parser.add_argument("--num_inference_steps", "--steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 means off")
+    parser.add_argument("--guidance_scale", type=float, help="1 means off; unset: the pipeline's own")
     parser.add_argument(
-        "--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("BEGIN", "END"),
-        help="from where to where guidance acts, in fractions of the trajectory; 0 is pure noise",
+        "--guidance_interval", type=float, nargs=2, metavar=("BEGIN", "END"),
+        help="from where to where guidance acts, in fractions of the trajectory; 0 is pure noise; unset: the "
+             "pipeline's own",
     )  # fmt: skip
     parser.add_argument("--guidance_rescale", type=float, default=0.0, help="0 (off) to 1, against glaring colors")
     parser.add_argument(
@@ -46,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=path_text,
         help="pipeline of a worse model of the same kind to be guided away from, DIR or Hub id",
     )
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the pipeline's own")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help=SCHEDULER_HELP)
     # what is drawn over
     parser.add_argument("--image", type=file_path, help="picture to draw over; its middle is taken")
     parser.add_argument(
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
-        "guidance_interval": tuple(args.guidance_interval),
+        "guidance_interval": args.guidance_interval,
         "guidance_rescale": args.guidance_rescale,
         "image": None if args.image is None else open_picture("--image", args.image, args.max_image_pixels),
         "strength": args.strength,

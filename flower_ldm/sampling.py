@@ -19,19 +19,13 @@ from torch import nn
 from . import FlowerLDMPipeline
 from .errors import InputError, one_line, refusals_of_input
 from .files import CACHE_REFUSED, UnusableCacheError, read_tensors, tensors_digest, write_tensors
+from .pipelines.pipeline_flower_ldm import SCHEDULERS
 from .progress_bars import bar_options, is_terminal, progress_bar
 from .runs import DRAWN_SAMPLES, MODEL_CONFIG, PIPELINE_INDEX, WEIGHTS
 
-SCHEDULERS = {
-    "ddpm": diffusers.DDPMScheduler,
-    "ddim": diffusers.DDIMScheduler,
-    "pndm": diffusers.PNDMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler,
-    "dpm++": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-}
+SCHEDULER_HELP = "unset: the pipeline's own; for distilled models only: " + ", ".join(
+    name for name, facts in SCHEDULERS.items() if facts.only_distilled
+)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -50,7 +44,7 @@ def load_pipeline(
     if guide is not None:
         pipe.guide = _from_pretrained("--guide", guide).unet
     if scheduler is not None:
-        pipe.scheduler = pipe.make_scheduler(SCHEDULERS[scheduler])
+        pipe.scheduler = pipe.make_scheduler(SCHEDULERS[scheduler].scheduler_class)
     try:
         pipe.to(torch.device(device))
         if dtype != "float32":  # what it is loaded as
@@ -90,13 +84,13 @@ def missing_file(folder: Path) -> str | None:
 
 
 def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> None:
-    """Refuse options of the pipeline's call that it, or its scheduler, can't take.
+    """Refuse options of the pipeline's call, by name, that it or its scheduler can't take.
 
     Raises:
         InputError: for the first of them.
     """
     with refusals_of_input():
-        pipe.check_inputs(num_labels, **options)
+        pipe.check_inputs(num_labels=num_labels, **options)
 
 
 # --- one call --------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def sweep_guidance(
 ) -> np.ndarray:
     """Images `(len(labels), len(scales), H, W, 3)` uint8, each label's from the same noise at every guidance scale."""
     columns = [
-        draw(pipeline, labels, generator=same_seed(seed, len(labels)), guidance_scale=scale, **options)
+        draw(pipeline, labels, generator=same_seed(seed, len(labels)), **options | {"guidance_scale": scale})
         for scale in scales
     ]
     return np.stack(columns, axis=1)

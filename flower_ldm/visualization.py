@@ -8,6 +8,7 @@ in [-1, 1], logs as `runs.read_log` gives them. What a pipeline does on its way 
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,6 +35,8 @@ from .runs import (
     DIFFUSION_LOSS,
     GUIDANCE_SWEEP,
     INTERPOLATION,
+    LATENT_MAP,
+    LATENT_MAPS,
     LOG_FILE,
     NEAREST_NEIGHBORS,
     SIDE_BY_SIDE,
@@ -41,7 +44,7 @@ from .runs import (
     read_flags,
     read_log,
 )
-from .sampling import decode, draw_classes, load_pipeline
+from .sampling import check_sampling, decode, draw_classes, load_pipeline
 
 SUSPECTS = 8  # columns of the picture of nearest neighbors
 # Stage 1's losses and scores, as its curves show them.
@@ -229,11 +232,10 @@ def save_diffusion_loss(lines: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command's flags ---------------------------------------------------------------------------------------------
 
 NO_IMAGES = "none"  # of --dataset
-GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
-GRID_IMAGES, MAP_IMAGES = 4, 10  # generated images of a class in the class grid and in the command's latent maps
+MAP_IMAGES = 10  # generated images of a class in the latent maps
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -249,7 +251,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # how it is drawn
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_inference_steps", "--steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="1 means off")
+    parser.add_argument("--guidance_scale", type=float, help="1 means off; unset: the pipeline's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--output",
@@ -274,35 +276,92 @@ def by_name(images: tuple[ImageDataset, ImageDataset]) -> dict[str, ImageDataset
     return dict(zip(("training", "held out"), images, strict=True))
 
 
-def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: dict[str, ImageDataset], folder: Path):
-    """Every picture of a pipeline; those that compare it with images where there are any."""
-    pipe.set_progress_bar_config(**bar_options(desc="denoising", leave=False))
-    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    columns = named_classes(pipe.num_classes)
-    names = [pipe.class_names[label] for label in columns]
-    latents = draw_classes(pipe, columns, args.seed, MAP_IMAGES, **options)
-    images = decode(pipe, latents)
-    images = images.reshape(len(columns), MAP_IMAGES, *images.shape[1:])
-    generated = LatentSet(latents.cpu().numpy(), np.repeat(columns, MAP_IMAGES))
-    save_class_grid(images[:, :GRID_IMAGES], names, CLASS_GRID.path(folder))
-    if datasets:
-        sets = encode_for_map(pipe.encode_images, datasets, pipe.device)
-        plane = save_latent_maps({**sets, "generated": generated}, pipe.class_names, folder)
-        save_side_by_side(pipe, datasets["held out"], columns, images[:, 0], folder)
-        found = TrainingNeighbors(datasets["training"]).search(images[:, 0])
-        save_nearest_neighbors(images[:, 0], names, datasets["training"], found, NEAREST_NEIGHBORS.path(folder))
-    else:
-        plane = LatentPlane.fit(generated.latents, generated.labels)
-    labels = pipe.get_label_ids(args.labels) if args.labels else named_classes(pipe.num_classes, 3)
-    save_denoising(pipe, labels, plane, folder, args.seed, **options)
-    save_interpolations(pipe, labels, folder, args.seed, **options)
-    save_guidance_sweep(pipe, labels, folder, args.seed, num_inference_steps=args.num_inference_steps)
+# --- the pictures of a pipeline --------------------------------------------------------------------------------------
+
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+GRID_IMAGES = 4  # generated images of a class in the class grid
+PATH_CLASSES = 3  # whose denoising is drawn
+
+
+def draw_samples(pipe: FlowerLDMPipeline, seed: int, images_per_class: int = GRID_IMAGES, **options) -> LatentSet:
+    """Up to 10 classes, spread over all of them, class by class and always from the same noise.
+
+    Args:
+        options: of the pipeline's call, here and below; its own guidance where they give none.
+    """
+    labels = named_classes(pipe.num_classes)
+    latents = draw_classes(pipe, labels, seed, images_per_class, **options)
+    return LatentSet(latents.cpu().numpy(), np.repeat(labels, images_per_class))
+
+
+def first_images(pipe: FlowerLDMPipeline, generated: LatentSet, count: int) -> tuple[list[int], np.ndarray]:
+    """The labels of `draw_samples`, and the first images of each, `(len(labels), count, H, W, 3)` uint8."""
+    labels, starts = np.unique(generated.labels, return_index=True)
+    latents = torch.from_numpy(generated.latents[(starts[:, None] + np.arange(count)).flatten()])
+    images = decode(pipe, latents.to(pipe.device))
+    return labels.tolist(), images.reshape(len(labels), count, *images.shape[1:])
+
+
+def save_samples_grid(pipe: FlowerLDMPipeline, generated: LatentSet, path: Path) -> None:
+    """The first images of each class that `draw_samples` drew, one column a class."""
+    labels, images = first_images(pipe, generated, GRID_IMAGES)
+    save_class_grid(images, [pipe.class_names[label] for label in labels], path)
+
+
+def save_pipeline_pictures(
+    pipe: FlowerLDMPipeline,
+    folder: Path,
+    generated: LatentSet,
+    encoded: dict[str, LatentSet],
+    held_out: ImageDataset | None,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    guard: Callable[[str], AbstractContextManager] = nullcontext,
+    **options,
+) -> list[Path]:
+    """What a run ends with, and the command draws: latent maps, denoising paths and animations, held-out images beside
+    reconstructions and samples, the guidance sweep, interpolations.
+
+    Args:
+        generated: what `draw_samples` drew.
+        encoded: normalized latents of images, "training" and "held out"; empty: without maps.
+        held_out: the held-out images; None: without the comparison.
+        labels: the classes of paths, sweep and interpolations; None: three, spread over all.
+        guard: what stands around each part, made of its name: `training.optional` leaves out a part that fails.
+
+    Returns:
+        the files written.
+    """
+    labels = named_classes(pipe.num_classes, PATH_CLASSES) if labels is None else labels
+    written: list[Path] = []
+    with guard("latent maps and denoising paths"):
+        if encoded:
+            plane = save_latent_maps({**encoded, "generated": generated}, pipe.class_names, folder)
+            written += [LATENT_MAP.path(folder, method) for method in LATENT_MAPS]
+        else:
+            plane = LatentPlane.fit(generated.latents, generated.labels)
+        written += save_denoising(pipe, labels, plane, folder, seed, **options)
+    with guard(SIDE_BY_SIDE.name):
+        if held_out is not None:
+            columns, images = first_images(pipe, generated, 1)
+            written += save_side_by_side(pipe, held_out, columns, images[:, 0], folder)
+    with guard(GUIDANCE_SWEEP.name):
+        written += save_guidance_sweep(pipe, labels, folder, seed, **options)
+    with guard("interpolations"):
+        written += save_interpolations(pipe, labels, folder, seed, **options)
+    return written
 
 
 def save_guidance_sweep(
     pipe: FlowerLDMPipeline, labels: Sequence[int], folder: Path, seed: int = 0, **options
 ) -> list[Path]:
-    """`guidance_sweep.png`: a row for each label, from the same noise at every guidance scale. Returns the file."""
+    """`guidance_sweep.png`: a row for each label, from the same noise at every guidance scale.
+
+    A model that takes no guidance has none. Returns the files written.
+    """
+    if not pipe.can_guide:
+        print("left out guidance_sweep.png: this model takes no guidance")
+        return []
     path = save_picture_table(
         trajectory.sweep_guidance(pipe, labels, GUIDANCE_SCALES, seed, **options),
         GUIDANCE_SWEEP.path(folder),
@@ -389,6 +448,27 @@ def save_side_by_side(
     return [path]
 
 
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: dict[str, ImageDataset], folder: Path):
+    """Every picture of a pipeline; those that compare it with images where there are any."""
+    pipe.set_progress_bar_config(**bar_options(desc="denoising", leave=False))
+    labels = pipe.get_label_ids(args.labels) if args.labels else None
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    generated = draw_samples(pipe, args.seed, MAP_IMAGES, **options)
+    save_samples_grid(pipe, generated, CLASS_GRID.path(folder))
+    encoded = encode_for_map(pipe.encode_images, datasets, pipe.device)
+    save_pipeline_pictures(
+        pipe, folder, generated, encoded, datasets.get("held out"), labels, args.seed, **options
+    )  # fmt: skip
+    if datasets:
+        columns, images = first_images(pipe, generated, 1)
+        names = [pipe.class_names[label] for label in columns]
+        found = TrainingNeighbors(datasets["training"]).search(images[:, 0])
+        save_nearest_neighbors(images[:, 0], names, datasets["training"], found, NEAREST_NEIGHBORS.path(folder))
+
+
 def draw_autoencoder(vae: FlowerAutoencoderKL, datasets: dict[str, ImageDataset], folder: Path) -> None:
     """Reconstructions of held-out images, and the maps of the latents."""
     held_out = datasets["held out"]
@@ -439,7 +519,9 @@ def main(argv: list[str] | None = None) -> None:
         pipe = load_pipeline(args.pipeline, None, args.device, "float32")
         with refusals_of_input():
             pipe.get_label_ids(args.labels or 0)
-            pipe.check_inputs(1, 1, args.guidance_scale, num_inference_steps=args.num_inference_steps)
+        check_sampling(
+            pipe, 1, {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+        )
         options = data_options(args, args.pipeline)
         datasets = by_name(options.load_for(pipe, args.pipeline)) if options else {}
         folder = fresh_folder(args.output)

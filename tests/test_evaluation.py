@@ -21,7 +21,16 @@ from safetensors.torch import load_file
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import DataOptions, uint8_images
 from flower_ldm.errors import InputError
-from flower_ldm.evaluation import hold_back, main, parse_args, reconstruct, save_sweep, write_metrics
+from flower_ldm.evaluation import (
+    hold_back,
+    main,
+    parse_args,
+    reconstruct,
+    sampling_options,
+    save_sweep,
+    sweep_options,
+    write_metrics,
+)
 from flower_ldm.features import extract_features, load_feature_network, load_or_extract_features
 from flower_ldm.memorization import TrainingNeighbors, memorization_rates
 from flower_ldm.metrics import class_accuracy, measure_set, train_classifier
@@ -339,6 +348,19 @@ def test_too_few_training_images_to_hold_some_back(finished_runs, pooled, tmp_pa
     with pytest.raises(InputError, match="4 of 8 training images can be held back to compare with.*there must be 6"):
         run(finished_runs, pooled, tmp_path / "metrics.json", "--images_per_class", "2", "--dataset", "synthetic",
             "--classes", "0", "1", "2", "3", "--train_splits", "train", "--val_splits", "val")  # fmt: skip
+
+
+def test_without_flags_guidance_is_the_pipelines_own(stock, tmp_path):
+    """And what was drawn by is noted as numbers."""
+    pipe = FlowerLDMPipeline.from_pipe(stock, guidance_scale=4, guidance_interval=(0.1, 0.9))
+    flags = ["--pipeline", str(tmp_path), "--dataset", "synthetic", "--steps", "5", "--sweep_steps", "2"]
+    args = parse_args(flags)
+    own = {"guidance_scale": 4.0, "guidance_interval": [0.1, 0.9], "num_inference_steps": 5}
+    assert sampling_options(args, pipe) == own and sweep_options(args, pipe) == [own | {"num_inference_steps": 2}]
+    args = parse_args([*flags, "--guidance_scale", "1.5", "--guidance_interval", "0", "1"])
+    assert sampling_options(args, pipe) == own | {"guidance_scale": 1.5, "guidance_interval": [0.0, 1.0]}
+    unguided = FlowerLDMPipeline.from_pipe(stock, takes_guidance=False)
+    assert sampling_options(parse_args(flags), unguided)["guidance_scale"] == 1
 
 
 def test_the_data_are_those_of_the_run_unless_flags_say_otherwise(tmp_path):

@@ -20,7 +20,14 @@ from huggingface_hub import constants, create_branch, create_repo, upload_folder
 from safetensors.torch import load_file, save_file
 
 from flower_ldm import FlowerAutoencoderKL, FlowerUNet2DModel
-from flower_ldm.pipelines.pipeline_flower_ldm import FlowerLDMPipeline, find_classes, plain_name
+from flower_ldm.pipelines.pipeline_flower_ldm import (
+    GUIDANCE_SCALE,
+    SCHEDULERS,
+    FlowerLDMPipeline,
+    find_classes,
+    latents_statistics,
+    plain_name,
+)
 
 NAMES = {0: "rose", 1: "sunflower", 2: "7", 3: "Tulip"}
 STEPS = 4
@@ -302,7 +309,7 @@ def test_images_come_label_by_label(pipe):
     [
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
-        ({"guidance_scale": None}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": "2"}, "guidance_scale must be a finite number"),
         ({"num_images_per_label": 0}, "num_images_per_label must be a whole number of at least 1"),
         ({"num_images_per_label": 1.5}, "num_images_per_label must be a whole number"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1"),
@@ -334,6 +341,47 @@ def test_bad_argument_is_one_clear_line_before_any_computation(stock_pipe, optio
         sample(stock_pipe, ["rose", 1], **{"output_type": "pt", **options})
     assert "\n" not in str(error.value)
     assert not calls
+
+
+def state_of(scheduler) -> dict:
+    """All that a scheduler remembers, each tensor with the numbers in it."""
+    return {
+        name: value.tolist() if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list) else value
+        for name, value in vars(scheduler).items()
+    }
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_checking_inputs_changes_nothing(stock_pipe, scheduler):
+    stock_pipe.scheduler = stock_pipe.make_scheduler(SCHEDULERS[scheduler].scheduler_class)
+    sample(stock_pipe, num_inference_steps=25)
+    state, chance = state_of(stock_pipe.scheduler), torch.get_rng_state()
+    stock_pipe.check_inputs(num_labels=2, num_inference_steps=20, guidance_scale=1.5)
+    stock_pipe.check_inputs(num_labels=1)
+    assert state_of(stock_pipe.scheduler) == state
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
+def test_inputs_can_be_checked_in_the_middle_of_a_call(pipe):
+    expected = sample(pipe)
+
+    def check(pipe, *_):
+        pipe.check_inputs(num_labels=3, num_inference_steps=50)
+        return {}
+
+    assert torch.equal(sample(pipe, callback_on_step_end=check), expected)
+
+
+def test_arguments_that_are_not_checked_count_as_the_calls_defaults(stock_pipe):
+    """25 steps, for one."""
+    stock_pipe.scheduler = DDIMScheduler(20, beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    with pytest.raises(ValueError, match="^num_inference_steps must be at most 20, as many as training has, got 25$"):
+        stock_pipe.check_inputs(num_labels=1)
+    stock_pipe.check_inputs(num_labels=1, num_inference_steps=20)
+    with pytest.raises(ValueError, match="must have one for each of 2 images, got 3"):
+        stock_pipe.check_inputs(num_labels=2, num_inference_steps=20, generator=generators(0, 1, 2))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        stock_pipe.check_inputs(num_labels=1, steps=20)
 
 
 def test_a_scheduler_whose_config_leaves_no_timestep_is_one_clear_line(stock_pipe):
@@ -387,6 +435,79 @@ def test_guidance_rescale_brings_the_spread_back(pipe):
     torch.testing.assert_close(rescaled.flatten(1).std(dim=1), target)  # Lin et al. 2023, eq. 15
     torch.testing.assert_close(rescaled, guided * (target / spread).view(-1, 1, 1, 1))
     torch.testing.assert_close(half, (rescaled + guided) / 2)  # eq. 16
+
+
+# The guidance that suits a model
+
+
+def with_guidance(pipe: FlowerLDMPipeline, **guidance) -> FlowerLDMPipeline:
+    pipe = FlowerLDMPipeline.from_pipe(pipe, **guidance)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_call_takes_the_guidance_that_the_pipeline_keeps(pipe, tmp_path):
+    assert pipe.default_guidance_scale == pipe.guidance_scale == GUIDANCE_SCALE
+    assert torch.equal(sample(pipe), sample(pipe, guidance_scale=GUIDANCE_SCALE, guidance_interval=(0.0, 1.0)))
+    expected = sample(pipe, guidance_scale=5, guidance_interval=(0.25, 0.75))
+    kept = with_guidance(pipe, guidance_scale=5, guidance_interval=(0.25, 0.75))
+    kept.save_pretrained(tmp_path)
+    for one in (kept, FlowerLDMPipeline.from_pretrained(tmp_path), with_guidance(kept)):
+        assert one.resolve_guidance() == (5.0, [0.25, 0.75])
+        calls = record_forwards(one)
+        assert torch.equal(sample(one), expected)
+        assert [len(labels) for labels in calls] == [1, 2, 2, 1]
+    assert torch.equal(sample(kept, guidance_scale=1), sample(pipe, guidance_scale=1))
+    index = read_index(tmp_path)
+    assert (index["guidance_scale"], index["guidance_interval"], index["takes_guidance"]) == (5.0, [0.25, 0.75], True)
+
+
+def test_a_pipeline_that_was_saved_before_it_kept_guidance_takes_the_default(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = read_index(tmp_path)
+    for name in ("guidance_scale", "guidance_interval", "takes_guidance"):
+        del index[name]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    loaded = FlowerLDMPipeline.from_pretrained(tmp_path)
+    assert loaded.resolve_guidance() == (GUIDANCE_SCALE, [0.0, 1.0]) and loaded.can_guide
+    assert torch.equal(sample(loaded), sample(pipe))
+
+
+def test_a_model_without_a_null_label_is_guided_by_a_guide_only(tmp_path):
+    unguided = with_guidance(make_pipeline(flower_parts), takes_guidance=False)
+    unguided.save_pretrained(tmp_path)
+    pipe = FlowerLDMPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    calls = record_forwards(pipe)
+    assert pipe.default_guidance_scale == 1 and not pipe.can_guide
+    assert torch.equal(sample(pipe), sample(pipe, guidance_scale=1))
+    assert calls == [[0]] * 2 * STEPS
+    with pytest.raises(ValueError, match="^guidance_scale must be 1, got 2: this model takes no guidance, since its"):
+        sample(pipe, guidance_scale=2.0)
+    assert len(calls) == 2 * STEPS
+    pipe.guide = flower_guide()
+    assert pipe.default_guidance_scale == GUIDANCE_SCALE
+    assert not torch.equal(sample(pipe, guidance_scale=2.0), sample(pipe, guidance_scale=1))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number (1 means off), got nan"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a finite number (1 means off), got '3'"),
+        ({"guidance_interval": [0.5]}, "guidance_interval must be two fractions of the trajectory"),
+        ({"guidance_interval": ["flower_ldm", "FlowerUNet2DModel"]}, "guidance_interval must be two fractions"),
+        ({"takes_guidance": "no"}, "takes_guidance must be true or false, got 'no'"),
+    ],
+)
+def test_guidance_in_a_config_that_cannot_be_right_is_one_clear_line(stock_pipe, tmp_path, guidance, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FlowerLDMPipeline(**stock_pipe.components, **guidance)
+    stock_pipe.save_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps(read_index(tmp_path) | guidance))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        FlowerLDMPipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # Autoguidance
@@ -521,6 +642,17 @@ def test_stock_vae_is_decoded_through_its_factors(stock_pipe):
         stock_pipe.vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[3.0] * 4)
         expected = stock_pipe.vae.decode(latents / 0.5 * 3 + 1).sample
         torch.testing.assert_close(stock_pipe.decode_latents(latents, "pt"), (expected / 2 + 0.5).clamp(0, 1))
+
+
+def test_latents_statistics_of_every_kind_of_autoencoder():
+    vae, _ = stock_parts()
+    assert latents_statistics(vae) == ([0.25] * 4, [2.0] * 4)  # 1 / 0.5
+    vae.register_to_config(shift_factor=None)
+    assert latents_statistics(vae) == ([0.0] * 4, [2.0] * 4)
+    vae.register_to_config(latents_mean=[1, 2, 3, 4], latents_std=[1.0, 2.0, 3.0, 4.0])
+    assert latents_statistics(vae) == ([1, 2, 3, 4], [2.0, 4.0, 6.0, 8.0])
+    vae, _ = flower_parts()
+    assert latents_statistics(vae) == ([0.1, 0.2, -0.3, 0.0], [1.0, 2.0, 0.5, 3.0])
 
 
 def test_flower_vae_is_decoded_through_its_statistics():
@@ -844,6 +976,7 @@ def damage_weights(part: str, change):
         (stock_parts, damage_config("unet", sample_size=[8, "8"]), "the unet's in_channels and sample_size must be"),
         (stock_parts, damage_config("vae", block_out_channels=[8] * 10**7), "damaged: block_out_channels must hold"),
         (stock_parts, damage_config("vae", scaling_factor=0), "the vae's scaling_factor must be a number other than"),
+        (stock_parts, damage_config("vae", shift_factor="0"), "the vae's shift_factor must be a finite number, got"),
         (stock_parts, damage_config("vae", latents_std=[1.0] * 4), "the vae's latents_mean must be finite numbers"),
         (
             stock_parts,
@@ -1201,7 +1334,7 @@ assert "flower_ldm" not in sys.modules
 
 @pytest.mark.slow
 def test_with_a_guide_loads_and_saves_again_where_the_package_is_not_installed(tmp_path):
-    pipe = make_pipeline(flower_parts)
+    pipe = with_guidance(make_pipeline(flower_parts), guidance_scale=2.0, guidance_interval=(0.0, 0.8))
     pipe.guide = flower_guide()
     tolerance = {"rtol": 1e-4, "atol": 1e-5}  # so narrow a guide's products depend on where its weights lie
     expected = sample(pipe, "Tulip", "pt")
@@ -1217,4 +1350,5 @@ def test_with_a_guide_loads_and_saves_again_where_the_package_is_not_installed(t
         torch.testing.assert_close(torch.load(tmp_path / f"{folder}.pt"), expected, **tolerance)
     assert read_index(tmp_path / "saved") == read_index(tmp_path / "saved-again") == read_index(tmp_path / "and-again")
     loaded = FlowerLDMPipeline.from_pretrained(tmp_path / "and-again")
+    assert loaded.resolve_guidance() == (2.0, [0.0, 0.8])
     torch.testing.assert_close(sample(loaded, "Tulip", "pt"), expected, **tolerance)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline, FlowerUNet2DModel
 from flower_ldm.errors import InputError
 from flower_ldm.files import fresh_folder
+from flower_ldm.pipelines.pipeline_flower_ldm import SCHEDULERS
 from flower_ldm.sample import file_names, label_grid, main
-from flower_ldm.sampling import SCHEDULERS
 
 NAMES = ["rose", "bird of paradise", "7"]
 
@@ -86,6 +86,18 @@ def test_pictures_depend_on_the_seed_and_not_on_the_batch_size(pipeline_folder, 
         assert abs(one[file] - together[file]).max() <= 1  # rounding
     assert abs(one["rose_0.png"] - other["rose_0.png"]).max() > 1
     np.testing.assert_allclose(one["rose_1.png"], other["rose_0.png"], atol=1)  # seed 0 + image 1 = seed 1 + image 0
+
+
+def test_without_flags_guidance_is_the_pipelines_own(pipeline_folder, tmp_path):
+    pipe = FlowerLDMPipeline.from_pretrained(pipeline_folder, guidance_scale=30.0, guidance_interval=[0.0, 0.5])
+    pipe.save_pretrained(tmp_path / "pipeline")
+    labels = ("--labels", "rose", "--num_images", "1")
+    run(tmp_path / "pipeline", tmp_path / "own", *labels)
+    run(pipeline_folder, tmp_path / "by flags", *labels, "--guidance_scale", "30", "--guidance_interval", "0", "0.5")
+    run(pipeline_folder, tmp_path / "default", *labels)
+    own, by_flags, default = (pixels(tmp_path / name)["rose_0.png"] for name in ("own", "by flags", "default"))
+    np.testing.assert_array_equal(own, by_flags)
+    assert abs(own - default).max() > 1
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

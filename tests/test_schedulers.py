@@ -17,14 +17,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from flower_ldm.diffusion import PREDICTION_TYPES, make_noise_scheduler
-from flower_ldm.pipelines.pipeline_flower_ldm import FlowerLDMPipeline
-from flower_ldm.sampling import SCHEDULERS
+from flower_ldm.pipelines.pipeline_flower_ldm import SCHEDULERS, FlowerLDMPipeline
 
 MEANS = (-1.0, 2.0)  # of the two classes
 STD = 0.5
 # Steps in which each comes near: those of first order need many; so does PNDM with v_prediction, which averages
 # velocities that belong to different latents; and Heun's method starts a step below pure noise, so a small one.
-STEPS = {name: {"dpm++": 25, "unipc": 25, "heun": 100}.get(name, 200) for name in SCHEDULERS}
+# LCM and TCD take 50 at most.
+FEW_STEPS = {"dpm++": 25, "unipc": 25, "heun": 100, "lcm": 50, "tcd": 50}
+STEPS = {name: FEW_STEPS.get(name, 200) for name in SCHEDULERS}
+FOR_ANY_MODEL = [name for name in SCHEDULERS if name != "lcm"]
 # The second is the harder one: at its end there is no signal.
 BETA_SCHEDULES = [pytest.param("linear", marks=pytest.mark.slow), "squaredcos_cap_v2"]
 COMBINATIONS = list(itertools.product(SCHEDULERS, PREDICTION_TYPES, (False, True)))
@@ -111,7 +113,7 @@ def make_pipeline(
     denoiser = GaussianDenoiser(training.alphas_cumprod.tolist(), prediction_type, std=std)
     saved = DPMSolverMultistepScheduler.from_config(training.config, timestep_spacing="trailing")
     pipe = FlowerLDMPipeline(PixelAutoencoder(), denoiser, saved)
-    pipe.scheduler = pipe.make_scheduler(SCHEDULERS[scheduler])
+    pipe.scheduler = pipe.make_scheduler(SCHEDULERS[scheduler].scheduler_class)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -130,9 +132,31 @@ def assert_gaussian(latents: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-@pytest.mark.parametrize(("scheduler", "prediction_type", "zero_snr"), [c for c in COMBINATIONS if not refusal(*c)])
+@pytest.mark.parametrize(
+    ("scheduler", "prediction_type", "zero_snr"),
+    [c for c in COMBINATIONS if c[0] in FOR_ANY_MODEL and not refusal(*c)],
+)
 def test_reproduces_a_gaussian_through_its_exact_denoiser(scheduler, prediction_type, zero_snr, beta_schedule):
     assert_gaussian(draw(make_pipeline(scheduler, prediction_type, zero_snr, beta_schedule), scheduler))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_lcm_keeps_the_classes_of_a_model_that_is_not_distilled_but_not_their_variance(steps):
+    """It makes each noisy latent's mean clean latent noisy again: of a distilled model that is a clean latent."""
+    assert [name for name, facts in SCHEDULERS.items() if facts.only_distilled] == ["lcm"]
+    drawn = draw(make_pipeline("lcm"), "lcm", num_inference_steps=steps)
+    for of_class, mean in zip(drawn.chunk(2), MEANS, strict=True):
+        assert of_class.mean().item() == pytest.approx(mean, abs=0.03)
+        assert of_class.std().item() < 0.75 * STD
+    exact = draw(make_pipeline("lcm", std=0.0), "lcm", 1, num_inference_steps=steps)
+    torch.testing.assert_close(exact, torch.tensor(MEANS).view(2, 1, 1, 1).expand(2, 3, 4, 4), rtol=0, atol=1e-3)
+
+
+def test_tcd_is_ddim_where_it_adds_no_noise():
+    tcd, ddim = (draw(make_pipeline(name), name, 4, num_inference_steps=10) for name in ("tcd", "ddim"))
+    torch.testing.assert_close(tcd, ddim, rtol=0.02, atol=0.02)
+    with pytest.raises(ValueError, match="^eta must be a finite number of at least 0 and at most 1 with TCDScheduler"):
+        draw(make_pipeline("tcd"), "tcd", eta=1.5)
 
 
 @pytest.mark.parametrize(("scheduler", "prediction_type"), [("heun", "v_prediction"), ("pndm", "epsilon")])
@@ -150,9 +174,11 @@ def test_few_steps_and_many_give_images_or_one_line(scheduler, steps):
     try:
         drawn = draw(pipe, scheduler, 1, num_inference_steps=steps)
     except ValueError as error:
-        line = r"\w+ (can't take [123] steps: .*|gave numbers that are not finite in [123] steps: take .*)"
+        line = r"\w+ (can't take (\d+) steps: .*|gave numbers that are not finite in (\d+) steps: take .*)"
         assert re.fullmatch(line, str(error))
-        assert steps < 4 and scheduler in ("heun", "pndm", "euler_ancestral")
+        assert (steps < 4 and scheduler in ("heun", "pndm", "euler_ancestral")) or (
+            steps > 50 and scheduler in ("lcm", "tcd")
+        )
     else:
         assert drawn[1].mean() > drawn[0].mean() + 1  # of the two classes
 
@@ -167,8 +193,8 @@ def test_more_steps_than_in_training_are_refused(scheduler):
 
 def test_the_way_back_from_heun_starts_from_pure_noise_again():
     pipe = make_pipeline("dpm++")
-    pipe.scheduler = pipe.make_scheduler(SCHEDULERS["heun"])
-    pipe.scheduler = pipe.make_scheduler(SCHEDULERS["dpm++"])
+    pipe.scheduler = pipe.make_scheduler(SCHEDULERS["heun"].scheduler_class)
+    pipe.scheduler = pipe.make_scheduler(SCHEDULERS["dpm++"].scheduler_class)
     assert pipe.scheduler.config.timestep_spacing == "trailing"
 
 
@@ -333,6 +359,9 @@ def test_betas_that_are_no_noise_schedule_are_refused(betas):
 
 
 def test_timesteps_beyond_training_and_foreign_predictions_are_refused():
+    for name in ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"):
+        with pytest.raises(ValueError, match=f"^{name} can't follow a unet that predicts the sample: take another"):
+            draw(with_options(name, prediction_type="sample"), "ddim")
     pipe = with_options("DDIMScheduler", timestep_spacing="leading", steps_offset=500)
     with pytest.raises(ValueError, match="^DDIMScheduler goes to timestep 1495, beyond training's 999"):
         draw(pipe, "ddim")
@@ -374,7 +403,7 @@ def test_every_scheduler_with_every_option_draws_the_distribution_or_is_refused(
 
 # Images drawn over
 
-STARTS_MIDWAY = [name for name in SCHEDULERS if name != "pndm"]
+STARTS_MIDWAY = [name for name in FOR_ANY_MODEL if name != "pndm"]
 
 
 def gaussian_image(count: int) -> torch.Tensor:
@@ -432,7 +461,7 @@ def test_what_a_mask_keeps_is_as_noisy_as_the_rest_after_each_step(scheduler):
     assert torch.equal(latents[..., :2], original)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", FOR_ANY_MODEL)
 def test_what_a_mask_does_not_keep_has_the_distribution(scheduler):
     pipe, image = make_pipeline(scheduler), gaussian_image(200)
     mask = torch.zeros(1, 4, 4)

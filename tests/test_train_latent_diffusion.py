@@ -23,9 +23,11 @@ from flower_ldm.checkpoint_files import load_state
 from flower_ldm.data import DataOptions
 from flower_ldm.files import file_safe_name
 from flower_ldm.latent_cache import LatentDataset, cache_key, cache_path, read_latent_cache
+from flower_ldm.pipelines.pipeline_flower_ldm import GUIDANCE_SCALE
 from flower_ldm.runs import read_log
 from flower_ldm.synthetic import CLASS_NAMES
 from flower_ldm.trajectory import PANEL
+from flower_ldm.visualization import draw_samples, save_samples_grid
 from train_latent_diffusion import parse_args
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -155,7 +157,7 @@ def test_tensorboard_has_the_same_pictures(run_dir):
 
 
 def test_animation_ends_with_what_the_pipeline_draws(run_dir):
-    image = load(run_dir)(0, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images[0]
+    image = load(run_dir)(0, generator=torch.Generator().manual_seed(0)).images[0]
     with Image.open(run_dir / f"diffusion_animation_{PATHS[0]}.gif") as animation:
         assert animation.n_frames == 26 and animation.info["loop"] == 0
         animation.seek(25)
@@ -239,7 +241,23 @@ def test_without_min_snr_weights_all_timesteps_weigh_alike(train):
 def test_without_a_null_label_no_guidance_is_drawn(train, capsys):
     run_dir = train("--label_dropout 0 --guidance_scale 1 --final_pictures")
     assert (run_dir / "interpolation_seeds.png").is_file() and not (run_dir / "guidance_sweep.png").exists()
-    assert "left out guidance_sweep.png: without label dropout" in capsys.readouterr().out
+    assert "left out guidance_sweep.png: this model takes no guidance" in capsys.readouterr().out
+    pipeline = load(run_dir)
+    assert pipeline.config.takes_guidance is False and pipeline.default_guidance_scale == 1
+    with pytest.raises(ValueError, match="^guidance_scale must be 1, got 3: this model takes no guidance"):
+        draw(pipeline, [0], guidance_scale=3.0)
+
+
+def test_the_pipeline_keeps_the_guidance_of_the_previews(train, run_dir):
+    assert load(run_dir).resolve_guidance() == (GUIDANCE_SCALE, [0.0, 1.0]) and load(run_dir).can_guide
+    run = train("--guidance_scale 1.5 --validation_steps 1")
+    pipeline = load(run)
+    assert pipeline.resolve_guidance() == (1.5, [0.0, 1.0])
+    save_samples_grid(pipeline, draw_samples(pipeline, seed=0), run / "again.png")
+    preview, again = (
+        np.asarray(Image.open(run / name)).astype(int) for name in ("samples/step-00000002.png", "again.png")
+    )
+    assert abs(preview - again).max() <= 1
 
 
 def test_gradient_checkpointing_changes_no_loss(train):

@@ -17,6 +17,7 @@ import train_latent_diffusion
 from flower_ldm import FlowerLDMPipeline
 from flower_ldm.data import DataOptions, to_uint8
 from flower_ldm.errors import InputError
+from flower_ldm.files import file_safe_name
 from flower_ldm.latent_maps import (
     COLORS,
     OTHERS,
@@ -28,8 +29,10 @@ from flower_ldm.latent_maps import (
     tsne,
 )
 from flower_ldm.synthetic import CLASS_NAMES
+from flower_ldm.training import optional
 from flower_ldm.visualization import (
     class_grid,
+    draw_samples,
     image_grid,
     main,
     picture_table,
@@ -37,6 +40,7 @@ from flower_ldm.visualization import (
     save_denoising,
     save_diffusion_loss,
     save_loss_curves,
+    save_pipeline_pictures,
     save_reconstructions,
     save_side_by_side,
 )
@@ -323,6 +327,27 @@ def test_pictures_of_an_autoencoder(finished_runs, tmp_path):
         np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "out" / "reconstructions.png", last)
     )
     assert abs(drawn - expected).max() <= 1
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_other(finished_runs, tmp_path, capsys):
+    """Folders lie where two of them should go."""
+    pipe = FlowerLDMPipeline.from_pretrained(finished_runs.flower_ldm)
+    pipe.set_progress_bar_config(disable=True)
+    _, held_out = DataOptions("synthetic", resolution=32, classes=[0, 1, 2, 3], images_per_class=12).load()
+    for name in ("original_reconstructed_generated", "guidance_sweep"):
+        (tmp_path / f"{name}.png").mkdir()
+    options = {"labels": [0, 1], "num_inference_steps": 2}
+    generated = draw_samples(pipe, 0, num_inference_steps=2)
+    written = save_pipeline_pictures(pipe, tmp_path, generated, {}, held_out, guard=optional, **options)
+    names = [file_safe_name(CLASS_NAMES[label]) for label in (0, 1)]
+    drawn = ["interpolation_classes.png", "interpolation_seeds.png", *of_paths(*names)]
+    assert sorted(path.name for path in written if path.suffix != ".mp4") == sorted(drawn)
+    assert all(path.is_file() for path in written)
+    said = capsys.readouterr().err
+    assert said.count("left out original_reconstructed_generated.png: ") == 1
+    assert said.count("left out guidance_sweep.png: ") == 1 and said.count("left out") == 2
+    with pytest.raises(InputError, match="original_reconstructed_generated.png can.t be written"):
+        save_pipeline_pictures(pipe, tmp_path, generated, {}, held_out, **options)
 
 
 def test_classes_whose_file_safe_names_are_the_same_have_files_of_their_own(finished_runs, tmp_path):
