@@ -262,11 +262,17 @@ class Real:
     train_features: torch.Tensor
     held_out_features: torch.Tensor
     held_back: torch.Tensor  # keys of the training images that are compared with the held-out ones
-    classifier: Pipeline | None  # has seen all the other training images
+    others: torch.Tensor  # keys of all the other training images
+    classifier: Pipeline | None  # has seen those
 
-    def compare(self, features: torch.Tensor, class_labels: torch.Tensor) -> Comparison:
-        """A set of images with the held-out ones: its features `(N, D)`, the classes `(N,)` that it should be of."""
-        return Comparison(features, class_labels, self.held_out_features, self.classifier)
+    def compare(self, features: torch.Tensor, class_labels: torch.Tensor, drawn: bool = True) -> Comparison:
+        """A set of images with the held-out ones: its features `(N, D)`, the classes `(N,)` that it should be of.
+
+        Images that a model has drawn may be copies of any training image. Those held back, and their reconstructions,
+        are nearest to themselves: they can only be copies of the others.
+        """
+        training = self.train_features if drawn else self.train_features[self.others]
+        return Comparison(features, class_labels, self.held_out_features, training, self.classifier)
 
 
 def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork) -> Real:
@@ -277,15 +283,15 @@ def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureN
         for images in (held_out, train)
     )
     wanted = torch.bincount(sample_labels(args.num_samples, train.num_classes), minlength=train.num_classes)
-    held_back, rest = hold_back(train.labels, wanted)
+    held_back, others = hold_back(train.labels, wanted)
     if len(held_back) < MIN_IMAGES:
         raise InputError(
             f"{len(held_back)} of {len(train):,} training images can be held back to compare with, at most half of "
             f"each class: there must be {MIN_IMAGES}; take larger --train_splits"
         )
     print("training the classifier", flush=True)
-    classifier = train_classifier(train_features[rest], train.labels[rest])
-    return Real(train, held_out, train_features, held_out_features, held_back, classifier)
+    classifier = train_classifier(train_features[others], train.labels[others])
+    return Real(train, held_out, train_features, held_out_features, held_back, others, classifier)
 
 
 def measure_reconstruction(
@@ -339,8 +345,10 @@ def evaluate(
     labels, real_labels = sample_labels(args.num_samples, pipe.num_classes), real.train.labels[real.held_back]
     features_of = partial(extract_features, network, batch_size=args.batch_size)
     compared = {
-        REAL: real.compare(real.train_features[real.held_back], real_labels),
-        RECONSTRUCTIONS: real.compare(features_of(reconstructions, title="features of reconstructions"), real_labels),
+        REAL: real.compare(real.train_features[real.held_back], real_labels, drawn=False),
+        RECONSTRUCTIONS: real.compare(
+            features_of(reconstructions, title="features of reconstructions"), real_labels, drawn=False
+        ),
         SAMPLES: real.compare(features_of(samples, title="features of samples"), labels),
     }
     print("comparing with held-out images", flush=True)
@@ -460,12 +468,12 @@ def comparison_lines(evaluation: dict, mark: str) -> list[str]:
         "",
         f"{evaluation['dataset']}, against {sets[SAMPLES.key]['n_reference']:,} held-out images "
         f"({'+'.join(evaluation['splits']['held_out'])}), {features['num_features']:,} features of {features['name']}",
-        f"{'':22}{'n':>7}{''.join(head)}",
+        f"{'':22}{'n':>7}{''.join(head)}".rstrip(),
     ]
     for image_set in COMPARED_SETS:
         entry = sets[image_set.key]
         cells = [f"{_cell(metric, entry):>{_width(metric)}}{mark if metric.caution else ''}" for metric in METRICS]
-        lines.append(f"{image_set.name:22}{entry['n']:>7,}{''.join(cells)}")
+        lines.append(f"{image_set.name:22}{entry['n']:>7,}{''.join(cells)}".rstrip())
     return lines
 
 

@@ -31,7 +31,7 @@ from flower_ldm.sampling import Sampler, pipeline_digest, sample_labels
 
 OPTIONS = {"guidance_scale": 2.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 2}
 ENTRIES = ["n", "n_reference", "frechet_distance", "kid", "kid_std", "precision", "recall", "density", "coverage",
-           "class_accuracy"]  # fmt: skip
+           "class_accuracy", "mifid"]  # fmt: skip
 
 
 class Pooled(torch.nn.Module):
@@ -241,6 +241,8 @@ def test_every_set_is_measured_against_the_same_images(evaluated):
     for entry in sets.values():
         assert list(entry) == ENTRIES
         assert (entry["n"], entry["n_reference"]) == (24, 32)  # half of 48 training images, 8 held out of 4 classes
+        assert entry["frechet_distance"] <= entry["mifid"]
+    assert sets["real"]["mifid"] < 1e6 * sets["real"]["frechet_distance"]  # they are no copies of themselves
     assert sets["real"]["frechet_distance"] < sets["reconstructions"]["frechet_distance"]
     assert sets["real"]["frechet_distance"] < sets["samples"]["frechet_distance"]
     assert not any("not above" in remark for remark in evaluation["remarks"])  # 24 images, 12 features
@@ -474,7 +476,7 @@ def test_real_images_beat_noise_by_far_and_know_their_classes(photographs):
     held_back, rest = hold_back(train.labels, torch.full((102,), 10))
     classifier = train_classifier(train_features[rest], train.labels[rest])
     noise = extract_features(network, random_images(1020, 64))
-    reference = held_out_features, classifier
+    reference = held_out_features, train_features[rest], classifier
     real = measure_set(Comparison(train_features[held_back], train.labels[held_back], *reference))
     bad = measure_set(Comparison(noise, held_out.labels, *reference))
     assert real["n"] == bad["n"] == real["n_reference"] == 1020
@@ -482,6 +484,9 @@ def test_real_images_beat_noise_by_far_and_know_their_classes(photographs):
     assert abs(real["kid"]) < 2 * real["kid_std"] and bad["kid"] > 50 * real["kid_std"]
     assert real["precision"] > 0.6 and real["recall"] > 0.6 and real["density"] > 0.9 and real["coverage"] > 0.9
     assert bad["precision"] == bad["recall"] == bad["density"] == bad["coverage"] == 0
+    assert real["mifid"] == real["frechet_distance"]  # photographs that no training has seen are no copies
+    copies = measure_set(Comparison(train_features[rest], train.labels[rest], *reference))
+    assert copies["mifid"] > 1000 * copies["frechet_distance"]
     assert real["class_accuracy"] > 0.7 > 0.05 > bad["class_accuracy"]
     held_out_accuracy = class_accuracy(classifier, held_out_features, held_out.labels)
     assert held_out_accuracy == pytest.approx(real["class_accuracy"], abs=0.06)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch import nn
+from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
 
 from flower_ldm import metrics
 from flower_ldm.metrics import (
@@ -18,8 +20,10 @@ from flower_ldm.metrics import (
     cautions,
     class_accuracy,
     frechet_distance,
+    informed_distance,
     kernel_distance,
     measure_set,
+    memorization_distance,
     neighborhood_metrics,
     train_classifier,
 )
@@ -27,6 +31,7 @@ from flower_ldm.metrics import (
 ROOT = Path(__file__).parent.parent
 KEYS = [
     "frechet_distance", "kid", "kid_std", "precision", "recall", "density", "coverage", "class_accuracy",
+    "mifid",
 ]  # fmt: skip
 
 
@@ -127,6 +132,54 @@ def test_neighborhood_metrics_of_identical_disjoint_and_one_sided_sets():
     assert half == {"precision": 1, "recall": 0.5, "density": in_six, "coverage": 0.5}
 
 
+# Memorization-informed distance
+
+
+def test_memorization_distance_by_hand(monkeypatch):
+    """The first lies in the direction of a training image, the second at 45 degrees to one, the third against one."""
+    features, training = torch.tensor([[1.0, 0], [0, 3], [-2, -2]]), torch.tensor([[2.0, 0], [5, 5], [9, 0], [7, 0]])
+    by_hand = (0 + (1 - 0.5**0.5) + 0) / 3  # of |cos|: what points the other way counts as near
+    assert memorization_distance(features, training) == pytest.approx(by_hand)
+    monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 3)  # several blocks, the last one shorter
+    assert memorization_distance(features, training) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(("spread", "penalized"), [(0.1, True), (5.0, False)])
+def test_informed_distance_is_torchmetrics_where_held_out_images_are_the_training_images(spread, penalized):
+    rng = torch.Generator().manual_seed(0)
+    training = torch.randn(40, 16, generator=rng)
+    features = training[:25] + spread * torch.randn(25, 16, generator=rng)
+    theirs = MemorizationInformedFrechetInceptionDistance(feature=nn.Identity())
+    theirs.update(features.double(), real=True)  # its mean is over what it takes for real
+    theirs.update(training.double(), real=False)
+    frechet = frechet_distance(features, training)
+    ours = informed_distance(frechet, features, training)
+    assert ours == pytest.approx(theirs.compute().item(), rel=1e-6)
+    assert (ours > 10 * frechet) if penalized else (ours == frechet)
+
+
+def test_a_few_of_many_training_images_are_copies_too():
+    """They are what torchmetrics passes over: seen from the other training images, no copy is near."""
+    training = torch.randn(700, 16, generator=torch.Generator().manual_seed(0))
+    copies = training[:100]
+    theirs = MemorizationInformedFrechetInceptionDistance(feature=nn.Identity())
+    theirs.update(training.double(), real=True)
+    theirs.update(copies.double(), real=False)
+    frechet = frechet_distance(copies, training)
+    assert theirs.compute().item() == pytest.approx(frechet)
+    assert informed_distance(frechet, copies, training) > 1000 * frechet
+
+
+def test_mifid_penalizes_the_training_images_and_no_others():
+    rng = torch.Generator().manual_seed(0)
+    features, training, reference = (torch.randn(50, 16, generator=rng) for _ in range(3))
+    labels = torch.zeros(50)
+    far = measure_set(Comparison(features, labels, reference, training, classifier=None))
+    same = measure_set(Comparison(training, labels, reference, training, classifier=None))
+    assert far["mifid"] == far["frechet_distance"] > 0
+    assert same["mifid"] > 1000 * same["frechet_distance"] > 0
+
+
 # Classes
 
 
@@ -154,7 +207,10 @@ def test_the_same_distribution_beats_noise():
     reference, _ = clusters(200, seed=1)
     classifier = train_classifier(*clusters(400, seed=2))
     noise = 20 * torch.randn(200, 5, generator=torch.Generator().manual_seed(3))
-    real, bad = (measure_set(Comparison(rows, labels, reference, classifier)) for rows in (features, noise))
+    real, bad = (
+        measure_set(Comparison(rows, labels, reference, training=clusters(400, seed=2)[0], classifier=classifier))
+        for rows in (features, noise)
+    )
     assert list(real) == ["n", "n_reference", *KEYS]
     assert (real["n"], real["n_reference"]) == (200, 200)
     assert bad["frechet_distance"] > 100 * real["frechet_distance"]
@@ -170,10 +226,10 @@ def test_neighborhoods_are_computed_once(monkeypatch):
     calls = []
     compute = metrics.neighborhood_metrics
     monkeypatch.setattr(metrics, "neighborhood_metrics", lambda *sets: calls.append(1) or compute(*sets))
-    features, labels = clusters(60, seed=0)
-    measure_set(Comparison(features, labels, clusters(60, seed=1)[0], None))
+    (features, labels), (reference, _) = clusters(60, seed=0), clusters(60, seed=1)
+    measure_set(Comparison(features, labels, reference, training=reference, classifier=None))
     assert calls == [1]
-    measure_set(Comparison(features, labels, clusters(60, seed=1)[0], None), swept_only=True)
+    measure_set(Comparison(features, labels, reference, training=reference, classifier=None), swept_only=True)
     assert calls == [1]
 
 
