@@ -192,7 +192,7 @@ def draw_reconstructions(
     originals = images.__getitems__(keys)["images"].to(accelerator.device)
     with accelerator.autocast():
         reconstructions = vae(originals).sample
-    path = runs.RECONSTRUCTIONS.path(args.output_dir, step)
+    path = runs.RECONSTRUCTION_GRIDS.path(args.output_dir, step)
     save_reconstructions(originals, reconstructions, path)
     return path
 
@@ -271,7 +271,7 @@ def save_results(
     replace_files(output_dir, output_dir / runs.UNFINISHED_EXPORT, vae.save_pretrained, index=runs.MODEL_CONFIG)
     replace_files(output_dir / runs.BEST, output_dir / runs.UNFINISHED_BEST, best.save_pretrained)
     runs.write_metrics(runs.METRICS_FILE.path(output_dir), results)
-    pictures = runs.RECONSTRUCTIONS.path(output_dir).parent
+    pictures = runs.RECONSTRUCTION_GRIDS.path(output_dir).parent
     print(f"autoencoder in {output_dir}, its reconstructions of held-out images in {pictures}")
 
 

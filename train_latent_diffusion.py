@@ -123,7 +123,7 @@ def draw_preview(
 
 def samples_path(args: Namespace, step: int) -> Path:
     """Where the class grid of a step goes."""
-    return runs.SAMPLES.path(args.output_dir, step)
+    return runs.SAMPLE_GRIDS.path(args.output_dir, step)
 
 
 # --- set-up ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from sklearn.pipeline import Pipeline
 from torch import nn
 
 from . import FlowerLDMPipeline, runs
-from .autoencoder_losses import PerceptualLoss, fidelity
+from .autoencoder_losses import PerceptualLoss
 from .data import DataOptions, ImageDataset, to_uint8
 from .errors import InputError, exit_on_input_error
 from .features import (
@@ -46,14 +46,29 @@ from .files import (
 )
 from .flags import FlagParser
 from .lettering import save_figure
-from .memorization import TrainingNeighbors, memorization_rates
+from .memorization import TrainingNeighbors
 from .metrics import (
-    KID_MAX_SUBSET,
-    KID_SUBSETS,
+    COMPARED_SETS,
+    HELD_OUT,
+    MEMORIZATION_METRICS,
+    METRICS,
     MIN_IMAGES,
+    REAL,
+    RECONSTRUCTION_METRICS,
+    RECONSTRUCTIONS,
+    SAMPLES,
+    SEARCHED_SETS,
+    Comparison,
+    Metric,
+    ReconstructedBatch,
+    Row,
+    cautions,
     class_accuracy,
-    frechet_distance,
+    measure_reconstructed,
     measure_set,
+    memorization_rates,
+    protocol_remarks,
+    smallest_n,
     train_classifier,
 )
 from .model_card import write_model_card
@@ -63,7 +78,8 @@ from .report import write_report
 from .sampling import SCHEDULER_HELP, Sampler, check_sampling, load_pipeline, sample_labels
 from .visualization import save_nearest_neighbors
 
-SET_NAMES = {"real": "real training images", "reconstructions": "reconstructions", "samples": "samples"}
+TERMINAL_DECIMALS = 4  # at most
+TERMINAL_DISTANCE = 10  # columns that a distance takes, which may have five digits before its point
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -115,9 +131,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# --- classes and sets ------------------------------------------------------------------------------------------------
-
-
 # --- reconstruction --------------------------------------------------------------------------------------------------
 
 
@@ -132,8 +145,8 @@ def reconstruct(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Through the autoencoder and back, from the posterior's mean: `(n, H, W, 3)` uint8, and means over the images.
 
-    The means: "psnr" in dB, "ssim", "perceptual_distance" where that is asked for, "head_accuracy" where the
-    autoencoder has a head with as many classes.
+    The means are those of `RECONSTRUCTION_METRICS`, by key, that this autoencoder has: one of its head only where that
+    knows as many classes, one of a perceptual network only where that is given.
     """
     parameter = next(vae.parameters())
     pictures, rows = [], []
@@ -144,18 +157,13 @@ def reconstruct(
             raw_latents = vae.encode(originals.to(parameter.dtype)).latent_dist.mode()
             reconstruction = vae.decode(raw_latents).sample.float().clamp(-1, 1)
             pictures.append(to_uint8(reconstruction))
-            row = fidelity(reconstruction, originals)
-            if perceptual is not None:
-                row["perceptual_distance"] = perceptual.per_image(reconstruction, originals)
-            if getattr(vae, "head", None) is not None and vae.config.num_classes == images.num_classes:
-                logits = vae.head(raw_latents)[1]
-                row["head_accuracy"] = (logits.argmax(dim=1).cpu() == batch["class_labels"]).float()
-            rows.append({name: value.cpu() for name, value in row.items()})
+            has_head = getattr(vae, "head", None) is not None and vae.config.num_classes == images.num_classes
+            class_logits = vae.head(raw_latents)[1] if has_head else None
+            rows.append(measure_reconstructed(
+                ReconstructedBatch(originals, reconstruction, batch["class_labels"], class_logits, perceptual)
+            ))  # fmt: skip
             progress.update(len(batch_keys))
     return np.concatenate(pictures), {name: torch.cat([row[name] for row in rows]).mean().item() for name in rows[0]}
-
-
-# --- samples ---------------------------------------------------------------------------------------------------------
 
 
 # --- the data that go with a pipeline --------------------------------------------------------------------------------
@@ -206,33 +214,34 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # t
 
 
 def save_sweep(sweep: list[dict], against_held_out: dict[str, dict], path: Path) -> None:
-    """Frechet distance, KID and class accuracy over guidance scales, a line for each number of steps.
+    """The metrics of a sweep over guidance scales, a line for each number of steps.
 
     With one guidance scale, over the steps. The floor and the ceiling are drawn where they are of as many images.
     """
     over, lines = "guidance_scale", "num_inference_steps"
     if len({point[over] for point in sweep}) == 1:
         over, lines = lines, over
-    words = {"guidance_scale": "guidance scale", "num_inference_steps": "steps"}
-    titles = {"frechet_distance": "Frechet distance", "kid": "KID", "class_accuracy": "class accuracy"}
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+    option_names = {"guidance_scale": "guidance scale", "num_inference_steps": "steps"}
+    metrics = [metric for metric in METRICS if metric.is_swept]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4 * len(metrics), 3.8), layout="constrained")
+    for axis, metric in zip(axes, metrics, strict=True):
         for number, value in enumerate(sorted({point[lines] for point in sweep})):
             points = sorted((p for p in sweep if p[lines] == value), key=lambda point: point[over])
-            drawn = [point for point in points if point[name] is not None]
-            spread = [point["kid_std"] for point in drawn] if name == "kid" else None
+            drawn = [point for point in points if point[metric.key] is not None]
+            spread = [point[metric.spread_key] for point in drawn] if metric.has_spread else None
             axis.errorbar(
-                [point[over] for point in drawn], [point[name] for point in drawn], spread, fmt="o-", markersize=4,
-                linewidth=1.4, capsize=3, color=COLORS[number % len(COLORS)], label=f"{words[lines]} {value:g}",
+                [point[over] for point in drawn], [point[metric.key] for point in drawn], spread, fmt="o-",
+                markersize=4, linewidth=1.4, capsize=3, color=COLORS[number % len(COLORS)],
+                label=f"{option_names[lines]} {value:g}",
             )  # fmt: skip
-        for reference, style in (("real", ":"), ("reconstructions", "--")):
-            known = against_held_out[reference]
-            if known["n"] == sweep[0]["n"] and known[name] is not None:
-                axis.axhline(known[name], linestyle=style, color="0.4", linewidth=1.2, label=SET_NAMES[reference])
+        for image_set, style in ((REAL, ":"), (RECONSTRUCTIONS, "--")):
+            entry = against_held_out[image_set.key]
+            if entry["n"] == sweep[0]["n"] and entry[metric.key] is not None:
+                axis.axhline(entry[metric.key], linestyle=style, color="0.4", linewidth=1.2, label=image_set.name)
         low, high = axis.get_ylim()
         axis.set_ylim(min(0, low), 1.05 * high)  # from 0: else a difference of nothing would look like a slope
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(words[over], fontsize=9)
+        axis.set_title(metric.title, fontsize=10)
+        axis.set_xlabel(option_names[over], fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"{sweep[0]['n']:,} samples a point", fontsize=9)
@@ -252,7 +261,17 @@ class Real:
     train_features: torch.Tensor
     held_out_features: torch.Tensor
     held_back: torch.Tensor  # keys of the training images that are compared with the held-out ones
-    classifier: Pipeline | None  # has seen all the other training images
+    others: torch.Tensor  # keys of all the other training images
+    classifier: Pipeline | None  # has seen those
+
+    def compare(self, features: torch.Tensor, class_labels: torch.Tensor, drawn: bool = True) -> Comparison:
+        """A set of images with the held-out ones: its features `(N, D)`, the classes `(N,)` that it should be of.
+
+        Images that a model has drawn may be copies of any training image. Those held back, and their reconstructions,
+        are nearest to themselves: they can only be copies of the others.
+        """
+        training = self.train_features if drawn else self.train_features[self.others]
+        return Comparison(features, class_labels, self.held_out_features, training, self.classifier)
 
 
 def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork) -> Real:
@@ -263,15 +282,15 @@ def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureN
         for images in (held_out, train)
     )
     wanted = torch.bincount(sample_labels(args.num_samples, train.num_classes), minlength=train.num_classes)
-    held_back, rest = hold_back(train.labels, wanted)
+    held_back, others = hold_back(train.labels, wanted)
     if len(held_back) < MIN_IMAGES:
         raise InputError(
             f"{len(held_back)} of {len(train):,} training images can be held back to compare with, at most half of "
             f"each class: there must be {MIN_IMAGES}; take larger --train_splits"
         )
     print("training the classifier", flush=True)
-    classifier = train_classifier(train_features[rest], train.labels[rest])
-    return Real(train, held_out, train_features, held_out_features, held_back, classifier)
+    classifier = train_classifier(train_features[others], train.labels[others])
+    return Real(train, held_out, train_features, held_out_features, held_back, others, classifier)
 
 
 def measure_reconstruction(
@@ -287,12 +306,14 @@ def measure_reconstruction(
     )
     features = extract_features(network, pictures, batch_size=args.batch_size, title="features of reconstructions")
     entry = {"n": len(real.held_out), "split": "+".join(real.held_out.splits)}
-    entry |= {name: means[name] for name in ("psnr", "ssim")} | {"perceptual_distance": None}
-    if perceptual is not None:
-        name = f"VGG16 relu1_2, relu2_2, relu3_3 ({Path(args.vgg_weights).name})"
-        entry["perceptual_distance"] = {"name": name, "value": means["perceptual_distance"]}
-    entry["head_accuracy"] = means.get("head_accuracy")
-    entry["frechet_distance"] = frechet_distance(features, real.held_out_features)
+    for metric in RECONSTRUCTION_METRICS:
+        if metric.of_features:
+            entry[metric.key] = metric.of_features(features, real.held_out_features)
+        elif metric.of_images:
+            value = means.get(metric.key)
+            if metric.names_network and value is not None:
+                value = {"name": f"VGG16 relu1_2, relu2_2, relu3_3 ({Path(args.vgg_weights).name})", "value": value}
+            entry[metric.key] = value
     return entry
 
 
@@ -304,7 +325,7 @@ def measure_sweep(args: argparse.Namespace, sampler: Sampler, network: FeatureNe
     for options in sweep_options(args, sampler.pipe):
         images, seconds = sampler.draw(num_samples, **options)
         features = extract_features(network, images, batch_size=args.batch_size, title="features of samples")
-        measured = measure_set(features, labels, real.held_out_features, real.classifier, neighborhoods=False)
+        measured = measure_set(real.compare(features, labels), swept_only=True)
         del measured["n_reference"]
         point = {name: options[name] for name in ("guidance_scale", "num_inference_steps")}
         sweep.append(point | measured | {"seconds": seconds})
@@ -321,26 +342,25 @@ def evaluate(
     sampler = Sampler(pipe, args.cache_dir, seed=args.seed, batch_size=args.batch_size)
     samples, seconds = sampler.draw(args.num_samples, **sampling_options(args, pipe))
     labels, real_labels = sample_labels(args.num_samples, pipe.num_classes), real.train.labels[real.held_back]
-    look = partial(extract_features, network, batch_size=args.batch_size)
-    sets = {
-        "real": (real.train_features[real.held_back], real_labels),
-        "reconstructions": (look(reconstructions, title="features of reconstructions"), real_labels),
-        "samples": (look(samples, title="features of samples"), labels),
+    features_of = partial(extract_features, network, batch_size=args.batch_size)
+    compared = {
+        REAL: real.compare(real.train_features[real.held_back], real_labels, drawn=False),
+        RECONSTRUCTIONS: real.compare(
+            features_of(reconstructions, title="features of reconstructions"), real_labels, drawn=False
+        ),
+        SAMPLES: real.compare(features_of(samples, title="features of samples"), labels),
     }
     print("comparing with held-out images", flush=True)
-    against_held_out = {
-        name: measure_set(features, of_class, real.held_out_features, real.classifier)
-        for name, (features, of_class) in sets.items()
-    }
+    against_held_out = {image_set.key: measure_set(comparison) for image_set, comparison in compared.items()}
     neighbors = TrainingNeighbors(real.train, real.train_features)
-    mirrored = look(samples, title="features of samples in a mirror", mirrored=True)
-    found = neighbors.search(samples, sets["samples"][0], mirrored)
+    mirrored = features_of(samples, title="features of samples in a mirror", mirrored=True)
+    found = {SAMPLES: neighbors.search(samples, compared[SAMPLES].features, mirrored)}
     mirrored = load_or_extract_features(
         network, real.held_out, args.cache_dir, batch_size=args.batch_size, mirrored=True
     )
-    held_out_found = neighbors.search(real.held_out, real.held_out_features, mirrored)
+    found[HELD_OUT] = neighbors.search(real.held_out, real.held_out_features, mirrored)
     names = [pipe.class_names[label] for label in labels.tolist()]
-    save_nearest_neighbors(samples, names, real.train, found, runs.NEAREST_NEIGHBORS.path(args.output.parent))
+    save_nearest_neighbors(samples, names, real.train, found[SAMPLES], runs.NEAREST_NEIGHBORS.path(args.output.parent))
     sweep = measure_sweep(args, sampler, network, real)
     if sweep:
         save_sweep(sweep, against_held_out, runs.EVALUATION_SWEEP.path(args.output.parent))
@@ -353,7 +373,7 @@ def evaluate(
         },
         "reconstruction": reconstruction,
         "against_held_out": against_held_out,
-        "memorisation": {"samples": memorization_rates(found), "held_out": memorization_rates(held_out_found)},
+        "memorisation": {image_set.key: memorization_rates(found[image_set]) for image_set in SEARCHED_SETS},
         **({"sweep": sweep} if sweep else {}),
         "remarks": remarks_on(args, against_held_out, real),
     }  # fmt: skip
@@ -403,75 +423,99 @@ def sweep_options(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> list[dic
 
 def remarks_on(args: argparse.Namespace, against_held_out: dict[str, dict], real: Real) -> list[str]:
     """What a reader of the numbers has to know."""
-    remarks = []
-    num_features, num_classes = real.train_features.shape[1], real.train.num_classes
-    sizes = sorted({number for entry in against_held_out.values() for number in (entry["n"], entry["n_reference"])})
-    if sizes[0] <= num_features:
+    n_real, num_classes = against_held_out[REAL.key]["n"], real.train.num_classes
+    n = smallest_n(against_held_out.values())
+    remarks = cautions(n, real.train_features.shape[1])
+    if n_real != args.num_samples:
         remarks.append(
-            f"n = {sizes[0]:,} is not above the {num_features:,} features: covariances are singular and Frechet "
-            "distances biased upwards; compare them at this n and these features only"
-        )
-    if against_held_out["real"]["n"] != args.num_samples:
-        remarks.append(
-            f"real images and reconstructions are {against_held_out['real']['n']:,}, samples {args.num_samples:,}: "
+            f"real images and reconstructions are {n_real:,}, samples {args.num_samples:,}: "
             "at most half of each class is kept from the classifier; Frechet distances depend on n"
         )
     if args.num_samples < num_classes:
         remarks.append(f"{args.num_samples:,} samples show only the first of the {num_classes:,} classes")
-    subset = min(KID_MAX_SUBSET, sizes[0] // 2)
-    remarks.append(
-        f"KID is the mean over {KID_SUBSETS} random subsets of at most {subset} images, its spread their deviation; "
-        "the classifier has seen none of the images in this table"
-    )
-    remarks.append(
-        "precision, recall, density and coverage: every feature is first brought to the held-out images' mean 0 and "
-        "deviation 1, so they don't compare with figures elsewhere; memorization: each image as it is and mirrored"
-    )
-    return remarks
+    return remarks + protocol_remarks(n)
+
+
+# --- as text ---------------------------------------------------------------------------------------------------------
 
 
 def table(evaluation: dict) -> str:
     """The evaluation as text for a terminal."""
-    features, reconstruction = evaluation["features"], evaluation["reconstruction"]
-    held_out = "+".join(evaluation["splits"]["held_out"])
-    biased = "*" if "not above" in " ".join(evaluation["remarks"]) else " "
-    columns = f"{'':22}{'n':>7}{'Frechet':>10} {'KID':>19}{'precision':>11}{'recall':>8}{'density':>9}{'coverage':>10}"
-    n_reference = evaluation["against_held_out"]["samples"]["n_reference"]
-    lines = [
-        "",
-        f"{evaluation['dataset']}, against {n_reference:,} held-out images ({held_out}), "
-        f"{features['num_features']:,} features of {features['name']}",
-        f"{columns}{'class acc.':>12}",
-    ]
-    for name, entry in evaluation["against_held_out"].items():
-        kid = f"{entry['kid']:.4f} ± {entry['kid_std']:.4f}"
-        lines.append(
-            f"{SET_NAMES[name]:22}{entry['n']:>7,}{entry['frechet_distance']:>10.2f}{biased}{kid:>19}"
-            f"{entry['precision']:>11.3f}{entry['recall']:>8.3f}{entry['density']:>9.3f}{entry['coverage']:>10.3f}"
-            f"{_percent(entry['class_accuracy']):>12}"
-        )
-    perceptual = reconstruction["perceptual_distance"]
-    lines += [
-        "",
-        f"reconstruction of {reconstruction['n']:,} held-out images: PSNR {reconstruction['psnr']:.2f} dB, "
-        f"SSIM {reconstruction['ssim']:.3f}, Frechet distance to themselves {reconstruction['frechet_distance']:.2f}"
-        + (f", {perceptual['name']} {perceptual['value']:.4f}" if perceptual else "")
-        + f"; head's accuracy {_percent(reconstruction['head_accuracy'])}, "
-        f"the classifier's on the originals {_percent(evaluation['classifier']['held_out_accuracy'])}",
-    ]
-    for name, entry in evaluation["memorisation"].items():
-        lines.append(
-            f"memorized {name.replace('_', '-')}: {entry['feature_rate']:.2%} by features, "
-            f"{entry['pixel_rate']:.2%} by pixels, {entry['exact_duplicates']:,} exact copies (of {entry['n']:,})"
-        )
+    n = smallest_n(evaluation["against_held_out"].values())
+    biased = cautions(n, evaluation["features"]["num_features"])
+    lines = [*comparison_lines(evaluation, mark="*" if biased else " "), "", reconstruction_line(evaluation)]
+    for image_set in SEARCHED_SETS:
+        entry = evaluation["memorisation"][image_set.key]
+        rates = [
+            f"{entry[metric.key]:{'.2%' if metric.is_share else ','}} {metric.short}"
+            for metric in MEMORIZATION_METRICS
+        ]
+        lines.append(f"memorized {image_set.name}: {', '.join(rates)} (of {entry['n']:,})")
     for point in evaluation.get("sweep", []):
+        values = [f"{metric.short} {_cell(metric, point)}" for metric in METRICS if metric.is_swept]
         lines.append(
             f"guidance {point['guidance_scale']:<5g} steps {point['num_inference_steps']:<4d} n {point['n']:,}: "
-            f"Frechet {point['frechet_distance']:.2f}, KID {point['kid']:.4f} ± {point['kid_std']:.4f}, "
-            f"class accuracy {_percent(point['class_accuracy'])}, {point['seconds']:.0f} s"
+            f"{', '.join(values)}, {point['seconds']:.0f} s"
         )
-    lines += [f"{'* ' if 'not above' in remark else ''}{remark}" for remark in evaluation["remarks"]]
+    lines += [f"{'* ' if remark in biased else ''}{remark}" for remark in evaluation["remarks"]]
     return "\n".join(lines)
+
+
+def comparison_lines(evaluation: dict, mark: str) -> list[str]:
+    """A line for each set of images, under what is compared; `mark` stands behind each number that few images bias."""
+    features, sets = evaluation["features"], evaluation["against_held_out"]
+    head = [f"{metric.short:>{_width(metric)}}{' ' if metric.caution else ''}" for metric in METRICS]
+    lines = [
+        "",
+        f"{evaluation['dataset']}, against {sets[SAMPLES.key]['n_reference']:,} held-out images "
+        f"({'+'.join(evaluation['splits']['held_out'])}), {features['num_features']:,} features of {features['name']}",
+        f"{'':22}{'n':>7}{''.join(head)}".rstrip(),
+    ]
+    for image_set in COMPARED_SETS:
+        entry = sets[image_set.key]
+        cells = [f"{_cell(metric, entry):>{_width(metric)}}{mark if metric.caution else ''}" for metric in METRICS]
+        lines.append(f"{image_set.name:22}{entry['n']:>7,}{''.join(cells)}".rstrip())
+    return lines
+
+
+def reconstruction_line(evaluation: dict) -> str:
+    """What the autoencoder keeps; the shares stand last, beside that of the classifier."""
+    entry, on_originals = evaluation["reconstruction"], evaluation["classifier"]["held_out_accuracy"]
+    values, shares = [], []
+    for metric in RECONSTRUCTION_METRICS:
+        name, value = metric.short, entry.get(metric.key)
+        if metric.names_network and value is not None:
+            name, value = value["name"], value["value"]
+        if metric.is_share:
+            shares.append(f"{name} {_percent(value)}")
+        elif value is not None:
+            values.append(" ".join(filter(None, [name, _terminal_number(metric, value), metric.unit])))
+    return (
+        f"reconstruction of {entry['n']:,} held-out images: {', '.join(values)}; {', '.join(shares)}, "
+        f"the classifier's on the originals {_percent(on_originals)}"
+    )
+
+
+def _width(metric: Metric) -> int:
+    """Of its column in the terminal."""
+    width = max(len(metric.short) + 2, TERMINAL_DISTANCE if metric.better == "lower" else 0)
+    return width + (len(" ± 0.") + _terminal_decimals(metric) if metric.has_spread else 0)
+
+
+def _cell(metric: Metric, entry: dict) -> str:
+    """Its value with its spread."""
+    spread = f" ± {entry[metric.spread_key]:.{_terminal_decimals(metric)}f}" if metric.has_spread else ""
+    return _terminal_number(metric, entry[metric.key]) + spread
+
+
+def _terminal_number(row: Row, value: float | None) -> str:
+    if row.is_share or value is None:
+        return _percent(value)
+    return f"{value:.{_terminal_decimals(row)}f}"
+
+
+def _terminal_decimals(row: Row) -> int:
+    return TERMINAL_DECIMALS if row.decimals is None else min(row.decimals, TERMINAL_DECIMALS)
 
 
 def _percent(share: float | None) -> str:

@@ -280,9 +280,3 @@ def load_or_extract_features(
     features = extract_features(network, dataset, batch_size=batch_size, title=title, mirrored=mirrored)
     write_tensors(path, {"features": features}, key, CACHE_REFUSED)
     return features
-
-
-# --- distances between two sets of features --------------------------------------------------------------------------
-
-
-# --- files -----------------------------------------------------------------------------------------------------------

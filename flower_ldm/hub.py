@@ -23,7 +23,7 @@ from .errors import InputError, OneLineParser, exit_on_input_error, one_line
 from .files import file_path, without_paths
 from .model_card import write_model_card
 from .recipes import public_flags
-from .runs import ARGS_FILE, CARD_FILE, METRICS_FILE, PIPELINE_INDEX, SAMPLES, fits, public_files, read_flags
+from .runs import ARGS_FILE, CARD_FILE, METRICS_FILE, PIPELINE_INDEX, SAMPLE_GRIDS, fits, public_files, read_flags
 from .training import stop_signals
 
 
@@ -142,7 +142,7 @@ def run_files(run_dir: Path) -> tuple[tuple[str, ...], dict[str, Path | bytes]]:
             raise InputError(f"{run_dir} is no finished run of flower_ldm: it has no {needed.name}")
     if PIPELINE_INDEX.path(run_dir).is_file():
         # What somebody has put beside our samples goes too.
-        allowed = (*public_files("latent_diffusion"), f"{os.path.dirname(SAMPLES.name)}/*.png")
+        allowed = (*public_files("latent_diffusion"), f"{os.path.dirname(SAMPLE_GRIDS.name)}/*.png")
     else:
         allowed = public_files("autoencoder")
     files: dict[str, Path | bytes] = dict(own_files(run_dir, allowed))

@@ -86,7 +86,7 @@ class TrainingNeighbors:
         features: torch.Tensor | None = None,
         mirrored_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """For Q images: what `memorization_rates` and `save_nearest_neighbors` need.
+        """For Q images: what `metrics.memorization_rates` and `save_nearest_neighbors` need.
 
         Each is looked up as it is and mirrored, since models are trained on mirrored images too.
 
@@ -153,13 +153,3 @@ def memorized(distances: torch.Tensor) -> torch.Tensor:
     nothing is said.
     """
     return (distances[:, 0] <= MEMORIZED_RATIO * distances[:, 1]) & (distances[:, 1] > 0)
-
-
-def memorization_rates(found: dict[str, torch.Tensor]) -> dict[str, float | int]:
-    """The entry of `metrics.json` for what `TrainingNeighbors.search` has found."""
-    return {
-        "n": len(found["is_copy"]),
-        "feature_rate": memorized(found["feature_distances"]).double().mean().item(),
-        "pixel_rate": memorized(found["pixel_distances"]).double().mean().item(),
-        "exact_duplicates": int(found["is_copy"].sum()),
-    }

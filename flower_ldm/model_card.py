@@ -18,6 +18,15 @@ from .data import DATASET_TITLES, public_dataset
 from .errors import InputError, one_line
 from .files import hub_id, write_whole
 from .formatting import duration, is_finite, joined, number, percent
+from .metrics import (
+    FEATURE_RATE,
+    HELD_OUT,
+    MEMORIZATION_METRICS,
+    METRICS,
+    RECONSTRUCTION_METRICS,
+    SAMPLES,
+    ReconstructionMetric,
+)
 from .recipes import public_flags, training_command
 from .report import (
     facts,
@@ -44,20 +53,6 @@ from .runs import (
 ANYWHERE = {"autoencoder": "user/flower-autoencoder", "latent_diffusion": "user/flower-ldm"}  # until it is pushed
 DOWNLOADED = "model"  # where the card's commands expect this repository
 
-METRIC_NAMES = {  # of samples: name in metrics.json -> type and name in the Hub's metadata
-    "frechet_distance": ("frechet_distance", "Fréchet distance"),
-    "kid": ("kid", "KID"),
-    "precision": ("precision", "Precision"),
-    "recall": ("recall", "Recall"),
-    "density": ("density", "Density"),
-    "coverage": ("coverage", "Coverage"),
-    "class_accuracy": ("accuracy", "Class accuracy"),
-}
-RECONSTRUCTION_NAMES = {  # of both stages
-    "psnr": ("psnr", "PSNR of reconstructions (dB)"),
-    "ssim": ("ssim", "SSIM of reconstructions"),
-    "head_accuracy": ("accuracy", "Accuracy of the classifier head"),
-}
 TASKS = {
     # The Hub has no task for images of a class; this is where such models are looked for.
     "latent_diffusion": ("unconditional-image-generation", "Class-conditional image generation"),
@@ -234,19 +229,19 @@ def measured(run: Run) -> str:
     evaluation = run.evaluation
     parts = []
     if table := metrics_table(evaluation):
-        columns = [f"{name}, {role}" for _, name, role in table["columns"]]
+        columns = [f"{one.title}, {one.role}" for one in table["columns"]]
         rows = [[f"{row['name']} ({row['better']} is better)", *(value + spread for value, spread, _ in row["cells"])]
                 for row in table["rows"]]  # fmt: skip
         rows += [[name, *values] for name, values in table["counts"]]
         parts += [protocol(run), _table(["", *columns], rows)]
         parts.append("\n".join(f"- {plain(remark)}" for remark in evaluation.get("remarks") or []))
-    if rows := memorization_table(evaluation):
+    if table := memorization_table(evaluation):
         parts.append(
             "**Memorization.** The share of images whose nearest training image is nearer than a third of the second "
             "nearest, in feature and in pixel space; held-out images, which can't have been memorized, are the null."
         )
-        head = ["", "n", "by features", "by pixels", "byte-identical"]
-        parts.append(_table(head, [[name, *values] for name, values in rows]))
+        head = [name.lower() for name in table["head"]]
+        parts.append(_table(head, [[name, *values] for name, values in table["rows"]]))
     if rows := _reconstruction(run):
         parts.append(f"**The autoencoder**, {_held_out(run)}:\n\n{_table(['', ''], [list(row) for row in rows])}")
     if not parts and is_finite(run.metrics.get("val_loss")):
@@ -277,23 +272,27 @@ def _held_out(run: Run) -> str:
 
 def _reconstruction(run: Run) -> list[tuple[str, str]]:
     """What the autoencoder keeps of held-out images, of all figures those that are there."""
-    values = reconstruction_values(run)
-    figures = [(RECONSTRUCTION_NAMES[name][1], percent(value) if name == "head_accuracy" else
-                number(value, 2 if name == "psnr" else 3)) for name, value in values.items()]  # fmt: skip
+    figures = [(metric.name_on_hub, metric, value) for metric, value in reconstruction_values(run)]
     if run.stage == "autoencoder":
-        more = {"psnr_of_mean_squared_error": "PSNR of the mean squared error (dB)",
-                "val_pixel_loss": "Mean absolute error, images in [−1, 1]",
-                "val_perceptual_loss": "Perceptual loss"}  # fmt: skip
-        figures += [(name, number(run.metrics[key])) for key, name in more.items() if is_finite(run.metrics.get(key))]
-    return figures
+        figures += [
+            (metric.stage1_title or metric.title_with_unit, metric, run.metrics[metric.stage1_key])
+            for metric in RECONSTRUCTION_METRICS
+            if not metric.hub_type and is_finite(run.metrics.get(metric.stage1_key))
+        ]
+    return [
+        (name, percent(value) if metric.is_share else number(value, metric.decimals))
+        for name, metric, value in figures
+    ]
 
 
-def reconstruction_values(run: Run) -> dict[str, float]:
-    """PSNR, SSIM and the head's accuracy, from the evaluation or from stage 1's own validation."""
-    source = nested(run.evaluation, "reconstruction")
-    if run.stage == "autoencoder" and not source:
-        source = run.metrics | {"head_accuracy": run.metrics.get("val_accuracy")}
-    return {name: source[name] for name in RECONSTRUCTION_NAMES if is_finite(source.get(name))}
+def reconstruction_values(run: Run) -> list[tuple[ReconstructionMetric, float]]:
+    """What the Hub has a name for, from the evaluation or from stage 1's own validation."""
+    entry, rows = nested(run.evaluation, "reconstruction"), [one for one in RECONSTRUCTION_METRICS if one.hub_type]
+    if run.stage == "autoencoder" and not entry:
+        values = [(metric, run.metrics.get(metric.stage1_key)) for metric in rows]
+    else:
+        values = [(metric, entry.get(metric.key)) for metric in rows]
+    return [(metric, value) for metric, value in values if is_finite(value)]
 
 
 def limits(run: Run) -> str:
@@ -304,10 +303,11 @@ def limits(run: Run) -> str:
         known += " of the kind that it was trained on; others, faces and text above all, come out blurred or wrong."
     else:
         known += " and the classes that it was trained on: no text, no other subject."
-        rates = nested(run.evaluation, "memorisation", "samples")
+        copied = nested(run.evaluation, "memorisation", SAMPLES.key)
+        rate = copied.get(FEATURE_RATE.key)
         known += (
-            f" Of {number(rates.get('n'))} samples, {percent(rates['feature_rate'])} were memorized training images "
-            "by the measure above." if is_finite(rates.get("feature_rate"))
+            f" Of {number(copied.get('n'))} samples, {percent(rate)} were memorized training images "
+            "by the measure above." if is_finite(rate)
             else " Whether it repeats training images has not been measured."
         )  # fmt: skip
         known += " Its pictures are no evidence of what a plant looks like." if _of_flowers(run) else ""
@@ -438,24 +438,22 @@ def eval_results(run: Run) -> list[EvalResult]:
     features = {"features": network.get("name"), "num_features": network.get("num_features")}
     drawn = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "seed")
     sampling = {name: nested(evaluation, "sampling").get(name) for name in drawn}
-    samples = nested(evaluation, "against_held_out", "samples")
-    counts = {"n": samples.get("n"), "n_reference": samples.get("n_reference")}
+    samples = nested(evaluation, "against_held_out", SAMPLES.key)
+    args = {"n": samples.get("n"), "n_reference": samples.get("n_reference")} | features | sampling
     rows = [
-        (names, samples[key], counts | features | sampling | ({"std": samples.get("kid_std")} if key == "kid" else {}))
-        for key, names in METRIC_NAMES.items()
-        if is_finite(samples.get(key))
+        (metric, samples[metric.key], args | ({"std": samples.get(metric.spread_key)} if metric.has_spread else {}))
+        for metric in METRICS
+        if metric.hub_type and is_finite(samples.get(metric.key))
     ]
-    memorized = nested(evaluation, "memorisation", "samples")
-    null = nested(evaluation, "memorisation", "held_out")
-    for space, key in (("feature", "feature_rate"), ("pixel", "pixel_rate")):
-        if is_finite(memorized.get(key)):
-            names = ("memorisation_rate", f"Memorization rate in {space} space")
-            rows.append((names, memorized[key], {"n": memorized.get("n"), "held_out": null.get(key)} |
-                         (features if space == "feature" else {})))  # fmt: skip
+    copied, chance = (nested(evaluation, "memorisation", one.key) for one in (SAMPLES, HELD_OUT))
+    for metric in MEMORIZATION_METRICS:
+        if metric.hub_type and is_finite(copied.get(metric.key)):
+            args = {"n": copied.get("n"), "held_out": chance.get(metric.key)}
+            rows.append((metric, copied[metric.key], args | (features if metric.by_features else {})))
     n = nested(evaluation, "reconstruction").get("n") or run.metrics.get("num_images")
-    rows += [(RECONSTRUCTION_NAMES[key], value, {"n": n}) for key, value in reconstruction_values(run).items()]
+    rows += [(metric, value, {"n": n}) for metric, value in reconstruction_values(run)]
     return [
-        EvalResult(metric_type=kind, metric_name=name, metric_value=value,
+        EvalResult(metric_type=metric.hub_type, metric_name=metric.name_on_hub, metric_value=value,
                    metric_args={key: one for key, one in args.items() if one is not None}, **shared)
-        for (kind, name), value, args in rows
+        for metric, value, args in rows
     ]  # fmt: skip

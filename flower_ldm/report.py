@@ -24,6 +24,16 @@ from .errors import OneLineParser, exit_on_input_error
 from .files import file_path, file_safe_name, write_whole
 from .formatting import count_of_parameters, duration, is_finite, joined, number, percent
 from .images import open_image
+from .metrics import (
+    COMPARED_SETS,
+    MEMORIZATION_METRICS,
+    METRICS,
+    RECONSTRUCTION_METRICS,
+    SAMPLES,
+    SEARCHED_SETS,
+    Metric,
+    Row,
+)
 from .recipes import fold_command, training_command
 from .report_curves import sweep_charts, timestep_chart, training_curves
 from .runs import (
@@ -37,8 +47,8 @@ from .runs import (
     LATENT_MAPS,
     NEAREST_NEIGHBORS,
     PAGE_FILE,
-    RECONSTRUCTIONS,
-    SAMPLES,
+    RECONSTRUCTION_GRIDS,
+    SAMPLE_GRIDS,
     SIDE_BY_SIDE,
     Artifact,
     Run,
@@ -53,41 +63,6 @@ PICTURE_PIXELS = 2400  # the longest side that is kept
 TEMPLATES = Path(__file__).parent / "report_page"
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
-SETS = {"real": "Real images", "reconstructions": "Reconstructions", "samples": "Samples"}
-ROLES = {"real": "the floor", "reconstructions": "the ceiling", "samples": "the model"}
-METRICS = {  # name: (title, which way is better, decimals, how to read it)
-    "frechet_distance": (
-        "Fréchet distance", "lower", 2,
-        "How far the features of two sets lie apart, each set taken as a Gaussian cloud. It shrinks as n "
-        "grows: compare it only at the same n and with the same feature network.",
-    ),
-    "kid": (
-        "KID", "lower", 5,
-        "The same question asked with a kernel, without that bias: about 0 where two sets can't be told apart. What "
-        "stands after ± is its spread over random subsets.",
-    ),
-    "precision": (
-        "Precision", "higher", 3,
-        "The share of a set's images that fall among the held-out ones; low where many look like no photograph.",
-    ),
-    "recall": (
-        "Recall", "higher", 3,
-        "The share of held-out images that fall among the set's; low where part of the variety is missing.",
-    ),
-    "density": (
-        "Density", "higher", 3,
-        "Precision that counts how many held-out images each image is a neighbor of, so that outliers matter less. "
-        "It can exceed 1.",
-    ),
-    "coverage": (
-        "Coverage", "higher", 3,
-        "The share of held-out images that have an image of the set in their neighborhood.",
-    ),
-    "class_accuracy": (
-        "Class accuracy", "higher", 3,
-        "How often a classifier trained on real images alone names the class that was asked for.",
-    ),
-}  # fmt: skip
 
 
 # --- what was trained ------------------------------------------------------------------------------------------------
@@ -147,21 +122,28 @@ def class_count(run: Run) -> int | None:
 
 def headline(run: Run) -> list[tuple[str, str]]:
     """Up to four figures for the first screen, each with its name."""
-    samples = nested(run.evaluation, "against_held_out", "samples")
-    memorized = nested(run.evaluation, "memorisation", "samples").get("feature_rate")
-    metrics = run.metrics
+    samples = nested(run.evaluation, "against_held_out", SAMPLES.key)
+    copied = nested(run.evaluation, "memorisation", SAMPLES.key)
+    values = [(metric, samples.get(metric.key)) for metric in METRICS]
+    values += [(metric, copied.get(metric.key)) for metric in MEMORIZATION_METRICS]
+    values += [(metric, run.metrics.get(metric.stage1_key)) for metric in RECONSTRUCTION_METRICS]
     candidates = [
-        (f"Fréchet distance, n = {number(samples.get('n'))}", number(samples.get("frechet_distance"), 1)),
-        ("Class accuracy", percent(samples.get("class_accuracy"))),
-        ("Memorized samples", percent(memorized)),
-        ("PSNR, held out", f"{number(metrics.get('psnr'), 1)} dB".replace("– dB", "–")),
-        ("SSIM, held out", number(metrics.get("ssim"), 3)),
-        ("Accuracy of the head", percent(metrics.get("val_accuracy"))),
-        ("Loss, held out", number(metrics.get("val_loss"))),
+        (metric.headline.format(n=number(samples.get("n"))), shown(metric, value, metric.headline_decimals))
+        for metric, value in values
+        if metric.headline
+    ]
+    candidates += [
+        ("Loss, held out", number(run.metrics.get("val_loss"))),
         ("Training", duration(seconds) if (seconds := training_seconds(run)) else "–"),
         ("Updates", number(run.last_step)),
     ]
     return [(name, value) for name, value in candidates if value != "–"][:4]
+
+
+def shown(row: Row, value: object, decimals: int | None) -> str:
+    """A number with its unit, or a share in percent; a dash where it isn't known."""
+    text = percent(value) if row.is_share else number(value, decimals)
+    return f"{text} {row.unit}" if row.unit and text != "–" else text
 
 
 def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -340,7 +322,7 @@ def hero_picture(run: Run, album: Album) -> dict | None:
     if run.stage == "autoencoder":
         steps, what = _by_update(RECONSTRUCTIONS, run.folder), "held-out images, each above its reconstruction"
     else:
-        steps, what = _by_update(SAMPLES, run.folder), "generated images, one class a column"
+        steps, what = _by_update(SAMPLE_GRIDS, run.folder), "generated images, one class a column"
         grid = CLASS_GRID.path(run.folder)
         if grid.is_file():
             return album.picture(grid, f"A grid of {what}", f"{what.capitalize()}; nothing here is a photograph.")
@@ -352,7 +334,7 @@ def hero_picture(run: Run, album: Album) -> dict | None:
 
 def pictures_over_time(run: Run, album: Album) -> list[dict]:
     """The first, a middle and the last picture drawn in training; nothing where there is one only."""
-    drawn = RECONSTRUCTIONS if run.stage == "autoencoder" else SAMPLES
+    drawn = RECONSTRUCTION_GRIDS if run.stage == "autoencoder" else SAMPLE_GRIDS
     steps = _by_update(drawn, run.folder)
     shown = sorted({0, len(steps) // 2, len(steps) - 1}) if len(steps) > 1 else []
     pictures = [album.picture(path, *drawn.texts(number(step))) for step, path in map(steps.__getitem__, shown)]
@@ -388,29 +370,34 @@ def animations(run: Run, album: Album) -> list[dict]:
 
 def metrics_table(evaluation: dict) -> dict | None:
     """Metrics in rows, sets of images in columns: the floor, the ceiling, the samples."""
-    sets = {name: values for name in SETS if (values := nested(evaluation, "against_held_out", name))}
-    if not sets:
+    entries = {one: entry for one in COMPARED_SETS if (entry := nested(evaluation, "against_held_out", one.key))}
+    if not entries:
         return None
-    rows = []
-    for name, (heading, better, decimals, _) in METRICS.items():
-        values = [one.get(name) for one in sets.values()]
-        if not any(map(is_finite, values)):
-            continue
-        most = max([abs(value) for value in values if is_finite(value)] + ([1.0] if better == "higher" else [])) or 1.0
-        cells = []
-        for one, value in zip(sets.values(), values, strict=True):
-            spread = (
-                f" ± {number(one['kid_std'], decimals)}" if name == "kid" and is_finite(one.get("kid_std")) else ""
-            )
-            share = f"{100 * max(0.0, value) / most:.1f}" if is_finite(value) else "0"
-            cells.append((number(float(value), decimals) if is_finite(value) else "–", spread, share))
-        rows.append({"name": heading, "better": better, "cells": cells})
-    counts = [("Images (n)", [number(one.get("n")) for one in sets.values()]),
-              ("Held-out images", [number(one.get("n_reference")) for one in sets.values()])]  # fmt: skip
-    notes = [(heading, note) for name, (heading, _, _, note) in METRICS.items()
-             if any(is_finite(one.get(name)) for one in sets.values())]  # fmt: skip
-    return {"columns": [(name, SETS[name], ROLES[name]) for name in sets], "rows": rows, "counts": counts,
-            "notes": notes}  # fmt: skip
+    known = [metric for metric in METRICS if any(is_finite(entry.get(metric.key)) for entry in entries.values())]
+    rows = [
+        {"name": metric.title, "better": metric.better, "cells": _metric_cells(metric, list(entries.values()))}
+        for metric in known
+    ]
+    counts = [("Images (n)", [number(entry.get("n")) for entry in entries.values()]),
+              ("Held-out images", [number(entry.get("n_reference")) for entry in entries.values()])]  # fmt: skip
+    notes = [(metric.title, metric.note) for metric in known]
+    return {"columns": list(entries), "own": SAMPLES, "rows": rows, "counts": counts, "notes": notes}
+
+
+def _metric_cells(metric: Metric, entries: list[dict]) -> list[tuple[str, str, str]]:
+    """Of each set: the value, its spread, and the length of its bar in percent."""
+    sizes = [abs(entry[metric.key]) for entry in entries if is_finite(entry.get(metric.key))]
+    longest = max(sizes + ([1.0] if metric.better == "higher" else [])) or 1.0
+    cells = []
+    for entry in entries:
+        value, spread = entry.get(metric.key), entry.get(metric.spread_key)
+        has_spread = metric.has_spread and is_finite(spread)
+        cells.append((
+            number(float(value), metric.decimals) if is_finite(value) else "–",
+            f" ± {number(spread, metric.decimals)}" if has_spread else "",
+            f"{100 * max(0.0, value) / longest:.1f}" if is_finite(value) else "0",
+        ))  # fmt: skip
+    return cells
 
 
 def sampling_words(evaluation: dict) -> str:
@@ -436,47 +423,42 @@ def sampling_words(evaluation: dict) -> str:
 
 def reconstruction_figures(run: Run) -> list[tuple[str, str]]:
     """What the autoencoder keeps of held-out images: from the evaluation, or else from stage 1's own validation."""
-    metrics, measured = run.metrics, nested(run.evaluation, "reconstruction")
-    distance = nested(measured, "perceptual_distance")
-    if measured:
-        rows = [
-            ("Images", f"{number(measured.get('n'))} of {joined(measured.get('split'))}"),
-            ("PSNR", number(measured.get("psnr"), 2)), ("SSIM", number(measured.get("ssim"), 3)),
-            (f"Perceptual distance ({distance.get('name')})", number(distance.get("value"))),
-            ("Accuracy of the head", percent(measured.get("head_accuracy"))),
-        ]  # fmt: skip
+    entry, rows = nested(run.evaluation, "reconstruction"), []
+    if entry:
+        rows.append(("Images", f"{number(entry.get('n'))} of {joined(entry.get('split'))}"))
+        for metric in RECONSTRUCTION_METRICS:
+            title, value = metric.title, entry.get(metric.key)
+            if metric.names_network and isinstance(value, dict):
+                title, value = f"{title} ({value.get('name')})", value.get("value")
+            if title:
+                rows.append((title, shown(metric, value, metric.decimals)))
     elif run.stage == "autoencoder":
-        rows = [
-            ("Images", f"{number(metrics.get('num_images'))} of {joined(metrics.get('splits'))}"),
-            ("PSNR, mean over images", number(metrics.get("psnr"), 2)),
-            ("PSNR of the mean squared error", number(metrics.get("psnr_of_mean_squared_error"), 2)),
-            ("SSIM", number(metrics.get("ssim"), 3)),
-            ("Mean absolute error, images in [−1, 1]", number(metrics.get("val_pixel_loss"))),
-            ("Perceptual loss", number(metrics.get("val_perceptual_loss"))),
-            ("Accuracy of the head", percent(metrics.get("val_accuracy"))),
+        rows.append(("Images", f"{number(run.metrics.get('num_images'))} of {joined(run.metrics.get('splits'))}"))
+        rows += [
+            (metric.stage1_title or metric.title, shown(metric, run.metrics.get(metric.stage1_key), metric.decimals))
+            for metric in RECONSTRUCTION_METRICS
         ]
-    else:
-        return []
-    rows = [(name, f"{value} dB" if name.startswith("PSNR") else value)
-            for name, value in rows if not value.startswith("–")]  # fmt: skip
+    rows = [(name, value) for name, value in rows if not value.startswith("–")]
     return rows if len(rows) > 1 else []
 
 
-def memorization_table(evaluation: dict) -> list[tuple[str, list[str]]]:
-    """Samples and, as the null, held-out images: how many, memorized by features, by pixels, byte-identical."""
+def memorization_table(evaluation: dict) -> dict | None:
+    """Samples and, as the null, held-out images: how many they are, and how many are copies by each measure."""
     rows = []
-    for name, heading in (("samples", "Samples"), ("held_out", "Held-out images")):
-        if values := nested(evaluation, "memorisation", name):
-            rates = [percent(values.get(key)) for key in ("feature_rate", "pixel_rate")]
-            rows.append((heading, [number(values.get("n")), *rates, number(values.get("exact_duplicates"))]))
-    return rows
+    for image_set in SEARCHED_SETS:
+        if entry := nested(evaluation, "memorisation", image_set.key):
+            rates = [shown(metric, entry.get(metric.key), metric.decimals) for metric in MEMORIZATION_METRICS]
+            rows.append((image_set.title, [number(entry.get("n")), *rates]))
+    return {"head": ["", "n", *(metric.title for metric in MEMORIZATION_METRICS)], "rows": rows} if rows else None
 
 
-def sweep_table(sweep: list[dict]) -> list[tuple[str, list[str]]]:
+def sweep_table(sweep: list[dict]) -> dict | None:
     """A row without a name for each point."""
-    keys = {"guidance_scale": None, "num_inference_steps": None, "n": None, "frechet_distance": 2, "kid": 5,
-            "class_accuracy": 3, "seconds": 0}  # fmt: skip
-    return [("", [number(row.get(key), decimals) for key, decimals in keys.items()]) for row in sweep]
+    columns = [("Guidance", "guidance_scale", None), ("Steps", "num_inference_steps", None), ("n", "n", None)]
+    columns += [(metric.title, metric.key, metric.decimals) for metric in METRICS if metric.is_swept]
+    columns += [("Seconds", "seconds", 0)]
+    rows = [("", [number(point.get(key), decimals) for _, key, decimals in columns]) for point in sweep]
+    return {"head": [name for name, _, _ in columns], "rows": rows} if rows else None
 
 
 # --- commands and versions -------------------------------------------------------------------------------------------
@@ -533,11 +515,11 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
         and table | {"sampling": sampling_words(evaluation), "remarks": evaluation.get("remarks") or []},
         "sweep": {
             "charts": sweep_charts(sweep),
-            "rows": sweep_table(sweep),
+            "table": sweep_table(sweep),
             "plot": single.get(EVALUATION_SWEEP),
             "grid": single[GUIDANCE_SWEEP],
         },
-        "memorisation": {"rows": memorization_table(evaluation), "picture": single[NEAREST_NEIGHBORS]},
+        "memorisation": {"table": memorization_table(evaluation), "picture": single[NEAREST_NEIGHBORS]},
         "again": commands(run),
         "versions": versions(run),
     }

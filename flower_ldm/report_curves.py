@@ -10,26 +10,25 @@ from typing import NamedTuple
 from matplotlib.ticker import MaxNLocator
 
 from .formatting import LARGEST, is_finite, number
+from .metrics import METRICS, RECONSTRUCTION_METRICS
 
 MAX_POINTS = 600  # of a curve; of a longer log, the lowest and the highest of each stretch are drawn
 LOG_SCALE_RATIO = 8  # of the highest to the lowest value, above which a loss is drawn on a log scale
 # What else a log line holds beside losses: how the optimizer fared.
 OPTIMIZER_NAMES = ("learning_rate", "grad_norm", "adaptive_weight", "steps_per_second")
-CURVES_FIRST = ("loss", "unweighted_loss", "pixel_loss", "perceptual_loss", "psnr", "ssim", "accuracy")
+SCORES = {
+    metric.stage1_key.removeprefix("val_"): metric.title_with_unit
+    for metric in RECONSTRUCTION_METRICS
+    if metric.hub_type
+}
+CURVES_FIRST = ("loss", "unweighted_loss", "pixel_loss", "perceptual_loss", *SCORES)
 NOT_DRAWN = ("step", "mean_squared_error", "psnr_of_mean_squared_error")  # the last two say what PSNR says
 CURVE_TITLES = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "accuracy": "Accuracy of the head",
+    **SCORES,
     "kl_loss": "KL loss",
     "loss": "Loss, weighted",
     "grad_norm": "Gradient norm",
     "steps_per_second": "Updates per second",
-}
-SWEPT = {
-    "frechet_distance": ("Fréchet distance", "lower is better"),
-    "kid": ("KID", "lower is better"),
-    "class_accuracy": ("Class accuracy", "higher is better"),
 }
 
 
@@ -140,7 +139,8 @@ def training_curves(log: list[dict]) -> tuple[list[dict], list[dict]]:
     names = dict.fromkeys(name.removeprefix("val_") for line in log for name in line)
     names = [*(name for name in CURVES_FIRST if name in names), *(name for name in names if name not in CURVES_FIRST)]
     x_range = (0, log[-1]["step"]) if log else None
-    measured_only = ("psnr", "ssim")  # in validation alone, without a prefix
+    keys = [metric.stage1_key for metric in RECONSTRUCTION_METRICS]
+    measured_only = [key for key in keys if key and not key.startswith("val_")]  # in validation alone: no prefix
     charts: dict[str, dict | None] = {}
     for name in names:
         if name in NOT_DRAWN:
@@ -173,18 +173,22 @@ def timestep_chart(log: list[dict]) -> dict | None:
 
 
 def sweep_charts(sweep: list[dict]) -> list[dict]:
-    """Frechet distance, KID and class accuracy over guidance, one curve for each number of steps; or over steps."""
+    """The metrics of a sweep over guidance, one curve for each number of steps; or over steps."""
     by_guidance = len({row.get("guidance_scale") for row in sweep}) > 1
     x_key, other = ("guidance_scale", "num_inference_steps") if by_guidance else ("num_inference_steps", None)
     values = sorted({row.get(other) for row in sweep}) if other else [None]
     charts = []
-    for name, (heading, note) in SWEPT.items():
+    for metric in METRICS:
+        if not metric.is_swept:
+            continue
         series = []
         for index, value in enumerate(values):
-            points = [(row.get(x_key), row.get(name)) for row in sweep if other is None or row.get(other) == value]
+            points = [
+                (row.get(x_key), row.get(metric.key)) for row in sweep if other is None or row.get(other) == value
+            ]
             points = sorted((x, y) for x, y in points if is_finite(x) and is_finite(y))
             label = f"{value} steps" if other else "samples"
             series.append(Series(label, points, marked=True, style=f"s{index % 4 + 1}"))
         x_name = "guidance scale" if by_guidance else "steps"
-        charts.append(chart(heading, series, x_name, group="sweep", note=note))
+        charts.append(chart(metric.title, series, x_name, group="sweep", note=f"{metric.better} is better"))
     return [one for one in charts if one]

@@ -94,7 +94,7 @@ MODELS = (
 AUTOENCODER_LOSSES = Artifact(
     "autoencoder_losses.png", "The losses over the updates", stage="autoencoder", on_hub=True
 )
-RECONSTRUCTIONS = Artifact(
+RECONSTRUCTION_GRIDS = Artifact(
     "reconstructions/step-*.png", "Reconstructions at update *", "Update *",
     stage="autoencoder", shows_photographs=True,
 )  # fmt: skip
@@ -104,7 +104,7 @@ LATENT_MAPS = {  # what takes the star's place: the name of the method, the capt
     "pca": ("PCA", "PCA: the two directions along which the latents vary most; distances are true to scale."),
 }
 DIFFUSION_LOSS = Artifact("diffusion_loss.png", "The loss over the updates", stage="latent_diffusion", on_hub=True)
-SAMPLES = Artifact("samples/step-*.png", "Samples at update *", "Update *", stage="latent_diffusion", on_hub=True)
+SAMPLE_GRIDS = Artifact("samples/step-*.png", "Samples at update *", "Update *", stage="latent_diffusion", on_hub=True)
 CLASS_GRID = Artifact(
     "vae_samples_grid_subset.png", "Images that this model drew, one class a column",
     "Every image is drawn by the model; none is a photograph.", stage="latent_diffusion", on_hub=True,
@@ -139,7 +139,7 @@ NEAREST_NEIGHBORS = Artifact(
     stage="latent_diffusion", shows_photographs=True,
 )  # fmt: skip
 PICTURES = (
-    AUTOENCODER_LOSSES, RECONSTRUCTIONS, LATENT_MAP, DIFFUSION_LOSS, SAMPLES, CLASS_GRID, SIDE_BY_SIDE, DENOISING_PATH,
+    AUTOENCODER_LOSSES, RECONSTRUCTION_GRIDS, LATENT_MAP, DIFFUSION_LOSS, SAMPLE_GRIDS, CLASS_GRID, SIDE_BY_SIDE, DENOISING_PATH,
     ANIMATION, FILM, INTERPOLATION, GUIDANCE_SWEEP, EVALUATION_SWEEP, NEAREST_NEIGHBORS,
 )  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""The evaluation command: numbers on sets whose answer is known, sampling that goes on, memorization, bad input."""
+"""The evaluation command: what is measured and where it is shown, sampling that goes on, memorization, bad input."""
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -15,10 +16,11 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from flower_ldm import FlowerLDMPipeline
+from flower_ldm import FlowerLDMPipeline, evaluation, metrics, model_card, report, report_curves
 from flower_ldm.data import DataOptions, uint8_images
 from flower_ldm.errors import InputError
 from flower_ldm.evaluation import (
@@ -32,13 +34,13 @@ from flower_ldm.evaluation import (
     write_metrics,
 )
 from flower_ldm.features import extract_features, load_feature_network, load_or_extract_features
-from flower_ldm.memorization import TrainingNeighbors, memorization_rates
-from flower_ldm.metrics import class_accuracy, measure_set, train_classifier
+from flower_ldm.memorization import TrainingNeighbors
+from flower_ldm.metrics import Comparison, Metric, class_accuracy, measure_set, memorization_rates, train_classifier
 from flower_ldm.sampling import Sampler, pipeline_digest, sample_labels
 
 OPTIONS = {"guidance_scale": 2.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 2}
 ENTRIES = ["n", "n_reference", "frechet_distance", "kid", "kid_std", "precision", "recall", "density", "coverage",
-           "class_accuracy"]  # fmt: skip
+           "class_accuracy", "mifid"]  # fmt: skip
 
 
 class Pooled(torch.nn.Module):
@@ -84,28 +86,6 @@ def random_images(n: int, size: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 
-# Classes
-
-
-def clusters(n: int, seed: int, num_classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % num_classes
-    return 10 * torch.eye(num_classes)[labels] + torch.randn(n, num_classes, generator=rng), labels
-
-
-def test_class_accuracy_knows_classes_and_is_chance_where_there_are_none():
-    features, labels = clusters(500, seed=0, num_classes=20)
-    others, other_labels = clusters(500, seed=1, num_classes=20)
-    classifier = train_classifier(features, labels)
-    assert class_accuracy(classifier, others, other_labels) > 0.99
-    shuffled = torch.randperm(500, generator=torch.Generator().manual_seed(0))
-    assert class_accuracy(classifier, others, other_labels[shuffled]) < 0.08  # 1 in 20, and 3 deviations
-    fooled = train_classifier(features, labels[shuffled])
-    assert class_accuracy(fooled, others, other_labels) < 0.25  # chance is 1 in 20, of 20 clusters
-    assert train_classifier(features, torch.zeros(500)) is None
-    assert class_accuracy(None, others, other_labels) is None
-
-
 def test_images_held_back_are_as_many_as_samples_but_never_more_than_half_a_class():
     labels = torch.tensor([0] * 10 + [1] * 3 + [2] * 1 + [3] * 8)
     held_back, rest = hold_back(labels, torch.tensor([2, 2, 2, 100]))
@@ -113,20 +93,6 @@ def test_images_held_back_are_as_many_as_samples_but_never_more_than_half_a_clas
     assert torch.bincount(labels[rest]).tolist() == [8, 2, 1, 4]
     assert sorted(torch.cat([held_back, rest]).tolist()) == list(range(22))
     assert torch.equal(hold_back(labels, torch.tensor([2, 2, 2, 100]))[0], held_back)
-
-
-def test_the_same_distribution_beats_noise():
-    features, labels = clusters(200, seed=0)
-    reference, _ = clusters(200, seed=1)
-    classifier = train_classifier(*clusters(400, seed=2))
-    noise = 20 * torch.randn(200, 5, generator=torch.Generator().manual_seed(3))
-    real, bad = (measure_set(rows, labels, reference, classifier) for rows in (features, noise))
-    assert list(real) == ENTRIES
-    assert (real["n"], real["n_reference"]) == (200, 200)
-    assert bad["frechet_distance"] > 100 * real["frechet_distance"]
-    assert bad["kid"] > 100 * abs(real["kid"]) and abs(real["kid"]) < 3 * real["kid_std"]
-    for name in ("precision", "density", "class_accuracy"):
-        assert real[name] > 0.8 > 0.5 > bad[name]
 
 
 # Samples
@@ -284,6 +250,8 @@ def test_every_set_is_measured_against_the_same_images(evaluated):
     for entry in sets.values():
         assert list(entry) == ENTRIES
         assert (entry["n"], entry["n_reference"]) == (24, 32)  # half of 48 training images, 8 held out of 4 classes
+        assert entry["frechet_distance"] <= entry["mifid"]
+    assert sets["real"]["mifid"] < 1e6 * sets["real"]["frechet_distance"]  # they are no copies of themselves
     assert sets["real"]["frechet_distance"] < sets["reconstructions"]["frechet_distance"]
     assert sets["real"]["frechet_distance"] < sets["samples"]["frechet_distance"]
     assert not any("not above" in remark for remark in evaluation["remarks"])  # 24 images, 12 features
@@ -316,6 +284,51 @@ def test_sweep_has_every_point(evaluated):
         assert point["n"] == 12
     folders = list((folder / "evaluation_cache").glob("samples-*"))
     assert len(folders) == 4  # the point with the settings of the main samples took those
+
+
+def test_a_new_row_appears_everywhere(evaluated, finished_runs, pooled, tmp_path, monkeypatch, capsys, figures):
+    """A metric is one row: nothing else has to be told of it."""
+    row = Metric(
+        key="petals", title="Petals per image", short="petals", better="higher", decimals=3, note="More is prettier.",
+        measure=lambda compared: (len(compared.features) + 0.125, 0.5), has_spread=True, is_swept=True,
+        caution="petals are hard to count", headline="Petals at {n}", hub_type="petal_count",
+    )  # fmt: skip
+    rows = (row, *metrics.METRICS)
+    for module in (metrics, evaluation, report, report_curves, model_card):
+        monkeypatch.setattr(module, "METRICS", rows)
+    for name in ("metrics.json", "args.yaml"):
+        shutil.copy(evaluated[0] / name, tmp_path)
+    cache = (
+        "--cache_dir",
+        str(evaluated[0] / "evaluation_cache"),
+        "--num_samples",
+        "12",
+        "--sweep_guidance",
+        "1",
+        "3",
+    )
+    run(finished_runs, pooled, tmp_path / "metrics.json", *cache)
+
+    entry = json.loads((tmp_path / "metrics.json").read_text())["evaluation"]
+    for one in (*entry["against_held_out"].values(), *entry["sweep"]):
+        assert (one["petals"], one["petals_std"]) == (12.125, 0.5)
+    assert entry["remarks"][0] == "n = 12 is not above the 12 features: petals are hard to count"
+    out = capsys.readouterr().out
+    assert re.search(r"^ +n +petals +Frechet", out, re.MULTILINE)
+    assert re.search(r"^samples +12 +12.125 ± 0.500\*", out, re.MULTILINE)
+    assert re.search(r"^guidance 3 .*: petals 12.125 ± 0.500, Frechet", out, re.MULTILINE)
+    assert "Petals per image" in [axis.get_title() for figure in figures for axis in figure.axes]
+
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        "<dt>Petals at 12</dt><dd>12.1</dd>" in page and "<dt>Petals per image</dt><dd>More is prettier.</dd>" in page
+    )
+    assert '<td class="own">12.125<small> ± 0.500</small>' in page and "<b>Petals per image</b>" in page
+    assert '<th scope="col">n</th><th scope="col">Petals per image</th>' in page
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "| Petals per image (higher is better) | 12.125 ± 0.500 | 12.125 ± 0.500 | 12.125 ± 0.500 |" in card.text
+    [petals] = [result for result in card.data.eval_results if result.metric_type == "petal_count"]
+    assert (petals.metric_name, petals.metric_value, petals.metric_args["std"]) == ("Petals per image", 12.125, 0.5)
 
 
 def test_second_run_takes_what_is_there(evaluated, finished_runs, pooled, tmp_path, capsys):
@@ -485,13 +498,17 @@ def test_real_images_beat_noise_by_far_and_know_their_classes(photographs):
     held_back, rest = hold_back(train.labels, torch.full((102,), 10))
     classifier = train_classifier(train_features[rest], train.labels[rest])
     noise = extract_features(network, random_images(1020, 64))
-    real = measure_set(train_features[held_back], train.labels[held_back], held_out_features, classifier)
-    bad = measure_set(noise, held_out.labels, held_out_features, classifier)
+    reference = held_out_features, train_features[rest], classifier
+    real = measure_set(Comparison(train_features[held_back], train.labels[held_back], *reference))
+    bad = measure_set(Comparison(noise, held_out.labels, *reference))
     assert real["n"] == bad["n"] == real["n_reference"] == 1020
     assert bad["frechet_distance"] > 5 * real["frechet_distance"]
     assert abs(real["kid"]) < 2 * real["kid_std"] and bad["kid"] > 50 * real["kid_std"]
     assert real["precision"] > 0.6 and real["recall"] > 0.6 and real["density"] > 0.9 and real["coverage"] > 0.9
     assert bad["precision"] == bad["recall"] == bad["density"] == bad["coverage"] == 0
+    assert real["mifid"] == real["frechet_distance"]  # photographs that no training has seen are no copies
+    copies = measure_set(Comparison(train_features[rest], train.labels[rest], *reference))
+    assert copies["mifid"] > 1000 * copies["frechet_distance"]
     assert real["class_accuracy"] > 0.7 > 0.05 > bad["class_accuracy"]
     held_out_accuracy = class_accuracy(classifier, held_out_features, held_out.labels)
     assert held_out_accuracy == pytest.approx(real["class_accuracy"], abs=0.06)

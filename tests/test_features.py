@@ -1,4 +1,4 @@
-"""Feature networks by name, features in a cache, and distances between two sets of features against closed forms."""
+"""Feature networks by name, and features in a cache."""
 
 import os
 import pickle
@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from conftest import Payload
 from torch import nn
 
 from flower_ldm import features as features_module
-from flower_ldm import metrics
 from flower_ldm.data import DataOptions
 from flower_ldm.errors import InputError
 from flower_ldm.features import (
@@ -26,7 +24,6 @@ from flower_ldm.features import (
     torchscript,
 )
 from flower_ldm.files import UnusableCacheError, read_tensors
-from flower_ldm.metrics import frechet_distance, kernel_distance, neighborhood_metrics
 
 
 class ChannelMeans(nn.Module):
@@ -238,106 +235,6 @@ def test_cache_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(InputError, match="features-synthetic.*can't be written: .*name another --cache_dir"):
         load_or_extract_features(network, images, tmp_path / "cache")
-
-
-# Distances
-
-
-def exact_gaussian(n: int, mean: torch.Tensor, covariance: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """`n` vectors whose sample mean and covariance are these, not merely expected to be."""
-    noise = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    noise -= noise.mean(dim=0)
-    whitening = torch.linalg.inv(torch.linalg.cholesky(noise.T @ noise / (n - 1)))
-    return noise @ whitening.T @ torch.linalg.cholesky(covariance).T + mean
-
-
-def test_frechet_distance_of_two_gaussians():
-    rng = torch.Generator().manual_seed(1)
-    one, other = torch.randn(2, 5, 5, generator=rng, dtype=torch.float64)
-    one, other = one @ one.T + torch.eye(5), other @ other.T + torch.eye(5)  # they don't commute
-    mean = torch.arange(5, dtype=torch.float64)
-    root = scipy.linalg.sqrtm((one @ other).numpy()).real
-    expected = mean.square().sum() + one.trace() + other.trace() - 2 * np.trace(root)
-    features = exact_gaussian(300, mean, one)
-    reference = exact_gaussian(400, torch.zeros(5, dtype=torch.float64), other, seed=2)
-    assert frechet_distance(features, reference) == pytest.approx(float(expected), rel=1e-6)
-    assert frechet_distance(reference, features) == pytest.approx(float(expected), rel=1e-6)
-    widths = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    wide = exact_gaussian(50, torch.zeros(3, dtype=torch.float64), torch.diag(widths**2))
-    narrow = exact_gaussian(50, torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), seed=3)
-    assert frechet_distance(wide, narrow) == pytest.approx(0 + 1 + 4, rel=1e-6)  # sum of (sigma - 1)^2
-
-
-def test_frechet_distance_of_a_set_to_itself_and_to_itself_moved():
-    features = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))  # fewer than features: singular
-    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-4)
-    assert frechet_distance(features + 2, features) == pytest.approx(60 * 4, rel=1e-4)
-
-
-def test_frechet_distance_is_biased_in_n():
-    rng = torch.Generator().manual_seed(0)
-    few, many, reference = (torch.randn(n, 32, generator=rng) for n in (100, 2000, 2000))
-    assert frechet_distance(few, reference) > 5 * frechet_distance(many, reference) > 0
-
-
-def test_kernel_distance_of_two_points():
-    """All features at a, all references at b: k(a, a) + k(b, b) - 2 k(a, b) with k = (x.y / 2 + 1)^3, no spread."""
-    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 4.0])
-    mean, std = kernel_distance(a.expand(20, 2), b.expand(30, 2))
-    assert mean == pytest.approx((4 / 2 + 1) ** 3 + (16 / 2 + 1) ** 3 - 2 * 1)
-    assert std == pytest.approx(0, abs=1e-9)
-
-
-def test_kernel_distance_is_unbiased_and_keeps_the_random_state():
-    rng = torch.Generator().manual_seed(0)
-    few, many, moved = torch.randn(100, 16, generator=rng), torch.randn(2000, 16, generator=rng), 0.5
-    state = torch.get_rng_state()
-    mean, std = kernel_distance(few, many)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert (mean, std) == kernel_distance(few, many)
-    assert abs(mean) < std
-    far, spread = kernel_distance(few + moved, many)
-    assert far > 5 * spread > 0
-
-
-def brute_force(features: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """The definitions, one pair at a time."""
-
-    def radius(points, index, k):
-        return sorted(np.linalg.norm(points - points[index], axis=1))[k]
-
-    def near(x, points, k):
-        return [np.linalg.norm(x - point) <= radius(points, index, k) for index, point in enumerate(points)]
-
-    inside = np.array([near(x, reference, 5) for x in features])
-    return {
-        "precision": np.mean([any(near(x, reference, 3)) for x in features]),
-        "recall": np.mean([any(near(x, features, 3)) for x in reference]),
-        "density": inside.sum() / (5 * len(features)),
-        "coverage": inside.any(axis=0).mean(),
-    }
-
-
-def test_neighborhood_metrics_are_their_definitions(monkeypatch):
-    monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 7)  # several blocks, the last one shorter
-    rng = np.random.default_rng(0)
-    features, reference = rng.normal(0.7, 1.3, size=(30, 4)), rng.normal(size=(40, 4))
-    stretch = np.array([1.0, 100.0, 0.01, 3.0])  # says nothing about neighbors: deviations are evened out
-    measured = neighborhood_metrics(torch.from_numpy(features * stretch), torch.from_numpy(reference * stretch))
-    mean, deviation = reference.mean(axis=0), reference.std(axis=0)
-    assert measured == pytest.approx(brute_force((features - mean) / deviation, (reference - mean) / deviation))
-    assert all(0 < value < 1 for value in measured.values())
-
-
-def test_neighborhood_metrics_of_identical_disjoint_and_one_sided_sets():
-    rng = torch.Generator().manual_seed(0)
-    left, right = torch.randn(60, 3, generator=rng), torch.randn(60, 3, generator=rng) + 100
-    same = neighborhood_metrics(left, left)
-    in_six = pytest.approx(6 / 5, abs=0.02)  # itself and five; the fifth is as far as the radius, up to rounding
-    assert same == {"precision": 1, "recall": 1, "density": in_six, "coverage": 1}
-    assert neighborhood_metrics(right, left) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
-    half = neighborhood_metrics(left, torch.cat([left, right]))  # one of two modes is missing
-    assert half == {"precision": 1, "recall": 0.5, "density": in_six, "coverage": 0.5}
 
 
 def test_a_torn_header_steers_no_terminal(tmp_path):

@@ -7,7 +7,8 @@ from PIL import Image
 
 from flower_ldm import memorization
 from flower_ldm.errors import InputError
-from flower_ldm.memorization import TrainingNeighbors, memorization_rates, memorized, nearest_two
+from flower_ldm.memorization import TrainingNeighbors, memorized, nearest_two
+from flower_ldm.metrics import memorization_rates
 from flower_ldm.visualization import save_nearest_neighbors
 
 

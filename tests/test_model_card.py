@@ -17,6 +17,7 @@ import train_latent_diffusion
 from flower_ldm import FlowerAutoencoderKL, FlowerLDMPipeline
 from flower_ldm.errors import InputError
 from flower_ldm.model_card import write_model_card
+from flower_ldm.report import write_report
 from flower_ldm.runs import ARTIFACTS, CARD_MARK
 
 EVALUATION = {
@@ -91,6 +92,14 @@ def test_card_of_a_pipeline_says_what_was_measured_and_how(runs):
     assert "| Learning rate | 0.0003, " in card  # no list begins there
     for unmeasured in ("Recall", "Class accuracy", "Density", "head", "nan"):
         assert unmeasured not in card
+
+
+def test_card_and_page_say_the_same_of_an_autoencoder(runs):
+    change(runs["autoencoder"], "metrics.json", psnr_of_mean_squared_error=21.5)
+    card = write_model_card(runs["autoencoder"]).read_text()
+    page = write_report(runs["autoencoder"]).read_text()
+    assert "| PSNR of the mean squared error (dB) | 21.50 |" in card
+    assert "<dt>PSNR of the mean squared error</dt><dd>21.50 dB</dd>" in page
 
 
 def test_card_without_an_evaluation_invents_nothing(finished_runs, tmp_path):

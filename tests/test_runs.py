@@ -54,14 +54,14 @@ def test_what_a_killed_run_leaves_is_known_and_removed(finished_runs, tmp_path):
 
 
 def test_an_artifact_knows_its_path_and_what_is_found_there(tmp_path):
-    written = [runs.SAMPLES.path(tmp_path, which) for which in (20, "x")]
+    written = [runs.SAMPLE_GRIDS.path(tmp_path, which) for which in (20, "x")]
     written.append(runs.DENOISING_PATH.path(tmp_path, "a_b"))
     names = [path.relative_to(tmp_path).as_posix() for path in written]
     assert names == ["samples/step-00000020.png", "samples/step-x.png", "denoising_path_a_b.png"]
     (tmp_path / "samples").mkdir()
     for path in written:
         path.touch()
-    assert runs.SAMPLES.found(tmp_path) == [("00000020", written[0]), ("x", written[1])]
+    assert runs.SAMPLE_GRIDS.found(tmp_path) == [("00000020", written[0]), ("x", written[1])]
     assert runs.DENOISING_PATH.found(tmp_path) == [("a_b", written[2])]
     assert runs.DENOISING_PATH.texts("a*b")[1] == "a*b: the path of one sample"
 
