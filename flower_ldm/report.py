@@ -320,7 +320,7 @@ def _class_of(run: Run, stem: str) -> str:
 def hero_picture(run: Run, album: Album) -> dict | None:
     """The picture of the first screen: the last reconstructions, or the class grid, or else the last samples."""
     if run.stage == "autoencoder":
-        steps, what = _by_update(RECONSTRUCTIONS, run.folder), "held-out images, each above its reconstruction"
+        steps, what = _by_update(RECONSTRUCTION_GRIDS, run.folder), "held-out images, each above its reconstruction"
     else:
         steps, what = _by_update(SAMPLE_GRIDS, run.folder), "generated images, one class a column"
         grid = CLASS_GRID.path(run.folder)
