@@ -30,10 +30,10 @@ from .metrics import (
 from .recipes import public_flags, training_command
 from .report import (
     facts,
-    lede,
     memorization_table,
     metrics_table,
-    sampling_words,
+    sampling_description,
+    summary,
     training_seconds,
 )
 from .runs import (
@@ -89,14 +89,14 @@ def render(run: Run, repo_id: str | None = None) -> str:
     name = repo_id.split("/")[-1] if repo_id else ANYWHERE[run.stage].split("/")[-1]
     sections = [
         f"# {plain(name)}",
-        plain(lede(public_run(run))),
+        plain(summary(public_run(run))),
         picture(run, CLASS_GRID),
-        use(run, repo_id or ANYWHERE[run.stage]),
+        usage(run, repo_id or ANYWHERE[run.stage]),
         training(run),
         measured(run),
-        limits(run),
+        limitations(run),
         license(run),
-        again(run, repo_id or ANYWHERE[run.stage]),
+        reproduction(run, repo_id or ANYWHERE[run.stage]),
         CARD_MARK,
     ]
     body = "\n\n".join(filter(None, sections))
@@ -145,10 +145,10 @@ def picture(run: Run, artifact: Artifact) -> str:
     return f"![{alt}]({artifact.name})" + (f"\n\n*{caption}*" if caption else "")
 
 
-def use(run: Run, repo_id: str) -> str:
+def usage(run: Run, repo_id: str) -> str:
     """Five lines with the package, and five without it."""
     if run.stage == "autoencoder":
-        load, kind, library = "vae", "FlowerAutoencoderKL", "AutoModel"
+        variable, kind, library = "vae", "FlowerAutoencoderKL", "AutoModel"
         lines = [
             "posterior = vae.encode(images).latent_dist  # images: (B, 3, H, W) in [-1, 1]",
             "latents = vae.normalize(posterior.mean)  # of unit variance, as a denoiser wants them",
@@ -156,7 +156,7 @@ def use(run: Run, repo_id: str) -> str:
         ]
         travels = "auto_map" in run.configs["autoencoder"]
     else:
-        load, kind, library = "pipe", "FlowerLDMPipeline", "DiffusionPipeline"
+        variable, kind, library = "pipe", "FlowerLDMPipeline", "DiffusionPipeline"
         lines = [f"images = pipe({_labels(run)}, num_images_per_label=4).images", 'images[0].save("image.png")']
         travels = True
     blocks = [
@@ -165,11 +165,11 @@ def use(run: Run, repo_id: str) -> str:
         "`trust_remote_code` allows to run, is short. Read it, and put the commit that you have read in place of "
         f"`COMMIT` ([list](https://huggingface.co/{repo_id}/commits/main)), so that no later one runs:"
         if travels else "",
-        _code(f"from diffusers import {library}", "", f'{load} = {library}.from_pretrained('
+        _code(f"from diffusers import {library}", "", f'{variable} = {library}.from_pretrained('
               f'"{repo_id}", revision="COMMIT", trust_remote_code=True)', *lines)
         if travels else "",
         "With the package `flower_ldm` installed" + (", no trust is needed:" if travels else ":"),
-        _code(f"from flower_ldm import {kind}", "", f'{load} = {kind}.from_pretrained("{repo_id}")', *lines),
+        _code(f"from flower_ldm import {kind}", "", f'{variable} = {kind}.from_pretrained("{repo_id}")', *lines),
     ]  # fmt: skip
     if run.stage == "latent_diffusion" and (names := run.class_names):
         shown = f"The {number(len(names))} classes, by name or by index from 0" if len(names) > 1 else "The class"
@@ -201,7 +201,7 @@ def training(run: Run) -> str:
     """What it was trained on, how, for how long."""
     rows = [[plain(name), plain(value)] for _, group in facts(public_run(run)) for name, value in group]
     curves = AUTOENCODER_LOSSES if run.stage == "autoencoder" else DIFFUSION_LOSS
-    blocks = ["## Training", f"| | |\n|---|---|\n{_rows(rows)}", picture(run, curves), _judge(run)]
+    blocks = ["## Training", f"| | |\n|---|---|\n{_rows(rows)}", picture(run, curves), _perceptual_network(run)]
     if (stage1 := autoencoder_run(run)) and (seconds := training_seconds(stage1)):
         blocks.append(f"Its autoencoder was trained before it, for {number(stage1.last_step)} updates in "
                       f"{duration(seconds)}.")  # fmt: skip
@@ -212,7 +212,7 @@ def _rows(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def _judge(run: Run) -> str:
+def _perceptual_network(run: Run) -> str:
     """Which network the perceptual loss looked through: figures depend on it."""
     if run.stage != "autoencoder" or not run.args.get("perceptual_weight"):
         return ""
@@ -259,7 +259,7 @@ def protocol(run: Run) -> str:
     if features.get("name"):
         sentence += f", by {number(features.get('num_features'))} features of {plain(features['name'])}"
         sentence += f" on images of {number(features['input_size'])} pixels" if features.get("input_size") else ""
-    drawn = sampling_words({"sampling": nested(evaluation, "sampling")})
+    drawn = sampling_description({"sampling": nested(evaluation, "sampling")})
     return f"{sentence}. Drawn with {plain(drawn)}." if drawn else f"{sentence}."
 
 
@@ -295,7 +295,7 @@ def reconstruction_values(run: Run) -> list[tuple[ReconstructionMetric, float]]:
     return [(metric, value) for metric, value in values if is_finite(value)]
 
 
-def limits(run: Run) -> str:
+def limitations(run: Run) -> str:
     """What the model can't do, and whether it repeats training images."""
     size = run.args.get("resolution")
     known = f"It knows images of {size} × {size} pixels" if size else "It knows images of one size"
@@ -353,7 +353,7 @@ def autoencoder_run(run: Run) -> Run | None:
     return stage1 if mean and stage1.configs.get("autoencoder", {}).get("latents_mean") == mean else None
 
 
-def again(run: Run, repo_id: str) -> str:
+def reproduction(run: Run, repo_id: str) -> str:
     """The exact commands, but for paths: those are the reader's own."""
     if not run.args:
         return ""

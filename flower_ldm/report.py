@@ -92,7 +92,7 @@ def title(run: Run) -> str:
     return f"Latent diffusion on {data_name(run)}"
 
 
-def lede(run: Run) -> str:
+def summary(run: Run) -> str:
     """One sentence: what was trained, on what, how long."""
     name = "autoencoder" if run.stage == "autoencoder" else "denoiser"
     sentence = f"{'An' if name == 'autoencoder' else 'A'} {name}"
@@ -160,7 +160,7 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     scheduler = run.configs.get("scheduler", {})
     sampler = scheduler.get("_class_name")
     models = [
-        (name.capitalize(), _model_words(run.configs.get(name, {}), run.num_parameters.get(name, 0)))
+        (name.capitalize(), _model_description(run.configs.get(name, {}), run.num_parameters.get(name, 0)))
         for name in ("denoiser", "autoencoder")
     ]
     groups = {
@@ -181,8 +181,8 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         ],
         "Training": [
             ("Updates", number(run.last_step)),
-            ("Batch", _batch_words(args)),
-            ("Learning rate", _rate_words(args)),
+            ("Batch", _batch_description(args)),
+            ("Learning rate", _learning_rate_description(args)),
             ("Precision", PRECISIONS.get(metrics.get("mixed_precision") or args.get("mixed_precision"))),
             ("Moving average", f"decay {args['ema_decay']}" if "ema_decay" in args else None),
             ("Time", duration(seconds) if (seconds := training_seconds(run)) else None),
@@ -197,19 +197,19 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(name, rows) for name, rows in known.items() if rows]
 
 
-def _model_words(config: dict, num_parameters: int) -> str:
+def _model_description(config: dict, num_parameters: int) -> str:
     name = config.get("_class_name", "")
     return name + (f", {count_of_parameters(num_parameters)} parameters" if name and num_parameters else "")
 
 
-def _batch_words(args: dict) -> str | None:
+def _batch_description(args: dict) -> str | None:
     if "train_batch_size" not in args:
         return None
     accumulated = args.get("gradient_accumulation_steps") or 1
     return f"{args['train_batch_size']} images" + (f" × {accumulated} micro-batches" if accumulated > 1 else "")
 
 
-def _rate_words(args: dict) -> str | None:
+def _learning_rate_description(args: dict) -> str | None:
     if "learning_rate" not in args:
         return None
     schedule = str(args.get("lr_scheduler") or "").replace("_", " ")
@@ -400,7 +400,7 @@ def _metric_cells(metric: Metric, entries: list[dict]) -> list[tuple[str, str, s
     return cells
 
 
-def sampling_words(evaluation: dict) -> str:
+def sampling_description(evaluation: dict) -> str:
     """How the evaluated samples were drawn and looked at, in one sentence."""
     sampling, features = nested(evaluation, "sampling"), nested(evaluation, "features")
     interval = sampling.get("guidance_interval")
@@ -512,7 +512,7 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
         "path": {"paths": denoising_paths(run, album), "animations": []},
         "between": interpolations(run, album),
         "metrics": table
-        and table | {"sampling": sampling_words(evaluation), "remarks": evaluation.get("remarks") or []},
+        and table | {"sampling": sampling_description(evaluation), "remarks": evaluation.get("remarks") or []},
         "sweep": {
             "charts": sweep_charts(sweep),
             "table": sweep_table(sweep),
@@ -547,7 +547,7 @@ def render(run: Run) -> str:
     page = environment.get_template("page.html").render(
         run=run,
         title=title(run),
-        lede=lede(run),
+        summary=summary(run),
         hero=hero,
         headline=headline(run),
         planned=number(planned) if planned else "",

@@ -145,7 +145,7 @@ PICTURES = (
 
 # Folders; those that end in a hyphen are followed by an update or, of drawn samples, by a digest.
 LATENT_CACHE, EVALUATION_CACHE, DRAWN_SAMPLES, LOGS = "latent_cache", "evaluation_cache", "samples-", "logs"
-CHECKPOINT, ASIDE = "checkpoint-", "-aside-"
+CHECKPOINT, ASIDE = "checkpoint-", "-aside-"  # checkpoint-<step>-aside-<number> was in the way of a checkpoint
 UNFINISHED = "unfinished-"  # a checkpoint that is being written or removed; likewise the export of a model:
 UNFINISHED_BEST, UNFINISHED_EXPORT = "unfinished-best", "unfinished-export"
 WORKING_FILES = (
@@ -163,7 +163,7 @@ ARTIFACTS = (ARGS_FILE, LOG_FILE, METRICS_FILE, CARD_FILE, PAGE_FILE, *MODELS, *
              *map(Artifact, WORKING_FILES))  # fmt: skip
 RUN_FILES = tuple(artifact.name for artifact in ARTIFACTS)
 RUN_FOLDERS = {name.rsplit("/", depth)[0] for name in RUN_FILES for depth in range(1, name.count("/") + 1)}
-OF_A_STEP = re.compile(f"^(?:({CHECKPOINT})[0-9]+|({UNFINISHED})[0-9]+)(?=/|$)")
+OF_A_STEP = re.compile(f"^(?:({CHECKPOINT})[0-9]+(?:{ASIDE}[0-9]+)?|({UNFINISHED})[0-9]+)(?=/|$)")
 # A killed process leaves what it hadn't moved to its place: `files.write_whole`'s, and safetensors' own.
 TORN = re.compile(r"(.*\.\d+\.tmp|.+/\.tmp[A-Za-z0-9]{6})")
 LEFT_BY_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")

@@ -190,6 +190,20 @@ def test_what_somebody_else_put_into_a_run_stops_its_replacement(output_dir, ear
     assert on_disk(output_dir) == earlier_run | {name: b"dear flower"}
 
 
+def test_a_checkpoint_that_was_set_aside_is_the_runs_own(output_dir, earlier_run):
+    """`make_room` renames what is in a new checkpoint's place, such as a damaged one of the same update."""
+    checkpoints.make_room(output_dir / "checkpoint-5")
+    assert (output_dir / "checkpoint-5-aside-1" / "model.safetensors").is_file()
+    (output_dir / "checkpoint-5-aside-1" / "notes.txt").write_text("dear flower")
+    with pytest.raises(InputError, match="no run of ours has written: 'checkpoint-5-aside-1/notes.txt'"):
+        claim(output_dir, "--overwrite_output_dir")
+    (output_dir / "checkpoint-5-aside-1" / "notes.txt").unlink()
+    claim(output_dir, "--resume_from_checkpoint=latest")
+    assert (output_dir / "checkpoint-5-aside-1" / "model.safetensors").is_file()
+    claim(output_dir, "--overwrite_output_dir")
+    assert on_disk(output_dir).keys() == {"args.yaml", ".lock"}
+
+
 class Unreachable(GeneralTracker):
     """A tracker whose service can't be reached."""
 

@@ -17,36 +17,13 @@ import yaml
 from PIL import Image
 
 from flower_ldm.errors import InputError
+from flower_ldm.formatting import number
 from flower_ldm.model_card import write_model_card
 from flower_ldm.report import Album, write_report
 from flower_ldm.report_curves import thin
 from flower_ldm.runs import read_run
 
 HOSTILE = "<script>alert('x')</script> & \"rose\" '>"
-EVALUATION = {
-    "dataset": "synthetic",
-    "splits": {"train": ["train"], "held_out": ["val"]},
-    "features": {"name": "efficientnet-lite0", "num_features": 1280, "input_size": 128},
-    "sampling": {"num_samples": 20, "seed": 0, "scheduler": "DPMSolverMultistepScheduler", "guidance_scale": 2.0,
-                 "guidance_interval": [0.1, 0.8], "num_inference_steps": 25, "images_per_second": 8.5,
-                 "device": "cpu", "dtype": "float32"},
-    "reconstruction": {"n": 16, "split": ["val"], "psnr": 21.25, "ssim": 0.5125,
-                       "perceptual_distance": {"name": "vgg16 of a test", "value": 0.3125}, "head_accuracy": None},
-    "against_held_out": {
-        name: {"n": n, "n_reference": 16, "frechet_distance": frechet, "kid": frechet / 1000, "kid_std": 0.00025,
-               "precision": 0.75, "recall": 0.5, "density": 0.875, "coverage": 0.625, "class_accuracy": accuracy}
-        for name, n, frechet, accuracy in
-        (("real", 48, 11.5, 0.9375), ("reconstructions", 16, 22.5, 0.8125), ("samples", 20, 33.5, None))
-    },
-    "memorisation": {"samples": {"n": 20, "feature_rate": 0.05, "pixel_rate": 0.0, "exact_duplicates": 1},
-                     "held_out": {"n": 16, "feature_rate": 0.0625, "pixel_rate": 0.0, "exact_duplicates": 0}},
-    "sweep": [{"guidance_scale": scale, "num_inference_steps": steps, "n": 20, "frechet_distance": 30 + scale * steps,
-               "kid": 0.03, "kid_std": 0.001, "class_accuracy": 0.5, "seconds": 2.0}
-              for steps in (10, 25) for scale in (1.0, 2.0, 4.0)],
-    "remarks": ["n = 20 is not above the 1,280 features <i>"],
-    "versions": {"torch": "2.9.0"},
-    "command": "python -m flower_ldm.evaluation --pipeline 'my flowers'",
-}  # fmt: skip
 
 
 # --- runs to show ----------------------------------------------------------------------------------------------------
@@ -68,19 +45,20 @@ def stage1(finished_runs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stage2(finished_runs, tmp_path_factory) -> Path:
-    """A finished run of stage 2 with everything that a page can show, and a class that means to break it."""
+def stage2(evaluated_run, tmp_path_factory) -> Path:
+    """An evaluated run of stage 2 with everything that a page can show; a class and a remark mean to break it."""
     folder = tmp_path_factory.mktemp("report") / "flower-ldm"
-    shutil.copytree(finished_runs.flower_ldm, folder, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
-    for name in ("denoising_path_red_rose", "nearest_neighbours"):
-        picture(folder / f"{name}.png")
+    shutil.copytree(evaluated_run, folder, ignore=shutil.ignore_patterns("checkpoint-*", "logs", "*_cache"))
+    picture(folder / "denoising_path_red_rose.png")
     frames = [Image.new("RGB", (32, 32), color) for color in ("gray", "olive", "red")]
     frames[0].save(folder / "diffusion_animation_red_rose.gif", save_all=True, append_images=frames[1:])
     index = json.loads((folder / "model_index.json").read_text())
     index["id2label"]["0"] = HOSTILE
     (folder / "model_index.json").write_text(json.dumps(index))
     metrics = json.loads((folder / "metrics.json").read_text())
-    (folder / "metrics.json").write_text(json.dumps(metrics | {"evaluation": EVALUATION}))
+    metrics["evaluation"]["remarks"].append("few images <i>")
+    metrics["evaluation"]["memorisation"]["samples"]["feature_rate"] = 0.0625  # nothing so tiny repeats anything
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     write_report(folder)
     return folder
 
@@ -150,10 +128,21 @@ def test_stage1_page_has_a_section_for_all_that_is_there(stage1):
     assert [link["href"] for link in page.all("a")][1:] == [f"#{name}" for name in page.sections]
     assert "trained for 6 updates" in page.text and "synthetic flowers, 4 classes" in page.text
     metrics = json.loads((stage1 / "metrics.json").read_text())
-    assert f"{metrics['psnr']:.2f} dB" in page.text
+    for said in (f"{metrics['psnr']:.2f} dB", f"Device {metrics['device']}", f"on {metrics['device']}, on synthetic",
+                 "Precision float32", f"torch {metrics['versions']['torch']}"):  # fmt: skip
+        assert said in page.text, said
+    assert "Processes" not in page.text
     headings = {json.loads(figure["data-chart"])["series"][0]["name"] for figure in page.all("figure")
                 if "data-chart" in figure}  # fmt: skip
     assert {"training", "held out"} <= headings
+
+
+def test_precision_is_what_was_in_force_and_several_processes_are_said(small_run):
+    metrics = json.loads((small_run / "metrics.json").read_text()) | {"mixed_precision": "bf16", "num_processes": 8}
+    (small_run / "metrics.json").write_text(json.dumps(metrics))
+    assert yaml.safe_load((small_run / "args.yaml").read_text())["mixed_precision"] is None
+    text = Page(write_report(small_run)).text
+    assert "Precision bfloat16 autocast" in text and "Processes 8" in text
 
 
 def test_stage2_page_has_a_section_for_all_that_is_there(stage2):
@@ -162,12 +151,21 @@ def test_stage2_page_has_a_section_for_all_that_is_there(stage2):
         "facts", "curves", "timesteps", "progress", "reconstruction", "latents", "path", "between", "metrics", "sweep",
         "memorisation", "again", "versions",
     ]  # fmt: skip
-    for figure in ("11.50", "22.50", "33.50", "0.03350", "± 0.00025", "0.938", "21.25 dB", "vgg16 of a test",
-                   "5.0 %", "6.2 %", "torch 2.9.0", "1,280 features an image"):  # fmt: skip
+    metrics = json.loads((stage2 / "metrics.json").read_text())
+    evaluation = metrics["evaluation"]
+    figures = [f"{entry['frechet_distance']:,.2f}" for entry in evaluation["against_held_out"].values()]
+    figures += [number(entry["kid_std"], 5) for entry in evaluation["against_held_out"].values()]
+    figures += [f"{evaluation['against_held_out']['real']['recall']:.3f}", "6.2 %", "1,280 features an image"]
+    figures += [f"{evaluation['reconstruction']['psnr']:.2f} dB", "(vgg16.safetensors)", "guidance 2.5, 0.1, 0.8 of"]
+    figures += [f"scikit-learn {evaluation['versions']['scikit-learn']}", f"Device {metrics['device']}"]
+    for figure in figures:
         assert figure in page.text, figure
     assert page.text.index("the floor") < page.text.index("the ceiling") < page.text.index("the model")
-    assert "n = 20 is not above the 1,280 features <i>" in page.text
-    assert EVALUATION["command"] in page.text.replace("\\ ", "")
+    assert all(remark in page.text for remark in evaluation["remarks"]) and len(evaluation["remarks"]) == 4
+    assert evaluation["command"] in page.text.replace("\\ ", "")
+    charts = [json.loads(figure["data-chart"]) for figure in page.all("figure") if figure.get("data-group") == "sweep"]
+    drawn = {value for chart in charts for series in chart["series"] for _, value in series["points"]}
+    assert {float(f"{point['kid']:.5g}") for point in evaluation["sweep"]} <= drawn
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -213,8 +211,8 @@ def test_what_finds_no_room_or_is_damaged_is_named_and_not_shown(stage1, tmp_pat
     shutil.copytree(stage1, folder)
     (folder / "latent_space_tsne.png").write_bytes(b"\x89PNG torn")
     frames = [Image.effect_noise((400, 400), 200) for _ in range(8)]
-    for number in range(10):
-        frames[0].save(folder / f"diffusion_animation_{number}.gif", save_all=True, append_images=frames[1:])
+    for stem in range(10):
+        frames[0].save(folder / f"diffusion_animation_{stem}.gif", save_all=True, append_images=frames[1:])
     page = Page(write_report(folder))
     assert 5_000_000 < (folder / "report.html").stat().st_size < 10_000_000
     assert "latent_space_tsne.png (damaged)" in page.text
@@ -334,6 +332,12 @@ DAMAGED = [  # a file of the run, where in it, and what stands there; then what 
     ("metrics.json", "evaluation", {"remarks": 7}, "remarks must be a list of names, not a number"),
     ("metrics.json", "evaluation", {"command": {"a": 1}}, "command must be a text or a list of names"),
     ("metrics.json", "evaluation", {"sampling": "x"}, "sampling must be a mapping, not a text"),
+    ("metrics.json", "evaluation", {"memorisation": 3}, "memorisation must be a mapping, not a number"),
+    ("metrics.json", "psnr", "high", None),
+    ("metrics.json", "device", ["cpu"], "device must be a text, not a list"),
+    ("metrics.json", "versions", "2", "versions must be a mapping, not a text"),
+    ("metrics.json", "mixed_precision", "bf8", None),
+    ("metrics.json", "num_processes", "two", "num_processes must be a number, not a text"),
     ("metrics.json", "evaluation", {"against_held_out": {"samples": {"kid": 10**400, "n": [1]}}}, None),
     ("metrics.json", "evaluation", {"splits": {"held_out": 5}, "memorisation": {"samples": 3}}, None),
     ("unet/config.json", "sample_size", "8", "sample_size must be a number or a list of them, not a text"),
