@@ -799,7 +799,7 @@ class DataOptions:
 
         `more` is what else `--dataset` means to this command.
         """
-        cls._declare_flags(parser, f"{more}; unset, this and each other flag of the data is what the run had")
+        cls._declare_flags(parser, f"{more}; unset: what the run had, as with every flag of the data")
 
     @staticmethod
     def _declare_flags(parser: FlagParser, more: str = "") -> None:

@@ -40,7 +40,8 @@ class Flag:
     """The traits of a flag. The defaults are those of a flag that declares none.
 
     Attributes:
-        may_change: a resumed run may have another value.
+        may_change: a resumed run may have another value. Paths may, since what they lead to is compared instead
+            (`checkpoints.Progress`); so may the batch, since the images of one update are.
         public: gives what everybody may see of a value; `None` where nobody may see anything.
         is_read: it names something that the run reads, and that may lie on this disk.
         bounds: the numbers that it takes. Numbers with a fraction must be finite in any case.

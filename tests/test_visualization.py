@@ -32,9 +32,11 @@ from flower_ldm.synthetic import CLASS_NAMES
 from flower_ldm.training import optional
 from flower_ldm.visualization import (
     class_grid,
+    data_options,
     draw_samples,
     image_grid,
     main,
+    parse_args,
     picture_table,
     save_class_grid,
     save_denoising,
@@ -299,6 +301,17 @@ def test_every_picture_of_a_pipeline(finished_runs, tmp_path, capsys):
             with Image.open(path) as picture:
                 assert np.asarray(picture.convert("L")).std() > 5, path.name
     assert f"pictures are in {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_the_images_are_those_of_the_run_unless_flags_say_otherwise(finished_runs, tmp_path):
+    def options(*words: str, folder: Path = finished_runs.flower_ldm) -> DataOptions | None:
+        return data_options(parse_args(["--pipeline", str(folder), *words]), str(folder))
+
+    of_run = DataOptions("synthetic", classes=list("0123"), images_per_class=12, resolution=32)
+    assert options() == options("--dataset", "synthetic") == of_run
+    assert options("--dataset", "flowers102") == DataOptions("flowers102")
+    assert options("--dataset", "none") is None
+    assert options(folder=tmp_path) is None  # there is no run, and no flag names a data set
 
 
 def test_a_pipeline_with_a_stock_unet_and_without_images(finished_runs, tmp_path, capsys):
