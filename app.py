@@ -10,6 +10,7 @@ Reads from top to bottom: limits, what a visitor asks for, drawing, the page, th
 import argparse
 import base64
 import html
+import inspect
 import io
 import json
 import math
@@ -26,9 +27,8 @@ from typing import NamedTuple
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from tqdm import tqdm
 
@@ -55,25 +55,14 @@ THUMBNAIL_STEPS = 12
 MAX_THUMBNAILS = 128  # classes beyond are chosen by name
 DEFAULT_PIPELINE = "results/flower-ldm"
 FILES_KEPT = (600, 3600)  # seconds: how often drawn images are cleared away, and how old they are then
-
-SAMPLERS = {
-    "DPM-Solver++": diffusers.DPMSolverMultistepScheduler,
-    "UniPC": diffusers.UniPCMultistepScheduler,
-    "DDIM": diffusers.DDIMScheduler,
-    "Euler": diffusers.EulerDiscreteScheduler,
-    "Euler, ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "Heun": diffusers.HeunDiscreteScheduler,
-    "PNDM": diffusers.PNDMScheduler,
-    "DDPM": diffusers.DDPMScheduler,
-}
 OWN_SAMPLER = "The pipeline's own"
 
 
 # --- what a visitor asks for -----------------------------------------------------------------------------------------
 
 
-class Wish(NamedTuple):
-    """A request that has been checked: labels by index, and the options of the drawing."""
+class DrawingRequest(NamedTuple):
+    """What a visitor asks for, checked: labels by index, and the options of the drawing."""
 
     labels: list[int]
     images_each: int
@@ -83,7 +72,7 @@ class Wish(NamedTuple):
     sampler: str
 
 
-def check_wish(pipe: DiffusionPipeline, names, images_each, seed, steps, guidance, sampler) -> Wish:
+def check_request(pipe: DiffusionPipeline, names, images_each, seed, steps, guidance, sampler) -> DrawingRequest:
     """Trust nothing: whoever calls the page's endpoints by hand sends whatever they like.
 
     Raises:
@@ -105,10 +94,13 @@ def check_wish(pipe: DiffusionPipeline, names, images_each, seed, steps, guidanc
         )
     if not is_number(guidance) or not 1 <= guidance <= MAX_GUIDANCE:
         raise refusal(f"Guidance must be a number from 1 to {MAX_GUIDANCE:g}.")
-    if not isinstance(sampler, str) or sampler not in {OWN_SAMPLER, *SAMPLERS}:
-        raise refusal(f"The sampler must be one of {', '.join([OWN_SAMPLER, *SAMPLERS])}.")
-    return Wish(labels, images_each, whole("The seed", seed, 0, MAX_SEED), whole("Steps", steps, 1, MAX_STEPS),
-                float(guidance), sampler)  # fmt: skip
+    known = [OWN_SAMPLER, *known_samplers(pipe)]
+    if not isinstance(sampler, str) or sampler not in known:
+        raise refusal(f"The sampler must be one of {'; '.join(known)}.")
+    return DrawingRequest(
+        labels, images_each, whole("The seed", seed, 0, MAX_SEED), whole("Steps", steps, 1, MAX_STEPS),
+        float(guidance), sampler,
+    )  # fmt: skip
 
 
 def whole(name: str, value: object, lowest: int, highest: int) -> int:
@@ -132,6 +124,26 @@ def refusal(message: str) -> Exception:
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
+def known_samplers(pipe: DiffusionPipeline) -> dict[str, type[SchedulerMixin]]:
+    """Schedulers by the titles that people read: the table is in the file of the pipeline, which a Space has too.
+
+    A pipeline that an earlier version saved brings no table: it draws with its own scheduler only.
+    """
+    table = getattr(sys.modules.get(type(pipe).__module__), "SCHEDULERS", {})
+    return {facts.title: facts.scheduler_class for facts in table.values()}
+
+
+def own_guidance(pipe: DiffusionPipeline) -> float:
+    """The guidance scale that suits the model, as far as the page allows it.
+
+    A pipeline that an earlier version saved doesn't say: there it is the default of its call.
+    """
+    scale = getattr(pipe, "default_guidance_scale", None)
+    if scale is None:
+        scale = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    return min(max(scale, 1.0), MAX_GUIDANCE)
+
+
 class Preview(NamedTuple):
     """How far a drawing is, and what its images would be by now; the last one is the drawing itself."""
 
@@ -141,10 +153,11 @@ class Preview(NamedTuple):
 
 
 class Studio:
-    """A pipeline that draws one wish at a time, and shows how."""
+    """A pipeline that draws one request at a time, and shows how."""
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
+        self.known_samplers = known_samplers(pipe)
         # One thread for all drawings: they take turns, whoever has left, and its pool of workers is made once.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
 
@@ -153,10 +166,15 @@ class Studio:
         return self.pipe.num_classes > 1 and getattr(self.pipe.unet, "takes_class_mixtures", False)
 
     @property
+    def can_guide(self) -> bool:
+        return getattr(self.pipe, "can_guide", True)  # an earlier version's doesn't say
+
+    @property
     def samplers(self) -> list[str]:
         """Those that can follow this model; the pipeline's own first, by its name where it has one here."""
-        own = [name for name, kind in SAMPLERS.items() if type(self.pipe.scheduler) is kind] or [OWN_SAMPLER]
-        return own + [name for name in SAMPLERS if name not in own and self._can_follow(name)]
+        known, own_class = self.known_samplers, type(self.pipe.scheduler)
+        own = [name for name, scheduler_class in known.items() if scheduler_class is own_class] or [OWN_SAMPLER]
+        return own + [name for name in known if name not in own and self._can_follow(name)]
 
     def _can_follow(self, sampler: str) -> bool:
         try:
@@ -165,18 +183,18 @@ class Studio:
             return False
         return True
 
-    def draw(self, wish: Wish) -> Iterator[Preview]:
+    def draw(self, request: DrawingRequest) -> Iterator[Preview]:
         """Images of each label in turn; image i, counted over all, has the seed SEED + i."""
-        labels = [label for label in wish.labels for _ in range(wish.images_each)]
-        return self._watch(labels, [wish.seed + number for number in range(len(labels))], wish)
+        labels = [label for label in request.labels for _ in range(request.images_each)]
+        return self._watch(labels, [request.seed + number for number in range(len(labels))], request)
 
-    def blend(self, wish: Wish) -> Iterator[Preview]:
+    def blend(self, request: DrawingRequest) -> Iterator[Preview]:
         """From the first label to the second in `BLEND_FRAMES` mixtures, all from the same noise."""
         mixtures = torch.zeros(BLEND_FRAMES, self.pipe.num_classes)
         share = torch.linspace(0, 1, BLEND_FRAMES)
-        mixtures[:, wish.labels[0]] += 1 - share
-        mixtures[:, wish.labels[1]] += share
-        return self._watch(mixtures, [wish.seed] * BLEND_FRAMES, wish)
+        mixtures[:, request.labels[0]] += 1 - share
+        mixtures[:, request.labels[1]] += share
+        return self._watch(mixtures, [request.seed] * BLEND_FRAMES, request)
 
     def thumbnails(self) -> list[tuple[Image.Image, str]]:
         """One small image of each class, drawn now, and its name."""
@@ -184,12 +202,12 @@ class Studio:
         pictures = []
         for start in tqdm(range(0, len(names), MAX_IMAGES), desc="thumbnails", disable=None):
             labels = list(range(start, min(start + MAX_IMAGES, len(names))))
-            wish = Wish(labels, 1, 0, THUMBNAIL_STEPS, 2.0, OWN_SAMPLER)
-            *_, last = self.draw(wish)
+            request = DrawingRequest(labels, 1, 0, THUMBNAIL_STEPS, own_guidance(self.pipe), OWN_SAMPLER)
+            *_, last = self.draw(request)
             pictures += last.images
         return list(zip(pictures, names, strict=True))
 
-    def _watch(self, labels: list[int] | torch.Tensor, seeds: list[int], wish: Wish) -> Iterator[Preview]:
+    def _watch(self, labels: list[int] | torch.Tensor, seeds: list[int], request: DrawingRequest) -> Iterator[Preview]:
         """Draw in the studio's thread, and give what its step callback sees.
 
         Raises:
@@ -208,7 +226,7 @@ class Studio:
         def work() -> None:
             try:
                 if not left.is_set():
-                    seen.put(self._finish(labels, seeds, wish, on_step))
+                    seen.put(self._finish(labels, seeds, request, on_step))
             except Exception as error:
                 seen.put(error)
 
@@ -224,30 +242,32 @@ class Studio:
         finally:
             left.set()  # a visitor who closes the page stops the drawing at its next step
 
-    def _finish(self, labels: list[int] | torch.Tensor, seeds: list[int], wish: Wish, on_step) -> Preview:
+    def _finish(self, labels: list[int] | torch.Tensor, seeds: list[int], request: DrawingRequest, on_step) -> Preview:
         """The drawing itself.
 
         Raises:
             gr.Error: where this sampler can't follow the model, or not in so few steps.
         """
         try:
-            pipe = self._pipeline(wish.sampler)
+            pipe = self._pipeline(request.sampler)
             images = pipe(
-                labels, guidance_scale=wish.guidance, num_inference_steps=wish.steps,
+                labels, guidance_scale=request.guidance, num_inference_steps=request.steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=("denoised_latents",),
             ).images  # fmt: skip
         except ValueError as error:
-            raise refusal(f"{wish.sampler} draws nothing in {wish.steps} steps: {one_line(error)}.") from None
+            raise refusal(f"{request.sampler} draws nothing in {request.steps} steps: {one_line(error)}.") from None
         steps = len(pipe.scheduler.timesteps)
         return Preview(steps, steps, images)
 
     def _pipeline(self, sampler: str) -> DiffusionPipeline:
         """The same models with a scheduler of its own: those remember where they are."""
         own = self.pipe.scheduler
-        kind = SAMPLERS.get(sampler, type(own))
-        scheduler = type(own).from_config(own.config) if kind is type(own) else self.pipe.make_scheduler(kind)
-        pipe = type(self.pipe)(**self.pipe.components | {"scheduler": scheduler}, id2label=self.pipe.config.id2label)
+        chosen = self.known_samplers.get(sampler, type(own))
+        scheduler = type(own).from_config(own.config) if chosen is type(own) else self.pipe.make_scheduler(chosen)
+        parts, known = self.pipe.components | {"scheduler": scheduler}, inspect.signature(type(self.pipe)).parameters
+        settings = {name: value for name, value in self.pipe.config.items() if name in known and name not in parts}
+        pipe = type(self.pipe)(**parts, **settings)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -309,6 +329,42 @@ def loop(images: list[Image.Image], caption: str) -> str:
             f'<p class="note"><a href="{uri}" download="blend.webp">Download the animation</a></p>')  # fmt: skip
 
 
+class Controls(NamedTuple):
+    """What a visitor chooses by; the values of the last four are options of a drawing."""
+
+    flowers: "gr.Dropdown"
+    thumbnails: "gr.Gallery"
+    another_seed: "gr.Button"
+    images_each: "gr.Slider"
+    seed: "gr.Number"
+    steps: "gr.Slider"
+    guidance: "gr.Slider"
+    sampler: "gr.Dropdown"
+
+
+def build_controls(studio: Studio) -> Controls:
+    """The left column of the page."""
+    names = studio.pipe.class_names
+    flowers = gr.Dropdown(names, value=names[:1], multiselect=True, allow_custom_value=True,
+                          max_choices=MAX_FLOWERS, label=f"Flowers, up to {MAX_FLOWERS}")  # fmt: skip
+    thumbnails = gr.Gallery(
+        studio.thumbnails(), show_label=False, columns=5, height="auto", allow_preview=False,
+        interactive=False, object_fit="cover", buttons=[], elem_id="flowers", format="webp",
+    )  # fmt: skip
+    images_each = gr.Slider(1, MAX_IMAGES_EACH, 4, step=1, label="Images of each flower")
+    with gr.Row():
+        seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", min_width=120)
+        another_seed = gr.Button("Another seed", min_width=120, elem_id="another")
+    with gr.Accordion("How it is drawn", open=False):
+        steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", info="more: finer, slower")
+        guidance = gr.Slider(
+            1, MAX_GUIDANCE, own_guidance(studio.pipe), step=0.1, label="Guidance", visible=studio.can_guide,
+            info="1: as varied as it can; more: truer to the class",
+        )  # fmt: skip
+        sampler = gr.Dropdown(studio.samplers, label="Sampler", filterable=False)
+    return Controls(flowers, thumbnails, another_seed, images_each, seed, steps, guidance, sampler)
+
+
 def build_page(studio: Studio, name: str) -> "gr.Blocks":
     """The page and its two endpoints, /draw and /blend.
 
@@ -318,20 +374,20 @@ def build_page(studio: Studio, name: str) -> "gr.Blocks":
     names = studio.pipe.class_names
 
     def draw(flowers, images_each, seed, steps, guidance, sampler):
-        wish = check_wish(studio.pipe, flowers, images_each, seed, steps, guidance, sampler)
-        captions = [names[label] for label in wish.labels for _ in range(wish.images_each)]
-        for preview in studio.draw(wish):
+        request = check_request(studio.pipe, flowers, images_each, seed, steps, guidance, sampler)
+        captions = [names[label] for label in request.labels for _ in range(request.images_each)]
+        for preview in studio.draw(request):
             yield sheet(preview, captions), []
-        note = f'<p class="note">{len(captions)} images, seed {wish.seed}. Press one to enlarge or keep it.</p>'
+        note = f'<p class="note">{len(captions)} images, seed {request.seed}. Press one to enlarge or keep it.</p>'
         yield note, list(zip(preview.images, captions, strict=True))
 
     def blend(flowers, seed, steps, guidance, sampler):
         if not isinstance(flowers, list) or len(flowers) != 2:
             raise refusal("Choose exactly two flowers to blend.")
-        wish = check_wish(studio.pipe, flowers, 1, seed, steps, guidance, sampler)
-        first, second = (names[label] for label in wish.labels)
+        request = check_request(studio.pipe, flowers, 1, seed, steps, guidance, sampler)
+        first, second = (names[label] for label in request.labels)
         captions = [f"{percent:.0f} % {second}" for percent in torch.linspace(0, 100, BLEND_FRAMES).tolist()]
-        for preview in studio.blend(wish):
+        for preview in studio.blend(request):
             yield sheet(preview, captions), []
         animation = loop(preview.images, f"from {first} to {second} and back")
         yield animation, list(zip(preview.images, captions, strict=True))
@@ -351,21 +407,7 @@ def build_page(studio: Studio, name: str) -> "gr.Blocks":
         )  # fmt: skip
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                flowers = gr.Dropdown(names, value=names[:1], multiselect=True, allow_custom_value=True,
-                                      max_choices=MAX_FLOWERS, label=f"Flowers, up to {MAX_FLOWERS}")  # fmt: skip
-                thumbnails = gr.Gallery(
-                    studio.thumbnails(), show_label=False, columns=5, height="auto", allow_preview=False,
-                    interactive=False, object_fit="cover", buttons=[], elem_id="flowers", format="webp",
-                )  # fmt: skip
-                images_each = gr.Slider(1, MAX_IMAGES_EACH, 4, step=1, label="Images of each flower")
-                with gr.Row():
-                    seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", min_width=120)
-                    another = gr.Button("Another seed", min_width=120, elem_id="another")
-                with gr.Accordion("How it is drawn", open=False):
-                    steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", info="more: finer, slower")
-                    guidance = gr.Slider(1, MAX_GUIDANCE, 2.5, step=0.1, label="Guidance",
-                                         info="1: as varied as it can; more: truer to the class")  # fmt: skip
-                    sampler = gr.Dropdown(studio.samplers, label="Sampler", filterable=False)
+                controls = build_controls(studio)
             with gr.Column(scale=3, min_width=300):
                 with gr.Row():
                     draw_button = gr.Button("Draw", variant="primary")
@@ -375,14 +417,14 @@ def build_page(studio: Studio, name: str) -> "gr.Blocks":
                 pictures = gr.Gallery(show_label=False, interactive=False, columns=4, height="auto", format="png",
                                       object_fit="contain", buttons=["download", "download_all", "fullscreen"],
                                       elem_id="pictures")  # fmt: skip
-        options = [seed, steps, guidance, sampler]
-        # One at a time; inputs come as they were sent and are checked by `check_wish`.
+        flowers, thumbnails, another_seed, images_each, *options = controls
+        # One at a time; inputs come as they were sent and are checked by `check_request`.
         shared = {"outputs": [easel, pictures], "preprocess": False, "concurrency_limit": 1, "concurrency_id": "model",
                   "show_progress": "minimal", "show_progress_on": easel}  # fmt: skip
         drawing = draw_button.click(draw, [flowers, images_each, *options], api_name="draw", **shared)
         blending = blend_button.click(blend, [flowers, *options], api_name="blend", **shared)
         stop.click(lambda: None, cancels=[drawing, blending], api_visibility="private")
-        another.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})")
+        another_seed.click(None, None, controls.seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})")
         thumbnails.select(pick, flowers, flowers, api_visibility="private", queue=False, show_progress="hidden",
                           preprocess=False)  # fmt: skip
     return page.queue(max_size=QUEUE, default_concurrency_limit=None)
@@ -488,7 +530,10 @@ def fail(message: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line, without torch's advice to run the code in a file."""
+    """What an error says, on one line, without torch's advice to run the code in a file.
+
+    In place of `flower_ldm.errors.one_line`, since a Space doesn't have the package.
+    """
     sentences = re.split(r"(?<=[.!?])\s+|\n+", str(error))
     advice = re.compile(r"weights_only|safe_globals|arbitrary code|\btrust(ed)? (the |this )?(source|class)", re.I)
     return " ".join(" ".join(one for one in sentences if not advice.search(one)).split())

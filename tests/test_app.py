@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -31,8 +32,11 @@ from gradio_client.exceptions import AppError
 
 import app
 from flower_ldm import FlowerLDMPipeline, hub
+from flower_ldm.pipelines import pipeline_flower_ldm
+from flower_ldm.pipelines.pipeline_flower_ldm import SCHEDULERS
 
 ROOT = Path(__file__).parent.parent
+SAMPLERS = [facts.title for facts in SCHEDULERS.values()]
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -113,7 +117,7 @@ def test_animation_goes_there_and_back():
     assert "&lt;red&gt;" in page
 
 
-@pytest.mark.parametrize("sampler", [app.OWN_SAMPLER, *app.SAMPLERS])
+@pytest.mark.parametrize("sampler", [app.OWN_SAMPLER, *SAMPLERS])
 def test_every_sampler_draws(served, sampler):
     _, gallery = draw(served, sampler=sampler, steps=20)
     assert opened(gallery)[0].shape == (32, 32, 3)
@@ -149,11 +153,11 @@ def test_a_long_name_is_found_whole(served):
     """Cut to a hundred letters two of them would be one, and neither would be found."""
     names = ["a" * 150 + "1", "a" * 150 + "2", "b", "c"]
     pipe = FlowerLDMPipeline(served.pipe.vae, served.pipe.unet, served.pipe.scheduler, dict(enumerate(names)))
-    assert app.check_wish(pipe, [names[1]], 1, 0, 4, 2.0, app.OWN_SAMPLER).labels == [1]
+    assert app.check_request(pipe, [names[1]], 1, 0, 4, 2.0, app.OWN_SAMPLER).labels == [1]
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("choices", "message"),
     [
         ({"flowers": []}, "Choose at least one flower"),
         ({"flowers": None, "images_each": 0}, "Images of each flower must be a whole number from 1 to 12"),
@@ -174,16 +178,16 @@ def test_a_long_name_is_found_whole(served):
     ],
     ids=str,
 )
-def test_bad_wish_is_one_line(served, wish, message):
+def test_bad_request_is_one_line(served, choices, message):
     with pytest.raises(AppError, match=re.escape(message)) as error:
-        draw(served, **{"flowers": served.names[:1]} | {k: v for k, v in wish.items() if v is not None})
+        draw(served, **{"flowers": served.names[:1]} | {k: v for k, v in choices.items() if v is not None})
     assert "\n" not in str(error.value)
 
 
 def test_guidance_that_is_no_number(served):
     for value in (float("nan"), float("inf")):  # its client can't send them; others can
         with pytest.raises(app.gr.Error, match="Guidance must be a number from 1 to 10"):
-            app.check_wish(served.pipe, ["0"], 1, 0, 3, value, "DDIM")
+            app.check_request(served.pipe, ["0"], 1, 0, 3, value, "DDIM")
 
 
 @pytest.mark.parametrize("flowers", [["0"], ["0", "1", "2"], "01", None])
@@ -204,34 +208,76 @@ def test_pictures_that_are_no_numbers_are_not_shown(served):
         output.sample.fill_(torch.inf)
 
     studio = app.Studio(served.pipe)
-    wish = app.check_wish(served.pipe, served.names[:1], 1, 0, 3, 2.0, "DDIM")
+    request = app.check_request(served.pipe, served.names[:1], 1, 0, 3, 2.0, "DDIM")
     hook = served.pipe.unet.register_forward_hook(spoil)
     try:
         with pytest.raises(app.gr.Error, match="DDIM draws nothing in 3 steps"):
-            list(studio.draw(wish))
+            list(studio.draw(request))
     finally:
         hook.remove()
 
 
 def test_samplers_are_those_that_follow_the_model(served):
     studio = app.Studio(served.pipe)
-    assert sorted(studio.samplers) == sorted(app.SAMPLERS)
+    assert sorted(studio.samplers) == sorted(SAMPLERS)
     zero_snr = served.pipe.scheduler.from_config(served.pipe.scheduler.config, rescale_betas_zero_snr=True)
     parts = served.pipe.components | {"scheduler": zero_snr}
     studio = app.Studio(FlowerLDMPipeline(**parts, id2label=served.pipe.config.id2label))
     assert studio.samplers[0] == "DPM-Solver++" and not {"Heun", "PNDM"} & set(studio.samplers)
-    wish = app.check_wish(studio.pipe, served.names[:1], 1, 0, 3, 2.0, "Heun")  # by hand
+    request = app.check_request(studio.pipe, served.names[:1], 1, 0, 3, 2.0, "Heun")  # by hand
     with pytest.raises(app.gr.Error, match="Heun draws nothing in 3 steps: .* knows no zero terminal SNR"):
-        list(studio.draw(wish))
+        list(studio.draw(request))
 
 
 def test_guide_of_the_pipeline_guides_here_too(served):
     guide = type(served.pipe.unet).from_config(served.pipe.unet.config)
     pipe = FlowerLDMPipeline(**served.pipe.components | {"guide": guide}, id2label=served.pipe.config.id2label)
-    *_, drawn = app.Studio(pipe).draw(app.Wish([1], 1, 5, 4, 3.0, app.OWN_SAMPLER))
+    *_, drawn = app.Studio(pipe).draw(app.DrawingRequest([1], 1, 5, 4, 3.0, app.OWN_SAMPLER))
     expected = alone(pipe, 1, 5, 4, 3.0)
     assert np.abs(np.asarray(drawn.images[0], int) - expected).max() <= 1
     assert np.abs(alone(served.pipe, 1, 5, 4, 3.0).astype(int) - expected).max() > 1
+
+
+def slider(page, label: str):
+    [found] = [block for block in page.blocks.values() if getattr(block, "label", None) == label]
+    return found
+
+
+def test_guidance_is_at_first_what_suits_the_model(served):
+    for guidance, shown, visible in (
+        ({"guidance_scale": 4.5}, 4.5, True),
+        ({"guidance_scale": 30}, app.MAX_GUIDANCE, True),
+        ({"takes_guidance": False}, 1, False),
+    ):
+        studio = app.Studio(FlowerLDMPipeline.from_pipe(served.pipe, **guidance))
+        control = slider(app.build_page(studio, "tiny flowers"), "Guidance")
+        assert (control.value, control.visible) == (shown, visible)
+        *_, drawn = studio.draw(app.check_request(studio.pipe, served.names[:1], 1, 0, 3, shown, "DDIM"))
+        assert len(drawn.images) == 1
+
+
+def test_a_pipeline_of_an_earlier_version_draws_by_its_own_scheduler(served, tmp_path):
+    """Before there was a table, and before it kept the guidance that suits it."""
+    code = Path(pipeline_flower_ldm.__file__).read_text("utf-8")
+    code = re.sub(r"\bSCHEDULERS\b", "TABLE", code).replace("default_guidance_scale", "scale_by_default")
+    code = code.replace("guidance_scale: float | None = None", "guidance_scale: float = 2.25").replace(
+        "can_guide", "x"
+    )
+    (tmp_path / "pipeline_of_before.py").write_text(code, "utf-8")
+    spec = importlib.util.spec_from_file_location("pipeline_of_before", tmp_path / "pipeline_of_before.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        pipe = module.FlowerLDMPipeline(**served.pipe.components, id2label=served.pipe.config.id2label)
+        studio = app.Studio(pipe)
+        assert studio.samplers == [app.OWN_SAMPLER] and studio.can_guide
+        assert slider(app.build_page(studio, "old flowers"), "Guidance").value == 2.25
+        *_, drawn = studio.draw(app.check_request(pipe, served.names[:1], 1, 0, 3, 2.0, app.OWN_SAMPLER))
+        assert np.abs(np.asarray(drawn.images[0], int) - alone(served.pipe, 0, 0, 3, 2.0)).max() <= 1
+        with pytest.raises(app.gr.Error, match="The sampler must be one of The pipeline's own"):
+            app.check_request(pipe, served.names[:1], 1, 0, 3, 2.0, "DDIM")
+    finally:
+        del sys.modules[spec.name]
 
 
 def test_visitors_file_is_not_taken_and_none_is_given(served, tmp_path):

@@ -1610,13 +1610,15 @@ class Visitors(Kind):
         import gradio
 
         try:
-            wish = self.app.check_wish(self.pipe, *case[0])
+            request = self.app.check_request(self.pipe, *case[0])
         except gradio.Error as error:
             assert "<" not in error.message.replace("&lt;", ""), "live markup in an error"
             return error.message
-        assert 1 <= len(wish.labels) * wish.images_each <= self.app.MAX_IMAGES and set(wish.labels) <= set(range(4))
-        assert 0 <= wish.seed <= self.app.MAX_SEED and 1 <= wish.steps <= self.app.MAX_STEPS
-        assert 1 <= wish.guidance <= self.app.MAX_GUIDANCE
+        assert 1 <= len(request.labels) * request.images_each <= self.app.MAX_IMAGES and set(request.labels) <= set(
+            range(4)
+        )
+        assert 0 <= request.seed <= self.app.MAX_SEED and 1 <= request.steps <= self.app.MAX_STEPS
+        assert 1 <= request.guidance <= self.app.MAX_GUIDANCE
 
     def expects(self, case):
         return True if case[1] else None
