@@ -265,7 +265,9 @@ class Studio:
         own = self.pipe.scheduler
         chosen = self.known_samplers.get(sampler, type(own))
         scheduler = type(own).from_config(own.config) if chosen is type(own) else self.pipe.make_scheduler(chosen)
-        pipe = type(self.pipe).from_pipe(self.pipe, scheduler=scheduler)
+        parts, known = self.pipe.components | {"scheduler": scheduler}, inspect.signature(type(self.pipe)).parameters
+        settings = {name: value for name, value in self.pipe.config.items() if name in known and name not in parts}
+        pipe = type(self.pipe)(**parts, **settings)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
