@@ -13,6 +13,7 @@ import io
 import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -232,33 +233,38 @@ class Album:
 
     def picture(self, path: Path, alt: str, caption: str = "") -> dict | None:
         """A still picture, compressed; `None` where there is none, where it is damaged, or there is no room left."""
-        if not path.is_file():
-            return None
-        if reason := self._not_shown(path):
-            return self._leave_out(path, reason)
-        try:
-            with open_image(path) as image:
-                image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.LANCZOS)
-                size, content = image.size, _webp(image, path.stat().st_size < 2 * PICTURE_BYTES)
-        except Exception:  # for what is damaged Pillow has no common base
-            return self._leave_out(path, "damaged")
-        return self._add(path, _data_uri(content, "webp"), size, alt, caption)
+
+        def read(image: Image.Image) -> tuple[str, str]:
+            image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.LANCZOS)
+            return _data_uri(_webp(image, path.stat().st_size < 2 * PICTURE_BYTES), "webp"), ""
+
+        return self._embed(path, alt, caption, read)
 
     def animation(self, path: Path, alt: str, caption: str = "") -> dict | None:
         """A GIF as it is, with its last frame for those who want no motion."""
+
+        def read(image: Image.Image) -> tuple[str, str]:
+            for frame in ImageSequence.Iterator(image):
+                still = frame.convert("RGB")
+            return _data_uri(path.read_bytes(), "gif"), _data_uri(_webp(still, try_lossless=False), "webp")
+
+        return self._embed(path, alt, caption, read)
+
+    def _embed(
+        self, path: Path, alt: str, caption: str, read: Callable[[Image.Image], tuple[str, str]]
+    ) -> dict | None:
+        """What the page shows of a file. `read` gives its data URI, and that of a still, or ""."""
         if not path.is_file():
             return None
         if reason := self._not_shown(path):
             return self._leave_out(path, reason)
         try:
             with open_image(path) as image:
+                uri, still = read(image)
                 size = image.size
-                for frame in ImageSequence.Iterator(image):
-                    still = frame.convert("RGB")
-        except Exception:  # as above
+        except Exception:  # for what is damaged Pillow has no common base
             return self._leave_out(path, "damaged")
-        uri = _data_uri(path.read_bytes(), "gif")
-        return self._add(path, uri, size, alt, caption, still=_data_uri(_webp(still, try_lossless=False), "webp"))
+        return self._add(path, uri, size, alt, caption, still)
 
     def _add(
         self, path: Path, uri: str, size: tuple[int, int], alt: str, caption: str, still: str = ""

@@ -247,3 +247,21 @@ def test_what_is_installed_is_one_package_with_the_pipeline_inside(tmp_path):
 def test_every_package_is_installed(pyproject):
     packages = {module_name(path) for path in SOURCES if path.name == "__init__.py" and path.parts[0] in PACKAGES}
     assert set(pyproject["tool"]["setuptools"]["packages"]) == packages
+
+
+# Size
+
+LONGEST_FUNCTION = 60  # lines, its docstring apart
+
+
+def test_every_function_fits_a_screen():
+    """Except the two training loops, which are read from top to bottom."""
+    too_long = []
+    for path, tree in SOURCES.items():
+        for node in ast.walk(tree) if path.parts[0] != "tests" else ():
+            if isinstance(node, ast.FunctionDef) and not (path.name.startswith("train_") and node.name == "train"):
+                docstring = node.body[0] if ast.get_docstring(node) else None
+                told = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+                if node.end_lineno - node.lineno + 1 - told > LONGEST_FUNCTION:
+                    too_long.append(f"{path}:{node.lineno} {node.name}")
+    assert too_long == []
