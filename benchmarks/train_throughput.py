@@ -3,7 +3,7 @@
     python benchmarks/train_throughput.py            # everything, about 3 minutes on 2 cores
     python benchmarks/train_throughput.py --stage 2 --steps 20 --json throughput.json
 
-Its neighbors: the steps measured are those of `train_autoencoder.py` and `train_latent_diffusion.py`: bfloat16
+The steps measured are those of `train_autoencoder.py` and `train_latent_diffusion.py`: bfloat16
 autocast where the machine has instructions for it, float32 weights, channels-last convolutions and fused AdamW.
 Operations are counted by torch, not guessed.
 All that is compared takes turns, round after round, so that a machine that slows down slows everything alike.

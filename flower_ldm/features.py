@@ -1,7 +1,7 @@
 """What evaluation sees of images: the features of a named network, and the distances between two sets of them.
 
 A network is never replaced in silence: one whose weights can't be had is an error that names the others. Features of
-data sets are kept in a file keyed by data, size and network. Made for `evaluation`; reads `data.ImageDataset`.
+data sets are kept in a file keyed by data, size and network.
 
 Shapes: N images, M reference images, B in a batch; (H, W) pixels; D features.
 """

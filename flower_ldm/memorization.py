@@ -1,8 +1,5 @@
 """Whether samples are memorized training images: the training images nearest to others, by features and by pixels.
 
-Knows neither networks nor pictures: `evaluation` gives it features and `visualization` draws what it finds; images
-come from `data`.
-
 Shapes: Q queries, R references; D features or pixels; (H, W) pixels.
 """
 

@@ -1,7 +1,5 @@
 """Both stages in two real processes (gloo, on the CPU): they see different images, keep the same weights, and end
 where one process with the same global batch ends. One pair of processes runs both stages, for all the tests.
-
-Neighbor: `test_resume.py`, which asks the same of a run in two parts.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A run that was killed, stopped or split in two ends as if nothing had happened, bit for bit, in both stages.
 
 With random crops and flips, two micro-batches an update, and all the losses; subprocesses only where a signal must
-really end one. Neighbor: `test_distributed.py`, the same for several processes.
+really end one.
 """
 
 import fcntl
