@@ -1,9 +1,11 @@
 """One self-contained HTML page that shows a run: `python -m flower_ldm.report results/flower-ldm`.
 
-Reads the folder that either training script writes (and that the evaluation adds to), finished or not, and writes
-`report.html` into it: no network, no script, font or picture from elsewhere. What isn't there is left out. This file
-turns files into numbers, curves and data URIs; `report_page/` holds the page itself, a Jinja template that escapes
-every text, with its style sheet and its script.
+It reads the folder that either training script writes and the evaluation adds to. The run may be unfinished. It writes
+`report.html` into that folder and leaves out what isn't there. The page loads no script, font or picture from the
+network.
+
+This file turns a run's files into numbers, curves and data URIs. `report_page/` holds the page: a Jinja template that
+escapes every text, a style sheet and a script.
 """
 
 import argparse
@@ -57,10 +59,10 @@ from .runs import (
     read_run,
 )
 
-PICTURES_BYTES = 9_000_000  # all data URIs together; with the page's text it stays below 10 MB
-PICTURE_BYTES = 500_000  # above it a picture is compressed further
-MOST_PIXELS = 50_000_000  # of a picture that is opened
-PICTURE_PIXELS = 2400  # the longest side that is kept
+PICTURES_BYTES = 9_000_000  # all data URIs together; with its text the page stays below 10 MB
+PICTURE_BYTES = 500_000  # a larger picture is compressed further
+MOST_PIXELS = 50_000_000  # a larger picture isn't opened
+PICTURE_PIXELS = 2400  # the longest side of a picture on the page
 TEMPLATES = Path(__file__).parent / "report_page"
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
@@ -70,7 +72,7 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 aut
 
 
 def training_seconds(run: Run) -> float | None:
-    """What the metrics say; of a run that hasn't finished, the sum over its log lines."""
+    """Seconds of training: from the metrics, or the sum over the log lines of an unfinished run."""
     if number(run.metrics.get("training_seconds")) != "–":
         return run.metrics["training_seconds"]
     seconds, last = 0.0, 0
@@ -82,19 +84,20 @@ def training_seconds(run: Run) -> float | None:
 
 
 def data_name(run: Run) -> str:
-    """What people call the data set."""
+    """The data set's usual name."""
     name = run.args.get("dataset") or run.metrics.get("dataset") or "images"
     return DATASET_TITLES.get(name, str(name))
 
 
 def title(run: Run) -> str:
+    """The page's title: which model, for which data."""
     if run.stage == "autoencoder":
         return f"An autoencoder for {data_name(run)}"
     return f"Latent diffusion on {data_name(run)}"
 
 
 def summary(run: Run) -> str:
-    """One sentence: what was trained, on what, how long."""
+    """One sentence: which model was trained, on which data, for how long."""
     name = "autoencoder" if run.stage == "autoencoder" else "denoiser"
     sentence = f"{'An' if name == 'autoencoder' else 'A'} {name}"
     if run.num_parameters[name]:
@@ -106,8 +109,8 @@ def summary(run: Run) -> str:
         sentence += f" in {duration(seconds)}"
     device = run.metrics.get("device")
     sentence += f" on {device}," if device else ""
-    what = "on" if run.stage == "autoencoder" else "on the latents of"
-    sentence += f" {what} {data_name(run)}"
+    preposition = "on" if run.stage == "autoencoder" else "on the latents of"
+    sentence += f" {preposition} {data_name(run)}"
     if num_classes := class_count(run):
         sentence += f", {num_classes} classes"
     if resolution := run.args.get("resolution"):
@@ -116,7 +119,7 @@ def summary(run: Run) -> str:
 
 
 def class_count(run: Run) -> int | None:
-    """From the pipeline, a model's config, or the flags."""
+    """The number of classes, from the pipeline, a model's config, or the flags."""
     configs = [config.get("num_classes") for config in run.configs.values()]
     return len(run.class_names) or next(filter(None, configs), None) or len(run.args.get("classes") or []) or None
 
@@ -142,13 +145,13 @@ def headline(run: Run) -> list[tuple[str, str]]:
 
 
 def shown(row: Row, value: object, decimals: int | None) -> str:
-    """A number with its unit, or a share in percent; a dash where it isn't known."""
+    """A number with its unit, or a share in percent; a dash if the value is unknown."""
     text = percent(value) if row.is_share else number(value, decimals)
     return f"{text} {row.unit}" if row.unit and text != "–" else text
 
 
 def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What was trained, in groups of (name, value); what isn't known is left out."""
+    """Model, data and training in groups of (name, value). Unknown values are left out."""
     args, metrics = run.args, run.metrics
     size = args.get("resolution")
     splits = nested(run.evaluation, "splits")
@@ -225,14 +228,14 @@ def _learning_rate_description(args: dict) -> str | None:
 
 @dataclass
 class Album:
-    """A run's pictures as data URIs, the most wanted asked for first, within what a page may weigh."""
+    """A run's pictures as data URIs, up to the page's maximum size. The first pictures requested get the space."""
 
     folder: Path
-    room: int = PICTURES_BYTES
+    bytes_left: int = PICTURES_BYTES
     left_out: list[str] = field(default_factory=list)
 
     def picture(self, path: Path, alt: str, caption: str = "") -> dict | None:
-        """A still picture, compressed; `None` where there is none, where it is damaged, or there is no room left."""
+        """A still picture, compressed. `None` if the file is missing, damaged, or too large for the space left."""
 
         def read(image: Image.Image) -> tuple[str, str]:
             image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.LANCZOS)
@@ -241,7 +244,7 @@ class Album:
         return self._embed(path, alt, caption, read)
 
     def animation(self, path: Path, alt: str, caption: str = "") -> dict | None:
-        """A GIF as it is, with its last frame for those who want no motion."""
+        """A GIF, unchanged. Its last frame is shown to readers who prefer reduced motion."""
 
         def read(image: Image.Image) -> tuple[str, str]:
             for frame in ImageSequence.Iterator(image):
@@ -253,7 +256,7 @@ class Album:
     def _embed(
         self, path: Path, alt: str, caption: str, read: Callable[[Image.Image], tuple[str, str]]
     ) -> dict | None:
-        """What the page shows of a file. `read` gives its data URI, and that of a still, or ""."""
+        """A file as the template's `picture` macro takes it. `read` returns its data URI and that of a still, or ""."""
         if not path.is_file():
             return None
         if reason := self._not_shown(path):
@@ -262,22 +265,25 @@ class Album:
             with open_image(path) as image:
                 uri, still = read(image)
                 size = image.size
-        except Exception:  # for what is damaged Pillow has no common base
+        except Exception:  # Pillow's errors for damaged files have no common base class
             return self._leave_out(path, "damaged")
         return self._add(path, uri, size, alt, caption, still)
 
     def _add(
         self, path: Path, uri: str, size: tuple[int, int], alt: str, caption: str, still: str = ""
     ) -> dict | None:
-        if len(uri) + len(still) > self.room:
-            return self._leave_out(path, "the page would weigh more than 10 MB")
-        self.room -= len(uri) + len(still)
+        if len(uri) + len(still) > self.bytes_left:
+            return self._leave_out(path, "the page would be larger than 10 MB")
+        self.bytes_left -= len(uri) + len(still)
         return {"src": uri, "width": size[0], "height": size[1], "alt": alt, "caption": caption, "still": still}
 
     def _not_shown(self, path: Path) -> str | None:
-        """Why a file isn't opened: pages are passed on, so they hold what lies in the run itself; and no bombs."""
+        """Why a file isn't opened, or `None` if it may be.
+
+        People pass pages on, so a page shows only files of the run itself. Decompression bombs stay closed.
+        """
         if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.folder), "")):
-            return "a symbolic link out of the run"
+            return "a symbolic link to a file outside the run"
         try:
             with open_image(path) as image:
                 too_large = image.width * image.height > MOST_PIXELS
@@ -290,7 +296,7 @@ class Album:
 
 
 def _webp(image: Image.Image, try_lossless: bool = True) -> bytes:
-    """Without loss where that is small enough, as it is for plots; else as good as fits."""
+    """WebP bytes: lossless if that is small enough, as for plots, or else at the best quality that is."""
     image = (
         image if image.mode in ("RGB", "RGBA") else image.convert("RGBA" if "transparency" in image.info else "RGB")
     )
@@ -307,7 +313,7 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 
 def _by_update(pictures: Artifact, folder: Path) -> list[tuple[int, Path]]:
-    """The pictures of a run that were drawn in training, by update."""
+    """The pictures that a run drew during training, each with its update, in order."""
     found = pictures.found(folder)
     return sorted((int(digits), path) for digits, path in found if re.fullmatch("[0-9]+", digits) and path.is_file())
 
@@ -317,29 +323,30 @@ def _without_underscores(stem: str) -> str:
 
 
 def _class_of(run: Run, stem: str) -> str:
-    """The class that a picture is of, as it is spelled where no other class gives a file the same name."""
+    """The class that a picture shows, in its own spelling unless two classes share this file name."""
     stems = [(name, file_safe_name(name)) for name in run.class_names]
     names = [name for label, (name, safe) in enumerate(stems) if stem in (safe, f"{safe}_{label}")]
     return names[0] if len(names) == 1 else _without_underscores(stem)
 
 
 def hero_picture(run: Run, album: Album) -> dict | None:
-    """The picture of the first screen: the last reconstructions, or the class grid, or else the last samples."""
+    """The picture at the top: the last reconstructions (stage 1), or the class grid or else the last samples."""
     if run.stage == "autoencoder":
-        steps, what = _by_update(RECONSTRUCTION_GRIDS, run.folder), "held-out images, each above its reconstruction"
+        steps, content = _by_update(RECONSTRUCTION_GRIDS, run.folder), "held-out images, each above its reconstruction"
     else:
-        steps, what = _by_update(SAMPLE_GRIDS, run.folder), "generated images, one class a column"
+        steps, content = _by_update(SAMPLE_GRIDS, run.folder), "generated images, one class a column"
         grid = CLASS_GRID.path(run.folder)
         if grid.is_file():
-            return album.picture(grid, f"A grid of {what}", f"{what.capitalize()}; nothing here is a photograph.")
+            caption = f"{content.capitalize()}; nothing here is a photograph."
+            return album.picture(grid, f"A grid of {content}", caption)
     if not steps:
         return None
     step, path = steps[-1]
-    return album.picture(path, f"A grid of {what}", f"{what.capitalize()}, at update {number(step)}.")
+    return album.picture(path, f"A grid of {content}", f"{content.capitalize()}, at update {number(step)}.")
 
 
 def pictures_over_time(run: Run, album: Album) -> list[dict]:
-    """The first, a middle and the last picture drawn in training; nothing where there is one only."""
+    """The first, a middle and the last picture drawn during training. Empty if there is only one."""
     drawn = RECONSTRUCTION_GRIDS if run.stage == "autoencoder" else SAMPLE_GRIDS
     steps = _by_update(drawn, run.folder)
     shown = sorted({0, len(steps) // 2, len(steps) - 1}) if len(steps) > 1 else []
@@ -348,24 +355,28 @@ def pictures_over_time(run: Run, album: Album) -> list[dict]:
 
 
 def latent_maps(run: Run, album: Album) -> list[dict]:
+    """The maps of the latents, one for each method."""
     pictures = [album.picture(LATENT_MAP.path(run.folder, method), LATENT_MAP.texts(name)[0], caption)
                 for method, (name, caption) in LATENT_MAPS.items()]  # fmt: skip
     return [picture for picture in pictures if picture]
 
 
 def interpolations(run: Run, album: Album) -> list[dict]:
+    """The pictures between two seeds or two classes."""
     pictures = [album.picture(path, *INTERPOLATION.texts(_without_underscores(ends)))
                 for ends, path in INTERPOLATION.found(run.folder)]  # fmt: skip
     return [picture for picture in pictures if picture]
 
 
 def denoising_paths(run: Run, album: Album) -> list[dict]:
+    """The pictures of the way from noise to image, one for each class drawn."""
     pictures = [album.picture(path, *DENOISING_PATH.texts(_class_of(run, stem)))
                 for stem, path in DENOISING_PATH.found(run.folder)]  # fmt: skip
     return [picture for picture in pictures if picture]
 
 
 def animations(run: Run, album: Album) -> list[dict]:
+    """The animations of denoising, one for each class drawn."""
     pictures = [album.animation(path, *ANIMATION.texts(_class_of(run, stem)))
                 for stem, path in ANIMATION.found(run.folder)]  # fmt: skip
     return [picture for picture in pictures if picture]
@@ -375,7 +386,7 @@ def animations(run: Run, album: Album) -> list[dict]:
 
 
 def metrics_table(evaluation: dict) -> dict | None:
-    """Metrics in rows, sets of images in columns: the floor, the ceiling, the samples."""
+    """Metrics in rows, sets of images in columns. `None` if nothing was compared."""
     entries = {one: entry for one in COMPARED_SETS if (entry := nested(evaluation, "against_held_out", one.key))}
     if not entries:
         return None
@@ -391,7 +402,7 @@ def metrics_table(evaluation: dict) -> dict | None:
 
 
 def _metric_cells(metric: Metric, entries: list[dict]) -> list[tuple[str, str, str]]:
-    """Of each set: the value, its spread, and the length of its bar in percent."""
+    """For each set of images: the value, its spread, and the length of its bar in percent."""
     sizes = [abs(entry[metric.key]) for entry in entries if is_finite(entry.get(metric.key))]
     longest = max(sizes + ([1.0] if metric.better == "higher" else [])) or 1.0
     cells = []
@@ -407,12 +418,12 @@ def _metric_cells(metric: Metric, entries: list[dict]) -> list[tuple[str, str, s
 
 
 def sampling_description(evaluation: dict) -> str:
-    """How the evaluated samples were drawn and looked at, in one sentence."""
+    """One line: how the evaluated samples were drawn, and by which features they were compared."""
     sampling, features = nested(evaluation, "sampling"), nested(evaluation, "features")
     interval = sampling.get("guidance_interval")
     scale = sampling.get("guidance_scale")
     rate = sampling.get("images_per_second")
-    parts = [
+    facts = [
         f"{number(sampling.get('num_samples'))} samples" if sampling.get("num_samples") else "",
         f"seed {sampling['seed']}" if "seed" in sampling else "",
         str(sampling.get("scheduler") or ""),
@@ -424,11 +435,11 @@ def sampling_description(evaluation: dict) -> str:
         f"{number(features.get('num_features'))} features an image by {features['name']}"
         if features.get("name") else "",
     ]  # fmt: skip
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, facts))
 
 
 def reconstruction_figures(run: Run) -> list[tuple[str, str]]:
-    """What the autoencoder keeps of held-out images: from the evaluation, or else from stage 1's own validation."""
+    """How well the autoencoder reconstructs held-out images, by the evaluation or else by stage 1's validation."""
     entry, rows = nested(run.evaluation, "reconstruction"), []
     if entry:
         rows.append(("Images", f"{number(entry.get('n'))} of {joined(entry.get('split'))}"))
@@ -449,7 +460,10 @@ def reconstruction_figures(run: Run) -> list[tuple[str, str]]:
 
 
 def memorization_table(evaluation: dict) -> dict | None:
-    """Samples and, as the null, held-out images: how many they are, and how many are copies by each measure."""
+    """How many samples there are, and the share of copies by each measure.
+
+    Held-out images can't be copies: their row shows which share is chance.
+    """
     rows = []
     for image_set in SEARCHED_SETS:
         if entry := nested(evaluation, "memorisation", image_set.key):
@@ -459,7 +473,7 @@ def memorization_table(evaluation: dict) -> dict | None:
 
 
 def sweep_table(sweep: list[dict]) -> dict | None:
-    """A row without a name for each point."""
+    """The sweep's points as rows, which have no names."""
     columns = [("Guidance", "guidance_scale", None), ("Steps", "num_inference_steps", None), ("n", "n", None)]
     columns += [(metric.title, metric.key, metric.decimals) for metric in METRICS if metric.is_swept]
     columns += [("Seconds", "seconds", 0)]
@@ -471,22 +485,22 @@ def sweep_table(sweep: list[dict]) -> dict | None:
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
-    """What to type to do it again, each with what it does."""
+    """Commands that repeat the run, each under a title."""
     script = "train_autoencoder.py" if run.stage == "autoencoder" else "train_latent_diffusion.py"
-    found = []
+    titled = []
     if run.args:
-        found.append(("Train", training_command(run.args, script)))
+        titled.append(("Train", training_command(run.args, script)))
         output_dir = shlex.quote(str(run.args.get("output_dir") or run.folder.name))
         if run.stage == "latent_diffusion" and run.finished:
-            found.append(("Draw samples", f"python -m flower_ldm.sample --pipeline {output_dir}"))
+            titled.append(("Draw samples", f"python -m flower_ldm.sample --pipeline {output_dir}"))
         if evaluation := run.evaluation.get("command"):
-            found.append(("Evaluate", fold_command(evaluation)))
-        found.append(("Write this page", f"python -m flower_ldm.report {output_dir}"))
-    return found
+            titled.append(("Evaluate", fold_command(evaluation)))
+        titled.append(("Write this page", f"python -m flower_ldm.report {output_dir}"))
+    return titled
 
 
 def versions(run: Run) -> list[tuple[str, str]]:
-    """Of the packages: what the run and its evaluation noted, and what the models were saved with."""
+    """Package versions: those that the run and its evaluation recorded, and the diffusers that saved the models."""
     saved = {config.get("_diffusers_version") for config in run.configs.values()} - {None}
     noted = {"diffusers": joined(sorted(saved))} if saved else {}
     noted |= nested(run.metrics, "versions") | nested(run.evaluation, "versions")
@@ -497,12 +511,12 @@ def versions(run: Run) -> list[tuple[str, str]]:
 
 
 def page_sections(run: Run, album: Album) -> dict[str, object]:
-    """What the page shows, by section, in the order in which a reader meets it; an empty section is left out."""
+    """The page's sections by id, in reading order. Empty sections are left out."""
     losses, optimizer = training_curves(run.log)
     evaluation = run.evaluation
     table = metrics_table(evaluation)
     sweep = evaluation["sweep"] if isinstance(evaluation.get("sweep"), list) else []
-    # A sweep the page draws itself, to be hovered over.
+    # If there are numbers, the page draws the sweep itself, so that readers can hover over it.
     pictures = (SIDE_BY_SIDE, NEAREST_NEIGHBORS, GUIDANCE_SWEEP, *(() if sweep else (EVALUATION_SWEEP,)))
     single = {picture: album.picture(picture.path(run.folder), *picture.texts()) for picture in pictures}
     sections = {
@@ -516,7 +530,7 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
         },
         "latents": latent_maps(run, album),
         "path": {"paths": denoising_paths(run, album), "animations": []},
-        "between": interpolations(run, album),
+        "interpolations": interpolations(run, album),
         "metrics": table
         and table | {"sampling": sampling_description(evaluation), "remarks": evaluation.get("remarks") or []},
         "sweep": {
@@ -526,12 +540,11 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
             "grid": single[GUIDANCE_SWEEP],
         },
         "memorisation": {"table": memorization_table(evaluation), "picture": single[NEAREST_NEIGHBORS]},
-        "again": commands(run),
+        "commands": commands(run),
         "versions": versions(run),
     }
-    sections["path"]["animations"] = animations(
-        run, album
-    )  # after all others: the heaviest take the room that is left
+    # Animations are the largest files, so they come after all other pictures and take the space that is left.
+    sections["path"]["animations"] = animations(run, album)
     return {
         name: content
         for name, content in sections.items()
@@ -540,15 +553,17 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
 
 
 def render(run: Run) -> str:
-    """The page as HTML. Texts are escaped by the template; a policy in its head lets no other script run, and no
-    request leave it."""
+    """The page as HTML.
+
+    The template escapes every text. The page's Content-Security-Policy blocks all other scripts and all requests.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     script = (TEMPLATES / "page.js").read_text()
     album = Album(run.folder)
-    hero = hero_picture(run, album)  # before all others: it is sure to have room
+    hero = hero_picture(run, album)  # before all others, so that it surely fits
     planned = run.args.get("max_train_steps")
     page = environment.get_template("page.html").render(
         run=run,
@@ -565,17 +580,17 @@ def render(run: Run) -> str:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be in no encoding
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")  # a file name may be no valid UTF-8
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the folder of a run of either stage, finished or not.
 
     Returns:
-        the page's path; a page that was there is replaced, and not before the new one is complete.
+        the page's path. An old page is replaced once the new one is complete.
 
     Raises:
-        InputError: where `run_dir` is no run, one of its files can't be read, or the page can't be written.
+        InputError: `run_dir` is no run, one of its files can't be read, or the page can't be written.
     """
     run_dir = Path(run_dir)
     page = render(read_run(run_dir))

@@ -124,7 +124,7 @@ class Page(HTMLParser):
 
 def test_stage1_page_has_a_section_for_all_that_is_there(stage1):
     page = Page(stage1 / "report.html")
-    assert page.sections == ["facts", "curves", "progress", "reconstruction", "latents", "again", "versions"]
+    assert page.sections == ["facts", "curves", "progress", "reconstruction", "latents", "commands", "versions"]
     assert [link["href"] for link in page.all("a")][1:] == [f"#{name}" for name in page.sections]
     assert "trained for 6 updates" in page.text and "synthetic flowers, 4 classes" in page.text
     metrics = json.loads((stage1 / "metrics.json").read_text())
@@ -148,8 +148,8 @@ def test_precision_is_what_was_in_force_and_several_processes_are_said(small_run
 def test_stage2_page_has_a_section_for_all_that_is_there(stage2):
     page = Page(stage2 / "report.html")
     assert page.sections == [
-        "facts", "curves", "timesteps", "progress", "reconstruction", "latents", "path", "between", "metrics", "sweep",
-        "memorisation", "again", "versions",
+        "facts", "curves", "timesteps", "progress", "reconstruction", "latents", "path", "interpolations", "metrics", "sweep",
+        "memorisation", "commands", "versions",
     ]  # fmt: skip
     metrics = json.loads((stage2 / "metrics.json").read_text())
     evaluation = metrics["evaluation"]
@@ -216,7 +216,7 @@ def test_what_finds_no_room_or_is_damaged_is_named_and_not_shown(stage1, tmp_pat
     page = Page(write_report(folder))
     assert 5_000_000 < (folder / "report.html").stat().st_size < 10_000_000
     assert "latent_space_tsne.png (damaged)" in page.text
-    assert "diffusion_animation_9.gif (the page would weigh more than 10 MB)" in page.text
+    assert "diffusion_animation_9.gif (the page would be larger than 10 MB)" in page.text
     assert "diffusion_animation_0.gif (" not in page.text
 
 
@@ -260,7 +260,7 @@ def test_unfinished_run_says_so(finished_runs, tmp_path, stage, planned):
     page = Page(write_report(tmp_path))
     assert "Unfinished. The log ends at update 6" + (" of 6;" if planned else ";") in page.text
     expected = ["curves"] if stage == "autoencoder" else ["curves", "timesteps"]
-    assert page.sections == (["facts", *expected, "again"] if planned else ["facts", *expected])
+    assert page.sections == (["facts", *expected, "commands"] if planned else ["facts", *expected])
     assert not page.all("img")[:-1]  # but for the empty one that enlarges others
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "report.html"])
 
@@ -269,7 +269,7 @@ def test_run_that_has_only_started(finished_runs, tmp_path):
     shutil.copy(finished_runs.flower_ldm / "args.yaml", tmp_path)
     (tmp_path / "log.jsonl").touch()
     page = Page(write_report(tmp_path))
-    assert "The log ends at update 0 of 6" in page.text and page.sections == ["facts", "again"]
+    assert "The log ends at update 0 of 6" in page.text and page.sections == ["facts", "commands"]
 
 
 def test_gaps_in_the_metrics_are_left_out(stage2, tmp_path):
@@ -427,9 +427,9 @@ def test_pictures_are_those_of_the_run(small_run, tmp_path):
     picture(small_run / "interpolation_\udce9.png")
     (small_run / "diffusion_animation_x.gif").symlink_to(tmp_path / "secret.png")
     page = Page(write_report(small_run))
-    for said in ("samples/step-00000006.png (a symbolic link out of the run)", "guidance_sweep.png (damaged)",
+    for said in ("samples/step-00000006.png (a symbolic link to a file outside the run)", "guidance_sweep.png (damaged)",
                  "latent_space_pca.png (more than 50,000,000 pixels)",
-                 "diffusion_animation_x.gif (a symbolic link out of the run)"):  # fmt: skip
+                 "diffusion_animation_x.gif (a symbolic link to a file outside the run)"):  # fmt: skip
         assert said in page.text, said
     assert "Update 2" in page.text and "²" not in page.text and r"\udce9" in page.text
 
