@@ -256,7 +256,7 @@ class Album:
     def _embed(
         self, path: Path, alt: str, caption: str, read: Callable[[Image.Image], tuple[str, str]]
     ) -> dict | None:
-        """A file as the template's `picture` macro takes it. `read` returns its data URI and that of a still, or ""."""
+        """A file as the template's `picture` takes it. `read` returns its data URI and that of a still, or ""."""
         if not path.is_file():
             return None
         if reason := self._not_shown(path):
@@ -283,7 +283,7 @@ class Album:
         People pass pages on, so a page shows only files of the run itself. Decompression bombs stay closed.
         """
         if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.folder), "")):
-            return "a symbolic link to a file outside the run"
+            return "a link to a file outside the run"
         try:
             with open_image(path) as image:
                 too_large = image.width * image.height > MOST_PIXELS

@@ -1,7 +1,6 @@
-"""The curves of a report: from log lines and sweeps to what the page's template draws and its script reads.
+"""The charts of a report: from log lines and sweeps to the paths and data of the page's template and script.
 
-`report_page/` stretches them to the width of a screen and lets them be hovered over. Ticks are chosen by matplotlib,
-nothing is drawn by it.
+The page stretches the charts to the width of the screen and shows values on hover. matplotlib only chooses the ticks.
 """
 
 import math
@@ -12,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from .formatting import LARGEST, is_finite, number
 from .metrics import METRICS, RECONSTRUCTION_METRICS
 
-MAX_POINTS = 600  # of a curve; of a longer log, the lowest and the highest of each stretch are drawn
-LOG_SCALE_RATIO = 8  # of the highest to the lowest value, above which a loss is drawn on a log scale
-# What else a log line holds beside losses: how the optimizer fared.
+MAX_POINTS = 600  # of a curve; a longer one is cut into stretches, and the extremes of each are drawn
+LOG_SCALE_RATIO = 8  # a loss is drawn on a log scale if its highest value is above this many times its lowest
+# The optimizer's entries in a log line; all other entries are losses and scores.
 OPTIMIZER_NAMES = ("learning_rate", "grad_norm", "adaptive_weight", "steps_per_second")
 SCORES = {
     metric.stage1_key.removeprefix("val_"): metric.title_with_unit
@@ -22,7 +21,7 @@ SCORES = {
     if metric.hub_type
 }
 CURVES_FIRST = ("loss", "unweighted_loss", "pixel_loss", "perceptual_loss", *SCORES)
-NOT_DRAWN = ("step", "mean_squared_error", "psnr_of_mean_squared_error")  # the last two say what PSNR says
+NOT_DRAWN = ("step", "mean_squared_error", "psnr_of_mean_squared_error")  # PSNR shows what the last two show
 CURVE_TITLES = {
     **SCORES,
     "kl_loss": "KL loss",
@@ -33,16 +32,16 @@ CURVE_TITLES = {
 
 
 class Series(NamedTuple):
-    """One curve: its name, its points, and whether each is marked, as held-out values are."""
+    """One curve. Held-out values have marked points."""
 
     name: str
     points: list[tuple[float, float]]
     marked: bool = False
-    style: str = "s1"  # a class of the style sheet: color and dashes
+    style: str = "s1"  # the style sheet's class for color and dashes
 
 
 def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most about `limit` of the points, in order: first, last, and each stretch's lowest and highest."""
+    """About `limit` points at most, in order: the first, the last, and the lowest and highest of each stretch."""
     if len(points) <= limit:
         return points
     stretch = math.ceil(2 * len(points) / limit)
@@ -57,16 +56,16 @@ def chart(
     heading: str, series: list[Series], x_name: str, x_range: tuple[float, float] | None = None, *,
     may_be_log: bool = False, group: str | None = None, note: str = "",
 ) -> dict | None:  # fmt: skip
-    """What the template draws: paths in a square of 1000 x 1000 that the page stretches, ticks in per cent, and data.
+    """A chart for the template: paths in a square of 1000 x 1000 that the page stretches, ticks in percent, and data.
 
     Args:
-        series: those without points are left out.
-        x_range: of the axis; that of the points unless given.
-        may_be_log: draw the values on a log scale where they span more than `LOG_SCALE_RATIO`.
-        group: charts of one group follow each other's cross-hair.
+        series: the curves. Those without points are left out.
+        x_range: range of the x axis. By default, the range of the points.
+        may_be_log: use a log scale if the values span more than `LOG_SCALE_RATIO`.
+        group: the cross-hair moves in all charts of a group at once.
 
     Returns:
-        `None` where there is nothing to draw.
+        `None` if there is nothing to draw.
     """
     series = [one._replace(points=thin(one.points)) for one in series if one.points]
     if not series:
@@ -114,7 +113,7 @@ def _whole(value: float) -> float | int:
 
 
 def _y_axis(low: float, high: float, log_scale: bool) -> tuple[float, float, list[float]]:
-    """Lowest and highest value of an axis with some air, and where its ticks are."""
+    """The lowest and highest value of an axis, with some margin, and its ticks."""
     if log_scale:
         low, high = low / 1.15, high * 1.15
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -124,9 +123,9 @@ def _y_axis(low: float, high: float, log_scale: bool) -> tuple[float, float, lis
                 break
         return low, high, ticks
     if low >= 0 and low < high / 2:
-        low = 0.0  # an axis that starts at zero where that costs no more than half of the height
-    air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    low, high = (0.0 if low == 0 else low - air), high + air
+        low = 0.0  # start at zero if the curve then still fills half of the height
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    low, high = (0.0 if low == 0 else low - margin), high + margin
     return low, high, [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
 
 
@@ -135,12 +134,14 @@ def _curve(log: list[dict], name: str) -> list[tuple[float, float]]:
 
 
 def training_curves(log: list[dict]) -> tuple[list[dict], list[dict]]:
-    """A chart for every scalar of the log, held-out values as points: the losses and scores, and the optimizer's."""
+    """A chart for every scalar of the log: losses and scores, then the optimizer's. Held-out values are points."""
     names = dict.fromkeys(name.removeprefix("val_") for line in log for name in line)
     names = [*(name for name in CURVES_FIRST if name in names), *(name for name in names if name not in CURVES_FIRST)]
     x_range = (0, log[-1]["step"]) if log else None
     keys = [metric.stage1_key for metric in RECONSTRUCTION_METRICS]
-    measured_only = [key for key in keys if key and not key.startswith("val_")]  # in validation alone: no prefix
+    measured_only = [
+        key for key in keys if key and not key.startswith("val_")
+    ]  # only validation measures these: no prefix
     charts: dict[str, dict | None] = {}
     for name in names:
         if name in NOT_DRAWN:
@@ -159,7 +160,7 @@ def training_curves(log: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def timestep_chart(log: list[dict]) -> dict | None:
-    """The unweighted loss by timestep, as the first, a middle and the last log line had it."""
+    """The unweighted loss by timestep, in the first, a middle and the last log line."""
     lines = [line for line in log if isinstance(line.get("loss_by_timestep"), list)]
     series = []
     shown = sorted({0, len(lines) // 2, len(lines) - 1}) if lines else []
@@ -173,21 +174,23 @@ def timestep_chart(log: list[dict]) -> dict | None:
 
 
 def sweep_charts(sweep: list[dict]) -> list[dict]:
-    """The metrics of a sweep over guidance, one curve for each number of steps; or over steps."""
+    """A chart for each metric over the guidance scale, one curve for each number of steps.
+
+    A sweep with one guidance scale is drawn over the number of steps.
+    """
     by_guidance = len({row.get("guidance_scale") for row in sweep}) > 1
-    x_key, other = ("guidance_scale", "num_inference_steps") if by_guidance else ("num_inference_steps", None)
-    values = sorted({row.get(other) for row in sweep}) if other else [None]
+    x_key, curve_key = ("guidance_scale", "num_inference_steps") if by_guidance else ("num_inference_steps", None)
+    values = sorted({row.get(curve_key) for row in sweep}) if curve_key else [None]
     charts = []
     for metric in METRICS:
         if not metric.is_swept:
             continue
         series = []
         for index, value in enumerate(values):
-            points = [
-                (row.get(x_key), row.get(metric.key)) for row in sweep if other is None or row.get(other) == value
-            ]
+            rows = [row for row in sweep if curve_key is None or row.get(curve_key) == value]
+            points = [(row.get(x_key), row.get(metric.key)) for row in rows]
             points = sorted((x, y) for x, y in points if is_finite(x) and is_finite(y))
-            label = f"{value} steps" if other else "samples"
+            label = f"{value} steps" if curve_key else "samples"
             series.append(Series(label, points, marked=True, style=f"s{index % 4 + 1}"))
         x_name = "guidance scale" if by_guidance else "steps"
         charts.append(chart(metric.title, series, x_name, group="sweep", note=f"{metric.better} is better"))

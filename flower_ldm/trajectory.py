@@ -1,7 +1,6 @@
-"""What a pipeline draws on the way, and from one place to another: denoising paths, interpolations, guidance sweeps.
+"""Denoising paths, interpolations and guidance sweeps of any `FlowerLDMPipeline`, and pictures and films of the paths.
 
-Runs any `FlowerLDMPipeline`; `visualization` and `train_latent_diffusion.py` call it. Nothing is re-noised: a path is
-what the pipeline's own steps went through.
+A path holds the states that the pipeline's own steps went through. Nothing is noised again for show.
 
 Shapes: T steps, S states = T + 1, Z latent channels, (h, w) latent positions, (H, W) pixels.
 """
@@ -25,10 +24,10 @@ from .latent_maps import LatentPlane
 from .lettering import drawable, pillow_font, save_figure
 from .sampling import decode, draw, same_seed, seeded_noise
 
-PANEL = 192  # pixels a side of an image in an animation
+PANEL = 192  # width and height of an image in an animation, in pixels
 MAX_GIF_BYTES = 2_000_000
-MAX_FRAMES = 30  # of an animation; of a longer path, as many states, evenly spread
-MILLISECONDS = {"first": 600, "between": 120, "last": 2400}  # how long a frame stands
+MAX_FRAMES = 30  # of an animation; a longer path is shown by this many states, evenly spread
+MILLISECONDS = {"first": 600, "between": 120, "last": 2400}  # how long a frame is shown
 PATH_COLUMNS = 9  # states in the picture of a path
 
 
@@ -37,14 +36,14 @@ PATH_COLUMNS = 9  # states in the picture of a path
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One sample from pure noise (state 0) to the image (state T), as the pipeline's steps went.
+    """The states of one sample, from pure noise (state 0) to the image (state T).
 
     Attributes:
         label, name: its class.
         noise_levels: `(S,)`, the share of noise in each state: 1 is pure noise, 0 the sample.
-        noisy_latents: `(S, Z, h, w)` float32, normalized to unit variance whatever the scheduler.
-        denoised_latents: `(S, Z, h, w)` float32, the clean latents predicted from each state; of the last, itself.
-        noisy_images, denoised_images: `(S, H, W, 3)` uint8, the same decoded.
+        noisy_latents: `(S, Z, h, w)` float32, normalized to unit variance with every scheduler.
+        denoised_latents: `(S, Z, h, w)` float32, the clean latents predicted from each state. The last is the sample.
+        noisy_images, denoised_images: `(S, H, W, 3)` uint8, the same latents decoded.
     """
 
     label: int
@@ -64,30 +63,30 @@ def record_trajectory(
 ) -> Trajectory:
     """Draw one image of a class and keep every state on its way.
 
-    The last state is the image that the pipeline returns for `torch.Generator("cpu").manual_seed(seed)` and the same
-    options, to the bit. With a scheduler of second order (Heun) each of its two forwards makes a state.
+    The last state is bit for bit the image that the pipeline returns for the same options and the generator
+    `torch.Generator("cpu").manual_seed(seed)`. A scheduler of second order (Heun) makes two states a step.
 
     Args:
-        options: of the pipeline's call: `guidance_scale`, `guidance_interval`, `eta`.
+        options: options of the pipeline's call: `guidance_scale`, `guidance_interval`, `eta`.
 
     Raises:
-        ValueError: whatever the pipeline refuses.
+        ValueError: the pipeline refuses the label or an option.
     """
     (label,) = pipeline.get_label_ids(label)
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = seeded_noise(pipeline, generator)
     noisy, denoised, noise_levels = [noise], [], [1.0]
 
-    def keep(_, step_index: int, timestep: torch.Tensor, given: dict) -> dict:
-        denoised.append(given["denoised_latents"])
+    def keep(_, step_index: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        denoised.append(tensors["denoised_latents"])
         timesteps = pipeline.scheduler.timesteps
         if step_index + 1 == len(timesteps):
-            noisy.append(given["latents"])
+            noisy.append(tensors["latents"])
             noise_levels.append(0.0)
         else:
-            following = timesteps[step_index + 1]
-            noisy.append(pipeline.scheduler.scale_model_input(given["latents"], following))
-            noise_levels.append(pipeline.signal_and_noise(following)[1])
+            next_timestep = timesteps[step_index + 1]
+            noisy.append(pipeline.scheduler.scale_model_input(tensors["latents"], next_timestep))
+            noise_levels.append(pipeline.signal_and_noise(next_timestep)[1])
         return {}
 
     (sample,) = pipeline(
@@ -117,15 +116,15 @@ def record_trajectory(
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, fraction: float) -> torch.Tensor:
-    """From `start` to `end` along the arc between them (Shoemake 1985, "Animating rotation", section 3.3).
+    """Spherical interpolation from `start` to `end` (Shoemake 1985, "Animating rotation", section 3.3).
 
-    What lies on the straight line between two draws of Gaussian noise is shorter than any draw, and would be denoised
-    to something flat; along the arc it keeps its length. Vectors that point the same way, or opposite ways, have no
-    arc of their own: there it is the straight line.
+    Points on the straight line between two draws of Gaussian noise are shorter than either, and denoise to flat
+    images. Points on the arc keep the length. Vectors in the same or opposite directions define no arc: there the
+    straight line is used.
     """
     cosine = torch.dot(start.flatten(), end.flatten()) / (start.norm() * end.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
-    if angle.sin().abs() < 1e-3:  # what float32 tells apart
+    if angle.sin().abs() < 1e-3:  # below float32's precision
         return torch.lerp(start, end, fraction)
     return (torch.sin((1 - fraction) * angle) * start + torch.sin(fraction * angle) * end) / torch.sin(angle)
 
@@ -133,7 +132,7 @@ def slerp(start: torch.Tensor, end: torch.Tensor, fraction: float) -> torch.Tens
 def interpolate_seeds(
     pipeline: FlowerLDMPipeline, label: int | str, seeds: tuple[int, int], num_images: int = 8, **options
 ) -> np.ndarray:
-    """Images `(num_images, H, W, 3)` uint8 of one class, from one seed's noise to another's by `slerp`."""
+    """Images `(num_images, H, W, 3)` uint8 of one class, from one seed's noise to the other's by `slerp`."""
     start, end = (seeded_noise(pipeline, torch.Generator("cpu").manual_seed(seed)) for seed in seeds)
     noises = torch.cat([slerp(start, end, float(fraction)) for fraction in np.linspace(0, 1, num_images)])
     generators = same_seed(seeds[0], num_images)  # for schedulers that add noise
@@ -143,11 +142,12 @@ def interpolate_seeds(
 def interpolate_classes(
     pipeline: FlowerLDMPipeline, start: int | str, end: int | str, num_images: int = 8, seed: int = 0, **options
 ) -> np.ndarray:
-    """Images `(num_images, H, W, 3)` uint8 from one class to another, all from the same noise: the weight of the class
-    embeddings goes from the one to the other.
+    """Images `(num_images, H, W, 3)` uint8 from one class to another, all from the same noise.
+
+    The weight moves from the first class embedding to the second.
 
     Raises:
-        ValueError: where the unet doesn't take mixtures of classes.
+        ValueError: the unet doesn't take mixtures of classes.
     """
     first, last = pipeline.get_label_ids([start, end])
     one_hot = torch.eye(pipeline.num_classes)
@@ -159,7 +159,7 @@ def interpolate_classes(
 def sweep_guidance(
     pipeline: FlowerLDMPipeline, labels: Sequence[int | str], scales: Sequence[float], seed: int = 0, **options
 ) -> np.ndarray:
-    """Images `(len(labels), len(scales), H, W, 3)` uint8, each label's from the same noise at every guidance scale."""
+    """Images `(len(labels), len(scales), H, W, 3)` uint8. Each label has the same noise at every guidance scale."""
     columns = [
         draw(pipeline, labels, generator=same_seed(seed, len(labels)), **options | {"guidance_scale": scale})
         for scale in scales
@@ -171,9 +171,9 @@ def sweep_guidance(
 
 
 def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) -> None:
-    """The noisy latents, decoded, above the clean image predicted from each; beside them the way through the plane."""
+    """Decoded noisy latents above the clean images predicted from them, and beside both the path in the plane."""
     states = np.unique(np.linspace(0, len(trajectory) - 1, PATH_COLUMNS).round().astype(int))
-    height, side, gap = 3.5, 1.2, 0.06  # inches; a picture's side and what lies between two
+    height, side, gap = 3.5, 1.2, 0.06  # inches: the figure's height, an image's side, the space between two
     strip = (side + gap) * len(states) - gap
     width = 0.7 + strip + 0.85 + 4.2 + 0.15
     figure = Figure(figsize=(width, height))
@@ -188,14 +188,14 @@ def save_denoising_path(trajectory: Trajectory, plane: LatentPlane, path: Path) 
     upper.set_ylabel("noisy latents,\ndecoded", fontsize=9)
     lower.set_ylabel("predicted\nclean image", fontsize=9)
     left = 0.7 + strip + 0.85
-    draw_way(figure.add_axes((left / width, 0.45 / height, 4.2 / width, 2.4 / height)), trajectory, plane)
+    draw_path(figure.add_axes((left / width, 0.45 / height, 4.2 / width, 2.4 / height)), trajectory, plane)
     save_figure(figure, path)
 
 
 def draw_strip(axis: Axes, images: np.ndarray, gap: float) -> np.ndarray:
-    """Images `(n, H, W, 3)` uint8 in a row, `gap` of their width apart. Returns where their middles lie.
+    """Draw images `(n, H, W, 3)` uint8 in a row, with `gap` times their width between them. Returns their centers.
 
-    One picture for matplotlib, which takes long over many.
+    They are joined to one picture first, since matplotlib is slow with many.
     """
     scale = -(-100 // images.shape[2])  # so that the gap is a whole number of pixels
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -209,8 +209,8 @@ def draw_strip(axis: Axes, images: np.ndarray, gap: float) -> np.ndarray:
     return np.arange(len(images)) * (width + gap) + (width - 1) / 2
 
 
-def draw_way(axis: Axes, trajectory: Trajectory, plane: LatentPlane) -> None:
-    """A trajectory, and what was predicted along it, over the clouds of the classes."""
+def draw_path(axis: Axes, trajectory: Trajectory, plane: LatentPlane) -> None:
+    """Draw a trajectory and its predicted clean latents in the plane, over the points of the classes."""
     own = plane.labels == trajectory.label
     axis.scatter(*plane.points[~own].T, s=5, color="#d3d3d3", linewidths=0, label="other classes")
     axis.scatter(*plane.points[own].T, s=12, color="#44AA99", linewidths=0, label=drawable(trajectory.name, 24))
@@ -234,23 +234,23 @@ def draw_way(axis: Axes, trajectory: Trajectory, plane: LatentPlane) -> None:
 
 
 def animation_frames(trajectory: Trajectory) -> list[np.ndarray]:
-    """`(240, 400, 3)` uint8 each: a state decoded, the clean image predicted from it, and how much noise is left."""
+    """Frames `(240, 400, 3)` uint8: a decoded state, the clean image predicted from it, and the noise level."""
     states = np.unique(np.linspace(0, len(trajectory) - 1, MAX_FRAMES).round().astype(int))
     margin, gap = 4, 8
     width, bar = 2 * PANEL + gap + 2 * margin, PANEL + margin + 20
     name = drawable(trajectory.name, 32)
-    font, font_of_name = ImageFont.load_default(size=12), pillow_font(name, 12)
+    font, name_font = ImageFont.load_default(size=12), pillow_font(name, 12)
     frames = []
     for state in states:
         frame = Image.new("RGB", (width, 240), "white")
         draw = ImageDraw.Draw(frame)
-        for left, images, caption, its_font in (
-            (margin, trajectory.noisy_images, name, font_of_name),
+        for left, images, caption, caption_font in (
+            (margin, trajectory.noisy_images, name, name_font),
             (margin + PANEL + gap, trajectory.denoised_images, "predicted clean image", font),
         ):
             image = Image.fromarray(images[state]).resize((PANEL, PANEL), Image.Resampling.BICUBIC)
             frame.paste(image, (left, margin))
-            draw.text((left + PANEL / 2, margin + PANEL + 2), caption, "black", its_font, anchor="ma")
+            draw.text((left + PANEL / 2, margin + PANEL + 2), caption, "black", caption_font, anchor="ma")
         level = float(trajectory.noise_levels[state])
         right = width - margin - 84
         draw.rectangle((margin, bar, right, bar + 8), fill="#e4e4e4")
@@ -262,20 +262,20 @@ def animation_frames(trajectory: Trajectory) -> list[np.ndarray]:
 
 
 def to_palette(frame: np.ndarray, dither: Image.Dither) -> Image.Image:
-    """256 colors, by octree: of noise, Pillow's median cut takes half a second a frame, and looks no better."""
+    """The frame in 256 colors, by octree. Median cut takes half a second for a noisy frame and looks no better."""
     image = Image.fromarray(frame)
     return image.quantize(palette=image.quantize(256, Image.Quantize.FASTOCTREE), dither=dither)
 
 
 def save_animation(trajectory: Trajectory, path: Path) -> list[Path]:
-    """The frames as a GIF at `path`, the last one held; and as MP4 beside it where imageio's ffmpeg is installed.
+    """Write a GIF to `path`, and an MP4 beside it if imageio-ffmpeg is installed. The last frame stays longest.
 
     Returns:
-        the files that were written.
+        the files written.
     """
     frames = animation_frames(trajectory)
     durations = [MILLISECONDS["first"], *[MILLISECONDS["between"]] * (len(frames) - 2), MILLISECONDS["last"]]
-    for dither in (Image.Dither.FLOYDSTEINBERG, Image.Dither.NONE):  # noise may have to do with coarser colors
+    for dither in (Image.Dither.FLOYDSTEINBERG, Image.Dither.NONE):  # without dithering noise compresses better
         pages, gif = [to_palette(frame, dither) for frame in frames], io.BytesIO()
         pages[0].save(gif, "GIF", save_all=True, append_images=pages[1:], duration=durations, loop=0)
         if gif.tell() < MAX_GIF_BYTES:
@@ -291,10 +291,10 @@ def save_animation(trajectory: Trajectory, path: Path) -> list[Path]:
 
 
 def save_film(film: np.ndarray, path: Path) -> None:
-    """Frames `(n, H, W, 3)` uint8 as MP4, whatever the file is called.
+    """Write frames `(n, H, W, 3)` uint8 as MP4, also to a file name without the ending `.mp4`.
 
     Raises:
-        OSError: where it can't be written; ffmpeg ends without a word then, so the film is opened again to see.
+        OSError: it can't be written. ffmpeg itself reports no error then, so the film is opened as a check.
     """
     fps = 1000 / MILLISECONDS["between"]
     by_ffmpeg = {"plugin": "FFMPEG", "extension": ".mp4"}
@@ -302,4 +302,4 @@ def save_film(film: np.ndarray, path: Path) -> None:
     try:
         imageio.improps(path, **by_ffmpeg)
     except OSError:
-        raise OSError("ffmpeg ended before the film did, most likely for want of space") from None
+        raise OSError("ffmpeg wrote no whole film: the disk is probably full") from None

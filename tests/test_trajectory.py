@@ -18,7 +18,7 @@ from flower_ldm.trajectory import (
     MILLISECONDS,
     PANEL,
     animation_frames,
-    draw_way,
+    draw_path,
     interpolate_classes,
     interpolate_seeds,
     record_trajectory,
@@ -199,7 +199,7 @@ def plane() -> LatentPlane:
 
 def test_way_through_the_plane(recorded, plane):
     axis = Figure().subplots()
-    draw_way(axis, recorded, plane)
+    draw_path(axis, recorded, plane)
     others, own = (collection.get_offsets() for collection in axis.collections)
     assert len(others) == 20
     np.testing.assert_allclose(own, plane.points[plane.labels == 1], rtol=1e-4, atol=1e-3)
