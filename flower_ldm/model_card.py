@@ -1,8 +1,8 @@
 """The model card of a run: `README.md` with the metadata that the Hugging Face Hub reads.
 
-Written from what a run's folder says (`runs.read_run`) by both training scripts at their end, and again by the
-evaluation when there is more to say. What wasn't measured isn't shown. It is made to be public: it names no path, and
-links no picture that shows a photograph of the data set or a reconstruction of one.
+Both training scripts write it at their end. The evaluation writes it again with more results. The card shows only
+what was measured. It is safe to publish: it names no path, and shows no photograph of the data set or a reconstruction
+of one.
 """
 
 import html
@@ -50,11 +50,11 @@ from .runs import (
     read_run,
 )
 
-ANYWHERE = {"autoencoder": "user/flower-autoencoder", "latent_diffusion": "user/flower-ldm"}  # until it is pushed
-DOWNLOADED = "model"  # where the card's commands expect this repository
+EXAMPLE_IDS = {"autoencoder": "user/flower-autoencoder", "latent_diffusion": "user/flower-ldm"}  # of an unpushed run
+DOWNLOADED = "model"  # the folder in which the card's commands expect this repository
 
 TASKS = {
-    # The Hub has no task for images of a class; this is where such models are looked for.
+    # The Hub has no task for class-conditional images. People look for such models under this one.
     "latent_diffusion": ("unconditional-image-generation", "Class-conditional image generation"),
     "autoencoder": ("image-to-image", "Image reconstruction"),
 }
@@ -64,14 +64,14 @@ def write_model_card(run_dir: Path, repo_id: str | None = None) -> Path:
     """Write `README.md` into the folder of a finished run of either stage.
 
     Args:
-        repo_id: where it is pushed to, "user/name"; unset, the run's `--hub_model_id`, or else an example.
+        repo_id: the repository on the Hub, "user/name". Unset: the run's `--hub_model_id`, or else an example.
 
     Returns:
-        the card's path. A card that was there is replaced, and not before the new one is complete; one without the
-        line `CARD_MARK` is somebody's own and stays as it is.
+        the card's path. An old card is replaced once the new one is complete. A card without the line `CARD_MARK` was
+        edited by hand and stays unchanged.
 
     Raises:
-        InputError: where `run_dir` is no run, one of its files can't be read, or the card can't be written.
+        InputError: `run_dir` is no run, one of its files can't be read, or the card can't be written.
     """
     run = read_run(Path(run_dir))
     path = CARD_FILE.path(run.folder)
@@ -86,43 +86,44 @@ def write_model_card(run_dir: Path, repo_id: str | None = None) -> Path:
 
 def render(run: Run, repo_id: str | None = None) -> str:
     """The card as text: the metadata as YAML between two lines of dashes, then Markdown."""
-    name = repo_id.split("/")[-1] if repo_id else ANYWHERE[run.stage].split("/")[-1]
+    example_id = EXAMPLE_IDS[run.stage]
+    name = (repo_id or example_id).split("/")[-1]
     sections = [
         f"# {plain(name)}",
         plain(summary(public_run(run))),
         picture(run, CLASS_GRID),
-        usage(run, repo_id or ANYWHERE[run.stage]),
+        usage(run, repo_id or example_id),
         training(run),
         measured(run),
         limitations(run),
         license(run),
-        reproduction(run, repo_id or ANYWHERE[run.stage]),
+        reproduction(run, repo_id or example_id),
         CARD_MARK,
     ]
     body = "\n\n".join(filter(None, sections))
     card = f"---\n{metadata(run, name).to_yaml()}\n---\n\n{body}\n"
-    return card.encode("utf-8", "backslashreplace").decode("utf-8")  # names of classes may be in no encoding
+    return card.encode("utf-8", "backslashreplace").decode("utf-8")  # a class name may be no valid UTF-8
 
 
-# --- what may be said ------------------------------------------------------------------------------------------------
+# --- safe to publish -------------------------------------------------------------------------------------------------
 
 
 def plain(text: object) -> str:
-    """Text on one line that neither Markdown nor HTML reads as anything else, names of classes among it."""
+    """Text on one line, escaped so that neither Markdown nor HTML interprets any of it, such as a class name."""
     line = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
-    begin = re.compile(r"^([-+=]|[0-9]+(?=[.)](\s|$)))")  # of a list
-    line = begin.sub(lambda start: f"{start[0][:-1]}&#{ord(start[0][-1])};", line)
+    list_start = re.compile(r"^([-+=]|[0-9]+(?=[.)](\s|$)))")
+    line = list_start.sub(lambda start: f"{start[0][:-1]}&#{ord(start[0][-1])};", line)
     return line.replace("://", "&#58;//").replace("www.", "www&#46;")  # no address becomes a link
 
 
 def repository(name: object) -> str | None:
-    """The name where it can be one of a repository, and so stand in code; `None` where it can't."""
-    is_one = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)
-    return name if is_one else None
+    """The name if it is a valid repository name, which is safe within code, or else `None`."""
+    is_valid = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)
+    return name if is_valid else None
 
 
 def public_run(run: Run) -> Run:
-    """The same run with the flags that everybody may see, its data set by its public name."""
+    """The same run with public flags only, and the public name of its data set."""
     name = public_dataset(run.args.get("dataset") or run.metrics.get("dataset"))
     return Run(run.folder, run.stage, public_flags(run.args) | {"dataset": name}, run.log,
                {key: value for key, value in run.metrics.items() if key != "vgg_weights"}, run.configs,
@@ -133,9 +134,9 @@ def public_run(run: Run) -> Run:
 
 
 def picture(run: Run, artifact: Artifact) -> str:
-    """A relative link to one of the run's pictures with its caption below it.
+    """A relative link to one of the run's pictures, with its caption below.
 
-    Empty where there is none, and where it would show photographs or isn't in the repository.
+    Empty if there is no such picture, if it shows photographs, or if it isn't pushed to the Hub.
     """
     if artifact.shows_photographs or not artifact.on_hub or artifact.stage not in (None, run.stage):
         return ""
@@ -146,39 +147,39 @@ def picture(run: Run, artifact: Artifact) -> str:
 
 
 def usage(run: Run, repo_id: str) -> str:
-    """Five lines with the package, and five without it."""
+    """Examples in Python: with diffusers alone, and with the package."""
     if run.stage == "autoencoder":
         variable, kind, library = "vae", "FlowerAutoencoderKL", "AutoModel"
         lines = [
             "posterior = vae.encode(images).latent_dist  # images: (B, 3, H, W) in [-1, 1]",
-            "latents = vae.normalize(posterior.mean)  # of unit variance, as a denoiser wants them",
+            "latents = vae.normalize(posterior.mean)  # zero mean and unit variance, as a denoiser expects",
             "reconstruction = vae.decode(vae.denormalize(latents)).sample",
         ]
-        travels = "auto_map" in run.configs["autoencoder"]
+        has_code = "auto_map" in run.configs["autoencoder"]
     else:
         variable, kind, library = "pipe", "FlowerLDMPipeline", "DiffusionPipeline"
         lines = [f"images = pipe({_labels(run)}, num_images_per_label=4).images", 'images[0].save("image.png")']
-        travels = True
+        has_code = True
     blocks = [
         "## Use it",
-        "With [diffusers](https://github.com/huggingface/diffusers) alone; the code in this repository, which "
-        "`trust_remote_code` allows to run, is short. Read it, and put the commit that you have read in place of "
-        f"`COMMIT` ([list](https://huggingface.co/{repo_id}/commits/main)), so that no later one runs:"
-        if travels else "",
+        "With [diffusers](https://github.com/huggingface/diffusers) alone. `trust_remote_code` runs the code in this "
+        "repository, which is short: read it first. Then replace `COMMIT` by the commit that you have read "
+        f"([list](https://huggingface.co/{repo_id}/commits/main)), so that no later code runs:"
+        if has_code else "",
         _code(f"from diffusers import {library}", "", f'{variable} = {library}.from_pretrained('
               f'"{repo_id}", revision="COMMIT", trust_remote_code=True)', *lines)
-        if travels else "",
-        "With the package `flower_ldm` installed" + (", no trust is needed:" if travels else ":"),
+        if has_code else "",
+        "With the package `flower_ldm` installed" + (", which needs no `trust_remote_code`:" if has_code else ":"),
         _code(f"from flower_ldm import {kind}", "", f'{variable} = {kind}.from_pretrained("{repo_id}")', *lines),
     ]  # fmt: skip
     if run.stage == "latent_diffusion" and (names := run.class_names):
-        shown = f"The {number(len(names))} classes, by name or by index from 0" if len(names) > 1 else "The class"
-        blocks.append(f"<details><summary>{shown}</summary>\n\n{plain(', '.join(names))}\n\n</details>")
+        title = f"The {number(len(names))} classes, by name or by index from 0" if len(names) > 1 else "The class"
+        blocks.append(f"<details><summary>{title}</summary>\n\n{plain(', '.join(names))}\n\n</details>")
     return "\n\n".join(filter(None, blocks))
 
 
 def _labels(run: Run) -> str:
-    """The labels of the example: by name where the name is a word that needs no escaping, and by index."""
+    """The labels of the example: one by name, if a name needs no escaping, and one by index."""
     names = run.class_names
     preferred = "sunflower" if "sunflower" in names else names[0] if names else ""
     first = json.dumps(preferred) if re.fullmatch(r"[A-Za-z0-9 '-]+", preferred) else "0"
@@ -186,7 +187,7 @@ def _labels(run: Run) -> str:
 
 
 def _code(*lines: str, language: str = "python") -> str:
-    """A block of code between fences that are longer than any within: no name of a class gets out of it."""
+    """A code block. Its fences are longer than any run of backticks inside, so that no class name can end it."""
     longest = max((len(run) for run in re.findall("`+", "\n".join(lines))), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([f"{fence}{language}", *lines, fence])
@@ -198,12 +199,12 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def training(run: Run) -> str:
-    """What it was trained on, how, for how long."""
+    """Model, data and training as a table, with the loss curves."""
     rows = [[plain(name), plain(value)] for _, group in facts(public_run(run)) for name, value in group]
     curves = AUTOENCODER_LOSSES if run.stage == "autoencoder" else DIFFUSION_LOSS
     blocks = ["## Training", f"| | |\n|---|---|\n{_rows(rows)}", picture(run, curves), _perceptual_network(run)]
     if (stage1 := autoencoder_run(run)) and (seconds := training_seconds(stage1)):
-        blocks.append(f"Its autoencoder was trained before it, for {number(stage1.last_step)} updates in "
+        blocks.append(f"Its autoencoder was trained first, for {number(stage1.last_step)} updates in "
                       f"{duration(seconds)}.")  # fmt: skip
     return "\n\n".join(filter(None, blocks))
 
@@ -213,7 +214,7 @@ def _rows(rows: list[list[str]]) -> str:
 
 
 def _perceptual_network(run: Run) -> str:
-    """Which network the perceptual loss looked through: figures depend on it."""
+    """The perceptual loss's network, on which the measured values depend."""
     if run.stage != "autoencoder" or not run.args.get("perceptual_weight"):
         return ""
     weights = "weights of a local file" if run.args.get("vgg_weights") else "torchvision's ImageNet weights"
@@ -221,57 +222,58 @@ def _perceptual_network(run: Run) -> str:
 
 
 def measured(run: Run) -> str:
-    """The metrics with their protocol; the held-out loss alone where nothing else was measured."""
+    """The metrics with their protocol, or only the held-out loss if nothing else was measured."""
     if run.stage == "autoencoder":
         rows = [[name, value] for name, value in _reconstruction(run)]
-        about = "Means over images; the reconstruction is that of the posterior's mean."
-        return f"## Measured\n\n{_table([_held_out(run), ''], rows)}\n\n{about}" if rows else ""
+        note = "Values are means over images. Images are reconstructed from the posterior's mean."
+        return f"## Measured\n\n{_table([_held_out(run), ''], rows)}\n\n{note}" if rows else ""
     evaluation = run.evaluation
-    parts = []
+    blocks = []
     if table := metrics_table(evaluation):
         columns = [f"{one.title}, {one.role}" for one in table["columns"]]
         rows = [[f"{row['name']} ({row['better']} is better)", *(value + spread for value, spread, _ in row["cells"])]
                 for row in table["rows"]]  # fmt: skip
         rows += [[name, *values] for name, values in table["counts"]]
-        parts += [protocol(run), _table(["", *columns], rows)]
-        parts.append("\n".join(f"- {plain(remark)}" for remark in evaluation.get("remarks") or []))
+        blocks += [protocol(run), _table(["", *columns], rows)]
+        blocks.append("\n".join(f"- {plain(remark)}" for remark in evaluation.get("remarks") or []))
     if table := memorization_table(evaluation):
-        parts.append(
-            "**Memorization.** The share of images whose nearest training image is nearer than a third of the second "
-            "nearest, in feature and in pixel space; held-out images, which can't have been memorized, are the null."
+        blocks.append(
+            "**Memorization.** An image counts as memorized if its nearest training image is less than a third as far "
+            "away as the second nearest. Distances are measured in feature and in pixel space. Held-out images can't "
+            "be memorized, so their share is due to chance."
         )
         head = [name.lower() for name in table["head"]]
-        parts.append(_table(head, [[name, *values] for name, values in table["rows"]]))
+        blocks.append(_table(head, [[name, *values] for name, values in table["rows"]]))
     if rows := _reconstruction(run):
-        parts.append(f"**The autoencoder**, {_held_out(run)}:\n\n{_table(['', ''], [list(row) for row in rows])}")
-    if not parts and is_finite(run.metrics.get("val_loss")):
-        parts.append(_table([_held_out(run), ""], [["Loss", number(run.metrics["val_loss"])]]))
-        parts.append("The quality of its images has not been measured.")
-    return "\n\n".join(["## Measured", *filter(None, parts)]) if parts else ""
+        blocks.append(f"**The autoencoder**, {_held_out(run)}:\n\n{_table(['', ''], [list(row) for row in rows])}")
+    if not blocks and is_finite(run.metrics.get("val_loss")):
+        blocks.append(_table([_held_out(run), ""], [["Loss", number(run.metrics["val_loss"])]]))
+        blocks.append("The quality of its images has not been measured.")
+    return "\n\n".join(["## Measured", *filter(None, blocks)]) if blocks else ""
 
 
 def protocol(run: Run) -> str:
-    """One paragraph: what was compared with what, through which network."""
+    """One paragraph: which images were compared, by which features, and how the samples were drawn."""
     evaluation = run.evaluation
     features, splits = nested(evaluation, "features"), nested(evaluation, "splits")
-    sentence = "Samples, reconstructions and real training images, each against held-out images"
+    sentence = "Samples, reconstructions and real training images were each compared with held-out images"
     sentence += f" (split {plain(joined(splits['held_out']))})" if splits.get("held_out") else ""
     if features.get("name"):
         sentence += f", by {number(features.get('num_features'))} features of {plain(features['name'])}"
         sentence += f" on images of {number(features['input_size'])} pixels" if features.get("input_size") else ""
     drawn = sampling_description({"sampling": nested(evaluation, "sampling")})
-    return f"{sentence}. Drawn with {plain(drawn)}." if drawn else f"{sentence}."
+    return f"{sentence}. Sampling: {plain(drawn)}." if drawn else f"{sentence}."
 
 
 def _held_out(run: Run) -> str:
     """Which images were held out, and how many."""
-    of = nested(run.evaluation, "reconstruction")
-    count, splits = of.get("n") or run.metrics.get("num_images"), of.get("split") or run.metrics.get("splits")
+    entry = nested(run.evaluation, "reconstruction")
+    count, splits = entry.get("n") or run.metrics.get("num_images"), entry.get("split") or run.metrics.get("splits")
     return f"{number(count)} held-out images" + (f" ({plain(joined(splits))})" if splits else "")
 
 
 def _reconstruction(run: Run) -> list[tuple[str, str]]:
-    """What the autoencoder keeps of held-out images, of all figures those that are there."""
+    """How well the autoencoder reconstructs held-out images: the values that were measured, each with its name."""
     figures = [(metric.name_on_hub, metric, value) for metric, value in reconstruction_values(run)]
     if run.stage == "autoencoder":
         figures += [
@@ -286,7 +288,7 @@ def _reconstruction(run: Run) -> list[tuple[str, str]]:
 
 
 def reconstruction_values(run: Run) -> list[tuple[ReconstructionMetric, float]]:
-    """What the Hub has a name for, from the evaluation or from stage 1's own validation."""
+    """The metrics that the Hub has names for, from the evaluation or from stage 1's own validation."""
     entry, rows = nested(run.evaluation, "reconstruction"), [one for one in RECONSTRUCTION_METRICS if one.hub_type]
     if run.stage == "autoencoder" and not entry:
         values = [(metric, run.metrics.get(metric.stage1_key)) for metric in rows]
@@ -298,20 +300,20 @@ def reconstruction_values(run: Run) -> list[tuple[ReconstructionMetric, float]]:
 def limitations(run: Run) -> str:
     """What the model can't do, and whether it repeats training images."""
     size = run.args.get("resolution")
-    known = f"It knows images of {size} × {size} pixels" if size else "It knows images of one size"
+    text = f"The model knows images of {size} × {size} pixels" if size else "The model knows images of one size"
     if run.stage == "autoencoder":
-        known += " of the kind that it was trained on; others, faces and text above all, come out blurred or wrong."
+        text += " and of the kind that it was trained on. Others, above all faces and text, come out blurred or wrong."
     else:
-        known += " and the classes that it was trained on: no text, no other subject."
+        text += " and the classes that it was trained on. It can draw no text and no other subject."
         copied = nested(run.evaluation, "memorisation", SAMPLES.key)
         rate = copied.get(FEATURE_RATE.key)
-        known += (
+        text += (
             f" Of {number(copied.get('n'))} samples, {percent(rate)} were memorized training images "
             "by the measure above." if is_finite(rate)
             else " Whether it repeats training images has not been measured."
         )  # fmt: skip
-        known += " Its pictures are no evidence of what a plant looks like." if _of_flowers(run) else ""
-    return f"## Limits\n\n{known}"
+        text += " Its pictures are no evidence of what a plant looks like." if _of_flowers(run) else ""
+    return f"## Limits\n\n{text}"
 
 
 def _of_flowers(run: Run) -> bool:
@@ -319,20 +321,21 @@ def _of_flowers(run: Run) -> bool:
 
 
 def license(run: Run) -> str:
+    """The licenses of code and weights, and where the images are from."""
     dataset = public_run(run).args["dataset"]
     if dataset == "flowers102":
         data = (
             "The photographs of [Oxford 102 Flowers](https://www.robots.ox.ac.uk/~vgg/data/flowers/102/) (Nilsback & "
-            "Zisserman 2008) were collected from the web by the data set's authors. Their rights are unclear, so it "
-            "is unclear what may be done with weights that were trained on them. None of the photographs is here."
+            "Zisserman 2008) were collected from the web by the data set's authors. The rights in them are unclear, "
+            "so it is unclear how weights trained on them may be used. This repository contains no photographs."
         )
     elif dataset == "synthetic":
-        data = "The flowers that it was trained on are drawn by the package itself: the weights are Apache-2.0 too."
+        data = "The model was trained on flowers that the package draws itself, so the weights are Apache-2.0 too."
     else:
-        what = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if hub_id(dataset) else "a folder of images"
+        images = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if hub_id(dataset) else "a folder of images"
         data = (
-            f"The weights were trained on {what}: what may be done with them depends on the rights in "
-            "those images, which this card doesn't know. Whoever publishes them should say it here."
+            f"The weights were trained on {images}. How they may be used depends on the rights in those images, which "
+            "this card doesn't know. If you publish the weights, please state the rights here."
         )
     return f"## License and data\n\nThe code is Apache-2.0. {data}"
 
@@ -341,7 +344,7 @@ def license(run: Run) -> str:
 
 
 def autoencoder_run(run: Run) -> Run | None:
-    """The run of stage 1 that this pipeline's autoencoder is from, where it is still there and still the same."""
+    """The stage 1 run that trained this pipeline's autoencoder, or `None` if it is gone or has changed."""
     folder = run.args.get("autoencoder")
     if run.stage != "latent_diffusion" or not folder or not os.path.isfile(ARGS_FILE.path(folder)):
         return None
@@ -354,7 +357,7 @@ def autoencoder_run(run: Run) -> Run | None:
 
 
 def reproduction(run: Run, repo_id: str) -> str:
-    """The exact commands, but for paths: those are the reader's own."""
+    """The exact commands of this run, with the reader's own paths."""
     if not run.args:
         return ""
     commands, notes = [], []
@@ -364,17 +367,20 @@ def reproduction(run: Run, repo_id: str) -> str:
         if stage1 := autoencoder_run(run):
             stages.insert(0, (stage1, "train_autoencoder.py", f"vae/{MODEL_CONFIG}"))
         elif hub_id(run.args.get("autoencoder")):
-            notes.append("The autoencoder is that of the Hub.")
+            notes.append("The autoencoder is downloaded from the Hub.")
         else:
-            notes.append("`results/autoencoder` stands for its autoencoder, here in `vae/`.")
-    for of, script, config in stages:
-        commands.append(public_command(of, script, config))
+            notes.append("`results/autoencoder` stands for the folder of its autoencoder, which is in `vae/` here.")
+    for stage_run, script, config in stages:
+        commands.append(public_command(stage_run, script, config))
     if any(DOWNLOADED in command for command in commands):
         commands.insert(0, f"hf download {repo_id} --local-dir {DOWNLOADED}")
-    if any(of.args.get("data_dir") for of, _, _ in stages):
+    stage_args = [stage_run.args for stage_run, _, _ in stages]
+    if any(args.get("data_dir") for args in stage_args):
         notes.append("`data` is the folder with the images.")
-    if any(of.args.get("vgg_weights") and of.args.get("perceptual_weight") for of, _, _ in stages):
-        notes.append("VGG16 came from a local file: `--vgg_weights PATH`; without it, torchvision's is downloaded.")
+    if any(args.get("vgg_weights") and args.get("perceptual_weight") for args in stage_args):
+        notes.append(
+            "VGG16 came from a local file. Add `--vgg_weights PATH`, or torchvision's weights are downloaded."
+        )
     if run.stage == "latent_diffusion" and (sampling := nested(run.evaluation, "sampling")):
         commands.append(_evaluation_command(run, sampling))
     return "\n\n".join(["## Train it again", "In a clone of flower_ldm:",
@@ -382,36 +388,39 @@ def reproduction(run: Run, repo_id: str) -> str:
 
 
 def public_command(run: Run, script: str, config: str) -> str:
-    """The command line that trains this again, each path in it replaced by where a reader will have it."""
+    """The command line that repeats this training. Each path in it is replaced by the reader's own."""
     public = public_run(run).args
-    kept = {"dataset": public["dataset"]} | public
+    flags = {"dataset": public["dataset"]} | public
     if run.args.get("data_dir"):
-        kept["data_dir"] = "data"
+        flags["data_dir"] = "data"
     if run.args.get("model_config"):
-        kept["model_config"] = f"{DOWNLOADED}/{config}"
+        flags["model_config"] = f"{DOWNLOADED}/{config}"
     if autoencoder := hub_id(run.args.get("autoencoder")):
-        kept["autoencoder"] = autoencoder
-    return training_command(kept, script)
+        flags["autoencoder"] = autoencoder
+    return training_command(flags, script)
 
 
 def _evaluation_command(run: Run, sampling: dict) -> str:
-    """From what the evaluation noted, since its own command holds paths."""
+    """The evaluation's command, from the settings that it recorded: its own command line contains paths."""
     flags = {name: sampling.get(name) for name in ("num_samples", "seed", "num_inference_steps", "guidance_scale")}
     flags["features"] = nested(run.evaluation, "features").get("name")
-    words = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
-    return f"python -m flower_ldm.evaluation --pipeline results/flower-ldm \\\n    {words}"
+    settings = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
+    return f"python -m flower_ldm.evaluation --pipeline results/flower-ldm \\\n    {settings}"
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------
 
 
 def metadata(run: Run, name: str) -> ModelCardData:
-    """What the Hub indexes, metrics as model-index (https://github.com/huggingface/hub-docs/blob/main/modelcard.md)."""
+    """The metadata that the Hub indexes, with metrics as model-index.
+
+    Source: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    """
     results, dataset = eval_results(run), public_run(run).args["dataset"]
     kind = ["autoencoder", "vae"] if run.stage == "autoencoder" else ["latent-diffusion", "class-conditional"]
     return ModelCardData(
         library_name="diffusers",
-        # Only of invented flowers the code's license can be that of the weights.
+        # Weights can have the code's license only if the training images are synthetic.
         license="apache-2.0" if dataset == "synthetic" else "unknown",
         pipeline_tag=TASKS[run.stage][0] if run.stage == "latent_diffusion" else None,
         tags=["diffusers", "flower_ldm", *kind, "image-generation"],
@@ -423,7 +432,7 @@ def metadata(run: Run, name: str) -> ModelCardData:
 
 
 def eval_results(run: Run) -> list[EvalResult]:
-    """Each measured number with what one needs to know to compare it."""
+    """Each measured value, with the settings that others need for a comparison."""
     dataset, evaluation = public_run(run).args["dataset"], run.evaluation
     splits = nested(evaluation, "splits").get("held_out") or run.metrics.get("splits")
     splits = list(map(str, splits)) if isinstance(splits, list) else None

@@ -2,8 +2,8 @@
 
     python -m flower_ldm.visualization --pipeline results/flower-ldm --output pictures
 
-draws all that can be drawn from a pipeline, or with `--autoencoder` from stage 1's folder. Images are `(B, 3, H, W)`
-in [-1, 1], logs as `runs.read_log` gives them. What a pipeline does on its way to an image is in `trajectory`.
+draws every picture of a pipeline, or with `--autoencoder` of stage 1's folder. Images are `(B, 3, H, W)` in [-1, 1].
+Logs are the lists of lines that `runs.read_log` returns.
 """
 
 import argparse
@@ -53,7 +53,7 @@ AUTOENCODER_CURVES = ["pixel_loss", "perceptual_loss", "kl_loss", "adversarial_l
 
 
 def image_grid(images: np.ndarray, num_columns: int, gap: int = 2, min_pixels: int = 64) -> Image.Image:
-    """`(B, H, W, 3)` uint8, row by row, on white; small images are enlarged by whole factors to be seen."""
+    """Images `(B, H, W, 3)` uint8 in rows on white. Small images are enlarged by a whole factor."""
     enlarge = max(1, -(-min_pixels // images.shape[1]))
     images = images.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     num_images, height, width, _ = images.shape
@@ -68,7 +68,7 @@ def image_grid(images: np.ndarray, num_columns: int, gap: int = 2, min_pixels: i
 def save_reconstructions(
     images: torch.Tensor, reconstructions: torch.Tensor, path: Path, num_columns: int = 8
 ) -> None:
-    """Rows of originals, each above the row of its reconstructions. Both `(B, 3, H, W)` in [-1, 1]."""
+    """Save rows of originals, each above the row of its reconstructions. Both `(B, 3, H, W)` in [-1, 1]."""
     num_columns = min(num_columns, len(images))
     pairs = np.stack([to_uint8(images), to_uint8(reconstructions)])  # (2, B, H, W, 3)
     blank = np.full_like(pairs[:, :1], 255).repeat(-len(images) % num_columns, axis=1)
@@ -78,7 +78,7 @@ def save_reconstructions(
 
 
 def class_grid(images: np.ndarray, names: list[str], title: str | None = None) -> plt.Figure:
-    """`(num_classes, images_per_class, H, W, 3)` uint8 -> one column a class, its name under it."""
+    """Images `(num_classes, images_per_class, H, W, 3)` uint8, one class a column, with its name below."""
     return picture_table(images.swapaxes(0, 1), names, title=title)
 
 
@@ -88,7 +88,7 @@ def picture_table(
     row_names: Sequence[str] = (),
     title: str | None = None,
 ) -> plt.Figure:
-    """`(num_rows, num_columns, H, W, 3)` uint8 as a table: names under its columns and left of its rows."""
+    """Images `(num_rows, num_columns, H, W, 3)` uint8 as a table with names below columns and left of rows."""
     num_rows, num_columns = images.shape[:2]
     figure, axes = plt.subplots(
         num_rows,
@@ -112,9 +112,9 @@ def picture_table(
 
 
 def _two_lines(name: str, width: int = 14) -> str:
-    """A class name as it is drawn, broken at the blank, hyphen or stroke nearest its middle where it's too wide.
+    """A class name as it is drawn. If too wide, it is broken at the blank, hyphen or underscore nearest its middle.
 
-    It takes more lines where it must, for a longer one runs into the next column's name.
+    Lines that are still too wide are broken again, so that none runs into the next column's name.
     """
     name = drawable(name).strip()
     breaks = [index for index, letter in enumerate(name) if index and letter in " -_"]
@@ -125,12 +125,12 @@ def _two_lines(name: str, width: int = 14) -> str:
 
 
 def save_class_grid(images: np.ndarray, names: list[str], path: Path, title: str | None = None) -> None:
-    """`class_grid` as a file."""
+    """Save a `class_grid`."""
     save_figure(class_grid(images, names, title), path)
 
 
 def save_picture_table(images: np.ndarray, path: Path, **names) -> Path:
-    """`picture_table` as a file. Returns its path."""
+    """Save a `picture_table` with these names. Returns its path."""
     save_figure(picture_table(images, **names), path)
     return path
 
@@ -142,13 +142,13 @@ def save_nearest_neighbors(
     found: dict[str, torch.Tensor],
     path: Path,
 ) -> None:
-    """The samples that look most like copies, above their two nearest training images, in feature and pixel space.
+    """Save the samples most like copies, above their two nearest training images, in feature and pixel space.
 
     Args:
         samples: `(N, H, W, 3)` uint8.
         names: the class of each.
-        train: the training images that `found` counts.
-        found: what `TrainingNeighbors.search` found for the samples; a panel for each space that it has.
+        train: the training images that the keys in `found` index.
+        found: the result of `TrainingNeighbors.search` for the samples. Each of its spaces gets a panel.
     """
     num_columns = min(SUSPECTS, len(samples))
     spaces = [space for space in ("feature", "pixel") if f"{space}_keys" in found]
@@ -172,7 +172,7 @@ def save_nearest_neighbors(
             if copied:
                 caption.set(color="#c1272d", fontweight="bold")
         axis.set_title(
-            f"Most suspicious in {space} space. Memorized (ratio of distances at most 0.33): "
+            f"Most likely copies in {space} space. Memorized (ratio of distances at most 0.33): "
             f"{memorized(distances).sum()} of {len(samples):,} samples",
             fontsize=10,
         )
@@ -180,19 +180,19 @@ def save_nearest_neighbors(
 
 
 def _values(lines: list[dict], key: str) -> list[tuple[int, float]]:
-    """What was logged under a name, by step, as far as it can be drawn."""
+    """The finite values logged under a key, each with its step."""
     return [(line["step"], line[key]) for line in lines if is_finite(line.get(key))]
 
 
 def _by_timestep(line: dict) -> list[tuple[float, float]]:
-    """The middle of each range of timesteps of a log line, and the mean loss there."""
+    """The center of each range of timesteps in a log line, with the mean loss there."""
     bins = line.get("loss_by_timestep")
     bins = [one for one in bins if is_bin(one) and is_finite(one[2])] if isinstance(bins, list) else []
     return [((low + high) / 2, mean) for low, high, mean in bins]
 
 
 def save_loss_curves(lines: list[dict], names: list[str], path: Path) -> None:
-    """Each logged scalar over steps, one panel a name; held-out values, logged as `val_<name>`, are its points."""
+    """Save one panel a name: the logged values over steps as a line, those of `val_<name>` (held out) as points."""
     panels = [name for name in names if any(name in line for line in lines)]
     num_columns = min(3, max(1, len(panels)))
     num_rows = max(1, -(-len(panels) // num_columns))
@@ -215,7 +215,7 @@ def save_loss_curves(lines: list[dict], names: list[str], path: Path) -> None:
 
 
 def save_diffusion_loss(lines: list[dict], path: Path) -> None:
-    """The denoiser's loss over steps, and by timestep: how the first, a middle and the last log line had it."""
+    """Save the denoiser's loss over steps, and its loss by timestep in the first, a middle and the last log line."""
     figure, (over_steps, by_timestep) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for key, style, label in (("loss", "-", "training"), ("val_loss", "o-", "held out, averaged weights")):
         if points := _values(lines, key):
@@ -234,8 +234,8 @@ def save_diffusion_loss(lines: list[dict], path: Path) -> None:
 
 # --- the command's flags ---------------------------------------------------------------------------------------------
 
-NO_IMAGES = "none"  # of --dataset
-MAP_IMAGES = 10  # generated images of a class in the latent maps
+NO_IMAGES = "none"  # the value of --dataset that loads no images
+MAP_IMAGES = 10  # generated images of each class in the latent maps
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -243,11 +243,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m flower_ldm.visualization",
         description="Draw every picture of a pipeline, or of an autoencoder.",
     )
-    # what is looked at
+    # the model and its images
     parser.add_argument("--pipeline", type=path_text, help="folder of a pipeline, or its id on the Hub")
     parser.add_argument("--autoencoder", type=path_text, help="stage 1's output folder")
-    parser.add_argument("--labels", nargs="+", help="classes whose denoising is drawn (default: 3, spread over all)")
-    DataOptions.add_flags_of_run(parser, f"; {NO_IMAGES}: only what needs no images")
+    parser.add_argument(
+        "--labels", nargs="+", help="classes shown in detail, such as their denoising (default: 3, spread over all)"
+    )
+    DataOptions.add_flags_of_run(parser, f"; {NO_IMAGES}: only pictures that need no images")
     # how it is drawn
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_inference_steps", "--steps", type=int, default=25)
@@ -257,37 +259,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--output",
         type=file_path,
         default=Path("pictures"),
-        help="folder; where it isn't empty, NAME-2, NAME-3 ... is made",
+        help="output folder; if it isn't empty, NAME-2, NAME-3 ... is created instead",
     )
     args = parser.parse_args(argv)
     if (args.pipeline is None) == (args.autoencoder is None):
-        raise InputError("give either --pipeline, of stage 2 or the Hub, or --autoencoder, stage 1's folder")
+        raise InputError("give either --pipeline (a folder or Hub id) or --autoencoder (stage 1's folder)")
     return args
 
 
 def data_options(args: argparse.Namespace, folder: str) -> DataOptions | None:
-    """Which images to compare with: those of the flags, or of the run in `folder`; `None` where neither names any."""
+    """The images to compare with: from the flags, or else from the run in `folder`. `None` if neither names any."""
     options = DataOptions.from_run(read_flags(Path(folder)), args, unnamed=NO_IMAGES)
     return None if options.dataset == NO_IMAGES else options
 
 
 def by_name(images: tuple[ImageDataset, ImageDataset]) -> dict[str, ImageDataset]:
-    """Training and held-out images, called as on the maps of the latents."""
+    """Training and held-out images under the names that the latent maps use."""
     return dict(zip(("training", "held out"), images, strict=True))
 
 
 # --- the pictures of a pipeline --------------------------------------------------------------------------------------
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
-GRID_IMAGES = 4  # generated images of a class in the class grid
-PATH_CLASSES = 3  # whose denoising is drawn
+GRID_IMAGES = 4  # generated images of each class in the class grid
+PATH_CLASSES = 3  # classes whose denoising is drawn
 
 
 def draw_samples(pipe: FlowerLDMPipeline, seed: int, images_per_class: int = GRID_IMAGES, **options) -> LatentSet:
-    """Up to 10 classes, spread over all of them, class by class and always from the same noise.
+    """Latents of up to 10 classes, spread over all of them, class by class. The noise is always the same.
 
     Args:
-        options: of the pipeline's call, here and below; its own guidance where they give none.
+        options: options of the pipeline's call, here and below. Without guidance options, the pipeline's own apply.
     """
     labels = named_classes(pipe.num_classes)
     latents = draw_classes(pipe, labels, seed, images_per_class, **options)
@@ -295,7 +297,7 @@ def draw_samples(pipe: FlowerLDMPipeline, seed: int, images_per_class: int = GRI
 
 
 def first_images(pipe: FlowerLDMPipeline, generated: LatentSet, count: int) -> tuple[list[int], np.ndarray]:
-    """The labels of `draw_samples`, and the first images of each, `(len(labels), count, H, W, 3)` uint8."""
+    """The labels in `generated`, and the first images of each, `(len(labels), count, H, W, 3)` uint8."""
     labels, starts = np.unique(generated.labels, return_index=True)
     latents = torch.from_numpy(generated.latents[(starts[:, None] + np.arange(count)).flatten()])
     images = decode(pipe, latents.to(pipe.device))
@@ -303,7 +305,7 @@ def first_images(pipe: FlowerLDMPipeline, generated: LatentSet, count: int) -> t
 
 
 def save_samples_grid(pipe: FlowerLDMPipeline, generated: LatentSet, path: Path) -> None:
-    """The first images of each class that `draw_samples` drew, one column a class."""
+    """Save the first images of each class in `generated`, one class a column."""
     labels, images = first_images(pipe, generated, GRID_IMAGES)
     save_class_grid(images, [pipe.class_names[label] for label in labels], path)
 
@@ -319,15 +321,18 @@ def save_pipeline_pictures(
     guard: Callable[[str], AbstractContextManager] = nullcontext,
     **options,
 ) -> list[Path]:
-    """What a run ends with, and the command draws: latent maps, denoising paths and animations, held-out images beside
-    reconstructions and samples, the guidance sweep, interpolations.
+    """Save the pictures at the end of a run, which the command draws too.
+
+    They are latent maps, denoising paths and animations, held-out images beside reconstructions and samples, the
+    guidance sweep, and interpolations.
 
     Args:
-        generated: what `draw_samples` drew.
-        encoded: normalized latents of images, "training" and "held out"; empty: without maps.
-        held_out: the held-out images; None: without the comparison.
-        labels: the classes of paths, sweep and interpolations; None: three, spread over all.
-        guard: what stands around each part, made of its name: `training.optional` leaves out a part that fails.
+        generated: the result of `draw_samples`.
+        encoded: normalized latents of images, "training" and "held out". If empty, no maps are drawn.
+        held_out: the held-out images. None: no comparison is drawn.
+        labels: the classes of paths, sweep and interpolations. None: three, spread over all.
+        guard: makes a context manager for each kind of picture from its name. With `training.optional` a picture that
+            fails is left out.
 
     Returns:
         the files written.
@@ -355,12 +360,12 @@ def save_pipeline_pictures(
 def save_guidance_sweep(
     pipe: FlowerLDMPipeline, labels: Sequence[int], folder: Path, seed: int = 0, **options
 ) -> list[Path]:
-    """`guidance_sweep.png`: a row for each label, from the same noise at every guidance scale.
+    """Save `guidance_sweep.png`: a row for each label, from the same noise at every guidance scale.
 
-    A model that takes no guidance has none. Returns the files written.
+    It is left out for a model without guidance. Returns the files written.
     """
     if not pipe.can_guide:
-        print("left out guidance_sweep.png: this model takes no guidance")
+        print(f"left out {GUIDANCE_SWEEP.name}: this model takes no guidance")
         return []
     path = save_picture_table(
         trajectory.sweep_guidance(pipe, labels, GUIDANCE_SCALES, seed, **options),
@@ -375,11 +380,11 @@ def save_guidance_sweep(
 def save_denoising(
     pipe: FlowerLDMPipeline, labels: Sequence[int], plane: LatentPlane, folder: Path, seed: int = 0, **options
 ) -> list[Path]:
-    """`denoising_path_<class>.png` and `diffusion_animation_<class>.gif` of each label; the files, the paths first."""
+    """Save `denoising_path_<class>.png` and `diffusion_animation_<class>.gif` of each label. Returns the files."""
     stems: dict[int, str] = {}
     for label in labels:
         stem = file_safe_name(pipe.class_names[label])
-        # Compared without case, since some file systems don't tell "Rose" from "rose".
+        # Some file systems don't distinguish "Rose" from "rose".
         taken = stem.lower() in [other.lower() for other in stems.values()]
         stems[label] = f"{stem}_{label}" if taken else stem
     pictures, animations = [], []
@@ -394,9 +399,9 @@ def save_denoising(
 def save_interpolations(
     pipe: FlowerLDMPipeline, labels: Sequence[int], folder: Path, seed: int = 0, num_images: int = 8, **options
 ) -> list[Path]:
-    """`interpolation_seeds.png`, a row for each label, and `interpolation_classes.png`, a row from each to the next.
+    """Save `interpolation_seeds.png`, a row for each label, and `interpolation_classes.png`, a row for each pair.
 
-    The second needs two labels and a unet that takes mixtures of classes; without, it says so and leaves it out.
+    The second needs two labels and a unet that takes mixtures of classes. Otherwise a line says that it is left out.
     Returns the files written.
     """
     rows = [trajectory.interpolate_seeds(pipe, label, (seed, seed + 1), num_images, **options) for label in labels]
@@ -427,22 +432,27 @@ def save_interpolations(
 def save_side_by_side(
     pipe: FlowerLDMPipeline, images: ImageDataset, labels: Sequence[int], generated: np.ndarray, folder: Path
 ) -> list[Path]:
-    """`original_reconstructed_generated.png`: of each class a held-out image, its reconstruction and a sample.
+    """Save `original_reconstructed_generated.png`: for each class a held-out image, its reconstruction and a sample.
 
-    Classes without a held-out image are left out, and where none has any, the picture. `generated`:
-    `(len(labels), H, W, 3)` uint8. Returns the files written.
+    Classes without a held-out image are left out. If no class has one, the picture is left out.
+
+    Args:
+        generated: a sample of each label, `(len(labels), H, W, 3)` uint8.
+
+    Returns:
+        the files written.
     """
     first = {label: torch.nonzero(images.labels == label)[:1].flatten().tolist() for label in labels}
-    columns = [number for number, label in enumerate(labels) if first[label]]
+    columns = [index for index, label in enumerate(labels) if first[label]]
     if not columns:
         print(f"left out {SIDE_BY_SIDE.name}: none of these classes has a held-out image")
         return []
-    originals = images.__getitems__([first[labels[number]][0] for number in columns])["images"]
-    rebuilt = decode(pipe, pipe.encode_images(originals))
+    originals = images.__getitems__([first[labels[index]][0] for index in columns])["images"]
+    reconstructed = decode(pipe, pipe.encode_images(originals))
     path = save_picture_table(
-        np.stack([to_uint8(originals), rebuilt, generated[columns]]),
+        np.stack([to_uint8(originals), reconstructed, generated[columns]]),
         SIDE_BY_SIDE.path(folder),
-        column_names=[pipe.class_names[labels[number]] for number in columns],
+        column_names=[pipe.class_names[labels[index]] for index in columns],
         row_names=["held out", "reconstructed", "generated"],
     )
     return [path]
@@ -451,8 +461,10 @@ def save_side_by_side(
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: dict[str, ImageDataset], folder: Path):
-    """Every picture of a pipeline; those that compare it with images where there are any."""
+def draw_pipeline(
+    args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: dict[str, ImageDataset], folder: Path
+) -> None:
+    """Save every picture of a pipeline. Without images, the comparisons with images are left out."""
     pipe.set_progress_bar_config(**bar_options(desc="denoising", leave=False))
     labels = pipe.get_label_ids(args.labels) if args.labels else None
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
@@ -470,7 +482,7 @@ def draw_pipeline(args: argparse.Namespace, pipe: FlowerLDMPipeline, datasets: d
 
 
 def draw_autoencoder(vae: FlowerAutoencoderKL, datasets: dict[str, ImageDataset], folder: Path) -> None:
-    """Reconstructions of held-out images, and the maps of the latents."""
+    """Save reconstructions of held-out images, and the maps of the latents."""
     held_out = datasets["held out"]
     keys = np.linspace(0, len(held_out) - 1, min(16, len(held_out))).astype(int).tolist()
     originals = held_out.__getitems__(keys)["images"].to(vae.device)
@@ -480,23 +492,23 @@ def draw_autoencoder(vae: FlowerAutoencoderKL, datasets: dict[str, ImageDataset]
 
 
 def vae_encoder(vae: FlowerAutoencoderKL) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Images `(B, 3, H, W)` -> normalized latents `(B, Z, h, w)`, the posterior's mean."""
+    """A function from images `(B, 3, H, W)` to normalized latents `(B, Z, h, w)`, the posterior's mean."""
     return lambda images: vae.normalize(vae.encode(images).latent_dist.mean)
 
 
 def load_autoencoder(name: str, device: str) -> FlowerAutoencoderKL:
-    """Stage 1's result.
+    """Load stage 1's autoencoder.
 
     Raises:
-        InputError: where there is none, or no such device.
+        InputError: it can't be loaded, or the device can't be used.
     """
     try:
         vae = FlowerAutoencoderKL.from_pretrained(name).eval()
-    except Exception as error:  # of files, of the network, of the Hub: they have no common base
+    except Exception as error:  # errors of files, network and Hub have no common base class
         raise InputError(f"--autoencoder {name} can't be loaded: {one_line(error)}") from error
     try:
         return vae.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise InputError(f"--device {device} can't be used: {one_line(error)}") from error
 
 
@@ -507,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
         options = data_options(args, args.autoencoder)
         if options is None:
             raise InputError(
-                f"--autoencoder {args.autoencoder} has no {ARGS_FILE.name}: say by --dataset what to encode"
+                f"--autoencoder {args.autoencoder} has no {ARGS_FILE.name}: name the images to encode by --dataset"
             )
         options = options.at_resolution(vae.config.sample_size, f"--autoencoder {args.autoencoder}")
         datasets = by_name(options.load())

@@ -249,7 +249,7 @@ def test_autoencoder_that_was_trained_anew_is_not_taken_for_this_ones(runs):
     (other / "config.json").write_text(json.dumps(config | {"latents_mean": [9.0] * 4}))
     change(runs["flower_ldm"], "args.yaml", **args | {"autoencoder": str(other)})
     card = write_model_card(runs["flower_ldm"]).read_text()
-    assert "train_autoencoder.py" not in card and "here in `vae/`" in card
+    assert "train_autoencoder.py" not in card and "which is in `vae/` here" in card
 
 
 def test_hostile_names_stay_text(runs):

@@ -391,7 +391,7 @@ def test_classes_without_a_held_out_image_are_not_compared(finished_runs, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "give either --pipeline, of stage 2 or the Hub, or --autoencoder"),
+        ("", "give either --pipeline (a folder or Hub id) or --autoencoder"),
         ("--pipeline {run} --autoencoder {run}", "give either --pipeline"),
         ("--pipeline {run} --labels rse", "unknown label 'rse'"),
         ("--pipeline {run} --guidance_scale nan", "guidance_scale must be a finite number"),
@@ -404,7 +404,7 @@ def test_classes_without_a_held_out_image_are_not_compared(finished_runs, tmp_pa
         ("--pipeline {run} --dataset imagefolder --data_dir {tmp}/nowhere", "there is no such folder"),
         ("--pipeline {tmp}", "is not the folder of a pipeline"),
         ("--autoencoder {tmp}", "--autoencoder {tmp} can't be loaded"),
-        ("--autoencoder {ae} --dataset none", "say by --dataset what to encode"),
+        ("--autoencoder {ae} --dataset none", "name the images to encode by --dataset"),
         ("--autoencoder {ae} --device toaster", "--device toaster can't be used"),
     ],
 )
