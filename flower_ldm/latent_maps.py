@@ -1,4 +1,4 @@
-"""Maps of the latents: the plane in which they vary most (PCA) and neighborhoods (t-SNE), by class and by origin."""
+"""Maps of the latents, by class and origin: the plane in which they vary most (PCA), and neighborhoods (t-SNE)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from .lettering import drawable, save_figure
 from .progress_bars import progress_bar
 from .runs import LATENT_MAP
 
-NAMED_CLASSES = 10  # that a picture shows by name; it has as many colors
-# Of CARTO's "Safe" palette, after Paul Tol's: colors that stay apart for the color-blind.
+NAMED_CLASSES = 10  # classes that a map shows by name, each in its own color
+# CARTO's "Safe" palette, after Paul Tol's: color-blind readers can distinguish these colors.
 COLORS = (
     "#88CCEE",
     "#CC6677",
@@ -30,13 +30,13 @@ COLORS = (
     "#6699CC",
 )
 OTHERS = "#c9c9c9"
-# A map's sets in the order they are drawn: at most how many points of each, its marker and the marker's area.
+# The sets of a map in drawing order, each with its maximum number of points, its marker and the marker's area.
 MAP_SETS = {"training": (1200, "o", 12), "held out": (500, "^", 26), "generated": (300, "*", 90)}
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Latents of one origin: `latents` `(N, Z, h, w)` float32, normalized, and `labels` `(N,)` int64."""
+    """Latents of one origin: normalized `latents` `(N, Z, h, w)` float32, and their `labels` `(N,)` int64."""
 
     latents: np.ndarray
     labels: np.ndarray
@@ -47,11 +47,12 @@ class LatentSet:
 
 @dataclass(frozen=True)
 class LatentPlane:
-    """The plane in which latents vary most (PCA), and where those lie that it was laid through.
+    """The plane in which latents vary most (PCA), with the points that it was fitted to.
 
     Attributes:
         pca: maps flattened latents to two coordinates.
-        points: `(N, 2)`, the latents that it was fitted to; labels: `(N,)`, their classes.
+        points: `(N, 2)`, the coordinates of the latents that the PCA was fitted to.
+        labels: `(N,)`, their classes.
     """
 
     pca: PCA
@@ -60,23 +61,25 @@ class LatentPlane:
 
     @classmethod
     def fit(cls, latents: np.ndarray, labels: np.ndarray) -> "LatentPlane":
-        """From latents `(N, Z, h, w)`, N at least 2, and labels `(N,)`."""
+        """Fit the plane to latents `(N, Z, h, w)` of classes `labels` `(N,)`, with N at least 2."""
         pca = PCA(n_components=2, random_state=0).fit(latents.reshape(len(latents), -1))
         return cls(pca, pca.transform(latents.reshape(len(latents), -1)), labels)
 
     def project(self, latents: np.ndarray) -> np.ndarray:
-        """`(N, Z, h, w)` -> `(N, 2)`."""
+        """Latents `(N, Z, h, w)` -> coordinates `(N, 2)`."""
         return self.pca.transform(latents.reshape(len(latents), -1))
 
 
 def named_classes(num_classes: int, count: int = NAMED_CLASSES) -> list[int]:
-    """The labels that a picture shows by name: all, or `count` of them, spread over all."""
+    """The labels that a picture shows by name: all of them, or `count` spread over all."""
     return np.linspace(0, num_classes - 1, min(num_classes, count)).round().astype(int).tolist()
 
 
 def spread_over_classes(labels: np.ndarray, limit: int, favored: Sequence[int] = (), seed: int = 0) -> np.ndarray:
-    """At most `limit` indices into `labels` `(N,)`, in order and as many of each class as there can be; of the
-    `favored` classes up to eight times as many, so that a cloud of theirs has a shape. The same for the same seed.
+    """At most `limit` indices into `labels` `(N,)`, in order, with about the same number for each class.
+
+    The `favored` classes get up to eight times as many, so that their points form visible clouds. The same seed gives
+    the same indices.
     """
     rank = np.empty(len(labels))
     shuffled = np.random.default_rng(seed).permutation(len(labels))
@@ -87,7 +90,7 @@ def spread_over_classes(labels: np.ndarray, limit: int, favored: Sequence[int] =
 
 
 def tsne(latents: np.ndarray, seed: int = 0) -> np.ndarray:
-    """`(N, Z, h, w)` -> `(N, 2)` (van der Maaten & Hinton 2008), by way of their 50 principal components."""
+    """t-SNE (van der Maaten & Hinton 2008) of latents `(N, Z, h, w)` by their 50 principal components: `(N, 2)`."""
     flat = latents.reshape(len(latents), -1)
     flat = PCA(min(50, *flat.shape), random_state=seed).fit_transform(flat)
     perplexity = min(30.0, max(1.0, (len(flat) - 1) / 3))
@@ -98,11 +101,11 @@ def save_latent_maps(sets: dict[str, LatentSet], class_names: list[str], folder:
     """Write `latent_space_tsne.png` and `latent_space_pca.png`: the sets in one picture, colored by class.
 
     Args:
-        sets: by name, "training" and, where there are any, "held out" and "generated". Of each no more are drawn than
-            `MAP_SETS` allows, 2,000 together, spread over the classes: t-SNE of 9,209 points took 100 s.
+        sets: latents by name: "training", and optionally "held out" and "generated". `MAP_SETS` limits the points of
+            each, 2,000 in all, spread over the classes: t-SNE of 9,209 points took 100 s.
 
     Returns:
-        the plane of the PCA, which is laid through the training latents alone.
+        the plane of the PCA, which is fitted to the training latents only.
     """
     favored = named_classes(len(class_names))
     shown = {}
@@ -134,25 +137,25 @@ def save_latent_maps(sets: dict[str, LatentSet], class_names: list[str], folder:
 def latent_map(
     axis: plt.Axes, points: dict[str, np.ndarray], labels: dict[str, np.ndarray], class_names: list[str]
 ) -> None:
-    """Each set's points `(N, 2)` with its own marker; up to 10 classes in colors of their own, the others gray."""
+    """Draw the points `(N, 2)` of each set with its marker: up to 10 classes in their own colors, the others gray."""
     color_of = dict(zip(named_classes(len(class_names)), COLORS, strict=False))
-    for name, of_set in points.items():
+    for name, coordinates in points.items():
         _, marker, area = MAP_SETS[name]
         style = {"marker": marker, "s": area, "linewidths": 0, "alpha": 0.75 if name == "training" else 0.9}
         if name != "training":
             style |= {"edgecolors": "black", "linewidths": 0.5}
         named = np.isin(labels[name], list(color_of))
-        axis.scatter(*of_set[~named].T, color=OTHERS, **(style | {"s": area / 2, "linewidths": 0}))
-        axis.scatter(*of_set[named].T, c=[color_of[label] for label in labels[name][named].tolist()], **style)
+        axis.scatter(*coordinates[~named].T, color=OTHERS, **(style | {"s": area / 2, "linewidths": 0}))
+        axis.scatter(*coordinates[named].T, c=[color_of[label] for label in labels[name][named].tolist()], **style)
     handles = [plt.Line2D([], [], marker="s", linestyle="", color=c, label=drawable(class_names[k]))
                for k, c in color_of.items()]  # fmt: skip
     if len(class_names) > len(color_of):
         rest = len(class_names) - len(color_of)
         handles.append(plt.Line2D([], [], marker="s", linestyle="", color=OTHERS, label=f"{rest} other classes"))
-    for name, of_set in points.items():
+    for name, coordinates in points.items():
         marker, size = MAP_SETS[name][1], 11 if name == "generated" else 6
         handles.append(plt.Line2D([], [], marker=marker, linestyle="", color="#555555", markersize=size,
-                                  label=f"{name} ({len(of_set):,})"))  # fmt: skip
+                                  label=f"{name} ({len(coordinates):,})"))  # fmt: skip
     axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.2)
@@ -161,7 +164,7 @@ def latent_map(
 def encode_some(
     encode: Callable[[torch.Tensor], torch.Tensor], dataset: ImageDataset, indices: np.ndarray, device: torch.device
 ) -> LatentSet:
-    """The latents that `encode`, images `(B, 3, H, W)` -> `(B, Z, h, w)`, gives of the dataset's images `indices`."""
+    """The latents of the dataset's images at `indices`; `encode` maps images `(B, 3, H, W)` to `(B, Z, h, w)`."""
     latents = []
     with progress_bar(total=len(indices), desc="encoding", unit=" images", leave=False) as progress:
         for start in range(0, len(indices), 64):
@@ -172,8 +175,10 @@ def encode_some(
     return LatentSet(np.concatenate(latents), dataset.labels[torch.from_numpy(indices)].numpy())
 
 
-def encode_for_map(encode: Callable, datasets: dict[str, ImageDataset], device: torch.device) -> dict[str, LatentSet]:
-    """What `save_latent_maps` will show of each data set, and no more, encoded."""
+def encode_for_map(
+    encode: Callable[[torch.Tensor], torch.Tensor], datasets: dict[str, ImageDataset], device: torch.device
+) -> dict[str, LatentSet]:
+    """The latents of only those images that `save_latent_maps` shows of each data set."""
     sets = {}
     for name, dataset in datasets.items():
         favored = named_classes(dataset.num_classes)

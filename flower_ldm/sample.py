@@ -1,7 +1,7 @@
-"""Images from a pipeline, on the command line: `python -m flower_ldm.sample --pipeline results/flower-ldm`.
+"""Draw images from a pipeline: `python -m flower_ldm.sample --pipeline results/flower-ldm`.
 
-Reads what `train_latent_diffusion.py` writes, or any repository on the Hub that `FlowerLDMPipeline` loads; writes
-one PNG per image and `grid.png`.
+The pipeline is the output folder of `train_latent_diffusion.py`, or any repository on the Hub that `FlowerLDMPipeline`
+loads. The command writes one PNG for each image, and `grid.png`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ GRID = "grid.png"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="python -m flower_ldm.sample", description="Draw images from a pipeline.")
-    # what is drawn, by which model
+    # the model and the classes
     parser.add_argument("--pipeline", type=path_text, required=True, help="folder of a pipeline, or its id on the Hub")
     parser.add_argument(
         "--labels", nargs="+", help=f"class names or 0-based indices (default: the first {DEFAULT_NUM_LABELS} classes)"
@@ -38,44 +38,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, help="1 means off; unset: the pipeline's own")
     parser.add_argument(
         "--guidance_interval", type=float, nargs=2, metavar=("BEGIN", "END"),
-        help="from where to where guidance acts, in fractions of the trajectory; 0 is pure noise; unset: the "
-             "pipeline's own",
+        help="part of the denoising in which guidance acts, as two fractions: 0 is pure noise, 1 the clean image; "
+             "unset: the pipeline's own",
     )  # fmt: skip
-    parser.add_argument("--guidance_rescale", type=float, default=0.0, help="0 (off) to 1, against glaring colors")
+    parser.add_argument(
+        "--guidance_rescale", type=float, default=0.0, help="0 (off) to 1, reduces oversaturated colors"
+    )
     parser.add_argument(
         "--guide",
         type=path_text,
-        help="pipeline of a worse model of the same kind to be guided away from, DIR or Hub id",
+        help="pipeline of a worse model of the same kind, a folder or Hub id; guidance leads away from its images",
     )
     parser.add_argument("--scheduler", choices=SCHEDULERS, help=SCHEDULER_HELP)
-    # what is drawn over
-    parser.add_argument("--image", type=file_path, help="picture to draw over; its middle is taken")
+    # image to image and inpainting
+    parser.add_argument("--image", type=file_path, help="picture to start from, cropped to its center")
     parser.add_argument(
-        "--strength", type=float, default=0.8, help="above 0, where the image stays, to 1, where it goes"
+        "--strength", type=float, default=0.8, help="how much --image changes: above 0 (hardly) to 1 (completely)"
     )
     parser.add_argument(
-        "--mask", type=file_path, help="picture of the image's size: white is drawn anew, black or transparent stays"
+        "--mask", type=file_path, help="picture of the image's size: white is redrawn, black or transparent is kept"
     )
     parser.add_argument("--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger pictures are refused")
-    # where it is computed
+    # hardware
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--batch_size", type=int, default=32, help="images drawn at once")
-    # where it goes
+    # output
     parser.add_argument(
         "--output",
         type=file_path,
         default=Path("samples"),
-        help="folder; where it isn't empty, NAME-2, NAME-3 ... is made",
+        help="output folder; if it isn't empty, NAME-2, NAME-3 ... is created instead",
     )
     return parser.parse_args(argv)
 
 
 def open_picture(flag: str, file: Path, max_pixels: int, background: str = "white") -> Image.Image:
-    """A picture in sRGB, upright, what is transparent in it on `background`.
+    """A picture in sRGB and upright, its transparent pixels over `background`.
 
     Raises:
-        InputError: where it can't be read.
+        InputError: it can't be read.
     """
     try:
         with open_image(file, max_pixels) as image:
@@ -85,19 +87,19 @@ def open_picture(flag: str, file: Path, max_pixels: int, background: str = "whit
 
 
 def file_names(names: list[str]) -> list[str]:
-    """A PNG's name for each image by the name of its class: `<file-safe class name>_<n>.png`, no two the same."""
+    """A file name for each image from the name of its class: `<file-safe class name>_<n>.png`, each unique."""
     count: Counter[str] = Counter()
     files = []
     for name in names:
         stem = file_safe_name(name)
-        # counted without case, since some file systems don't tell "Rose_0.png" from "rose_0.png"
+        # Case is ignored, since some file systems don't distinguish "Rose_0.png" from "rose_0.png".
         files.append(f"{stem}_{count[stem.lower()]}.png")
         count[stem.lower()] += 1
     return files
 
 
 def label_grid(columns: list[list[Image.Image]], names: list[str], min_cell: int = 96, gap: int = 4) -> Image.Image:
-    """One column of images per label, its name below; images narrower than `min_cell` pixels are enlarged."""
+    """A column of images for each label, with its name below. Images under `min_cell` pixels wide are enlarged."""
     width, height = columns[0][0].size
     scale = -(-min_cell // width)
     cell = (width * scale, height * scale)
@@ -149,9 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     with progress_bar(total=len(names), desc="sampling", unit="image") as progress:
         for start in range(0, len(names), args.batch_size):
             batch = range(start, min(start + args.batch_size, len(names)))
-            # one generator an image: the same picture whatever the batch size
+            # With one generator for each image, an image doesn't depend on the batch size.
             generators = [torch.Generator("cpu").manual_seed(args.seed + number) for number in batch]
-            with refusals_of_input():  # what comes of so few steps shows when they are done
+            with refusals_of_input():  # some schedulers fail only at the end, with too few steps
                 images += pipe([labels_of_images[number] for number in batch], generator=generators, **options).images
             for number in batch:
                 write_whole(folder / files[number], partial(images[number].save, format="PNG"))

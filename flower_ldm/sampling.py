@@ -1,4 +1,4 @@
-"""Draw from a pipeline: load it, draw and decode, and draw many images so that an interruption costs no drawn one."""
+"""Draw from a pipeline: load it, draw and decode, and draw many images with a cache that survives interruptions."""
 
 import hashlib
 import itertools
@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
@@ -34,11 +35,14 @@ SCHEDULER_HELP = "unset: the pipeline's own; for distilled models only: " + ", "
 def load_pipeline(
     name: str, scheduler: str | None, device: str, dtype: str, guide: str | None = None
 ) -> FlowerLDMPipeline:
-    """Load a pipeline from a folder or the Hub, with another scheduler, or another pipeline's unet as its guide, where
-    one is named.
+    """Load a pipeline from a folder or the Hub.
+
+    Args:
+        scheduler: a name in `SCHEDULERS`. None: the pipeline's own.
+        guide: another pipeline, whose unet becomes the guide. None: the pipeline's own guide, if any.
 
     Raises:
-        InputError: where there is no such pipeline or no such device, or the guide doesn't fit.
+        InputError: the pipeline can't be loaded, the device can't be used, or the guide doesn't fit.
     """
     pipe = _from_pretrained("--pipeline", name)
     if guide is not None:
@@ -47,9 +51,9 @@ def load_pipeline(
         pipe.scheduler = pipe.make_scheduler(SCHEDULERS[scheduler].scheduler_class)
     try:
         pipe.to(torch.device(device))
-        if dtype != "float32":  # what it is loaded as
+        if dtype != "float32":  # a pipeline is loaded in float32
             pipe.to(getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise InputError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from error
     return pipe
 
@@ -58,10 +62,10 @@ def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
     if os.path.exists(name) and not PIPELINE_INDEX.path(name).is_file():
         raise InputError(f"{flag} {name} is not the folder of a pipeline: it has no {PIPELINE_INDEX.name}")
     if not is_terminal():
-        diffusers.utils.logging.disable_progress_bar()  # the bar of the loading, which is always redrawn in place
+        diffusers.utils.logging.disable_progress_bar()  # diffusers' loading bar is always redrawn in place
     try:
         return FlowerLDMPipeline.from_pretrained(name)
-    except Exception as error:  # of files, of the network, of the Hub: they have no common base
+    except Exception as error:  # errors of files, network and Hub have no common base class
         reason = one_line(error, 300)
         if isinstance(error, RemoteEntryNotFoundError) and PIPELINE_INDEX.name in reason:
             raise InputError(f"{flag} {name} is no pipeline: there is no {PIPELINE_INDEX.name} on the Hub") from error
@@ -71,23 +75,23 @@ def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
 
 
 def missing_file(folder: Path) -> str | None:
-    """What a pipeline's folder lacks, in words: diffusers names the last of several files that it has looked for."""
+    """Which file a pipeline's folder lacks, or `None`. diffusers' own message names the wrong one."""
     try:
         index = FlowerLDMPipeline.load_config(folder)
-    except Exception:  # it has a message of its own
+    except Exception:  # a damaged index has its own message
         return None
-    parts = [name for name in ("vae", "unet", "guide") if isinstance(index.get(name), list) and index[name][0]]
-    for part, file in itertools.product(parts, (MODEL_CONFIG, WEIGHTS[0])):
-        if not any((folder / part).glob(file)) and not any((folder / part).glob("*.bin")):
-            return f"{part}/{file.replace('*', '')} is missing"
+    models = [name for name in ("vae", "unet", "guide") if isinstance(index.get(name), list) and index[name][0]]
+    for model, file in itertools.product(models, (MODEL_CONFIG, WEIGHTS[0])):
+        if not any((folder / model).glob(file)) and not any((folder / model).glob("*.bin")):
+            return f"{model}/{file.replace('*', '')} is missing"
     return None
 
 
 def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> None:
-    """Refuse options of the pipeline's call, by name, that it or its scheduler can't take.
+    """Check options of the pipeline's call, by name.
 
     Raises:
-        InputError: for the first of them.
+        InputError: the pipeline or its scheduler can't take one of them.
     """
     with refusals_of_input():
         pipe.check_inputs(num_labels=num_labels, **options)
@@ -97,22 +101,26 @@ def check_sampling(pipe: FlowerLDMPipeline, num_labels: int, options: dict) -> N
 
 
 def seeded_noise(pipeline: FlowerLDMPipeline, generator: torch.Generator) -> torch.Tensor:
-    """The noise `(1, Z, h, w)` that the pipeline would start one image from with this generator, float32."""
+    """The noise `(1, Z, h, w)` float32 from which the pipeline starts one image with this generator."""
     return randn_tensor((1, *pipeline.latents_shape), generator, pipeline.device, torch.float32)
 
 
 @torch.no_grad()
 def decode(pipeline: FlowerLDMPipeline, latents: torch.Tensor, batch_size: int = 32) -> np.ndarray:
-    """Latents `(B, Z, h, w)` -> images `(B, H, W, 3)` uint8; one at a time as the pipeline decodes one, to the bit."""
-    images = np.concatenate([pipeline.decode_latents(some, "np") for some in latents.split(batch_size)])
+    """Latents `(B, Z, h, w)` -> images `(B, H, W, 3)` uint8.
+
+    With a batch size of 1 each is bit for bit the image that the pipeline draws alone.
+    """
+    images = np.concatenate([pipeline.decode_latents(batch, "np") for batch in latents.split(batch_size)])
     return (images * 255).round().astype(np.uint8)
 
 
 def draw_classes(
     pipeline: FlowerLDMPipeline, labels: Sequence[int], seed: int = 0, images_per_class: int = 10, **options
 ) -> torch.Tensor:
-    """Latents `(len(labels) * images_per_class, Z, h, w)`, class by class, always from the same noise: those of one
-    image are the same however many are drawn of a class.
+    """Latents `(len(labels) * images_per_class, Z, h, w)`, class by class, always from the same noise.
+
+    The noise of an image doesn't depend on `images_per_class`.
     """
     numbers = np.arange(images_per_class) * len(labels) + np.arange(len(labels))[:, None]  # by class and image
     return pipeline(
@@ -125,12 +133,12 @@ def draw_classes(
 
 
 def same_seed(seed: int, count: int) -> list[torch.Generator]:
-    """As many generators, all at the same place."""
+    """`count` generators, all with the same seed."""
     return [torch.Generator("cpu").manual_seed(seed) for _ in range(count)]
 
 
-def draw(pipeline: FlowerLDMPipeline, labels, **options) -> np.ndarray:
-    """The pipeline's images as `(B, H, W, 3)` uint8."""
+def draw(pipeline: FlowerLDMPipeline, labels: int | str | Sequence | torch.Tensor, **options) -> np.ndarray:
+    """The pipeline's images of these labels as `(B, H, W, 3)` uint8."""
     return (pipeline(labels, output_type="np", **options).images * 255).round().astype(np.uint8)
 
 
@@ -138,15 +146,15 @@ def draw(pipeline: FlowerLDMPipeline, labels, **options) -> np.ndarray:
 
 
 def sample_labels(num_samples: int, num_classes: int) -> torch.Tensor:
-    """The class of each sample `(N,)`: one of each class in turn, so that more samples begin with the same ones."""
+    """The class `(N,)` of each sample. Classes take turns, so a larger number begins with the same samples."""
     return torch.arange(num_samples) % num_classes
 
 
 class Sampler:
-    """Draws from a pipeline, keeps every batch in a folder of its own settings, and goes on where it was stopped.
+    """Draws many images from a pipeline, caches every batch, and resumes after an interruption.
 
-    Image i is of class i mod K and has a generator with the seed `seed + i`, so it depends neither on the batch size
-    nor on how many are drawn.
+    Image i is of class i mod K, from a generator with the seed `seed + i`. It depends neither on the batch size nor on
+    the number of images. Each combination of settings has its own cache folder.
     """
 
     def __init__(self, pipe: FlowerLDMPipeline, cache_dir: str | Path, *, seed: int = 0, batch_size: int = 64):
@@ -157,15 +165,15 @@ class Sampler:
         self.digest = pipeline_digest(pipe)
 
     def draw(self, num_samples: int, **options) -> tuple[np.ndarray, float]:
-        """`(N, H, W, 3)` uint8, and the seconds that drawing them took, now or earlier.
+        """Images `(N, H, W, 3)` uint8, and the seconds that drawing them took, now or earlier.
 
         Args:
             options: `guidance_scale`, `guidance_interval` and `num_inference_steps` of the pipeline's call.
         """
-        about = json.dumps([self.digest, self.seed, options], sort_keys=True, default=list)
-        key = hashlib.sha256(about.encode()).hexdigest()
+        settings = json.dumps([self.digest, self.seed, options], sort_keys=True, default=list)
+        key = hashlib.sha256(settings.encode()).hexdigest()
         folder = self.cache_dir / f"{DRAWN_SAMPLES}{key[:16]}"
-        images, seconds = self._kept(folder, key, num_samples)
+        images, seconds = self._read_cache(folder, key, num_samples)
         missing = [number for number in range(num_samples) if number not in images]
         self.pipe.set_progress_bar_config(**bar_options(desc="denoising", leave=False))
         with progress_bar(total=num_samples, initial=len(images), desc="sampling", unit=" images") as progress:
@@ -177,7 +185,7 @@ class Sampler:
                 except KeyboardInterrupt:
                     progress.close()
                     kept = f"{len(images)} of {num_samples} images are kept in {folder}"
-                    print(f"stopped: {kept}; the same command goes on from there", file=sys.stderr)
+                    print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
                     raise SystemExit(130) from None
                 spent = time.perf_counter() - started
                 tensors = {"images": torch.from_numpy(batch), "numbers": torch.tensor(numbers)}
@@ -191,11 +199,11 @@ class Sampler:
     def _draw_batch(self, numbers: list[int], options: dict) -> np.ndarray:
         labels = [number % self.pipe.num_classes for number in numbers]
         generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
-        with refusals_of_input():  # what comes of so few steps shows when they are done
+        with refusals_of_input():  # some schedulers fail only at the end, with too few steps
             return np.ascontiguousarray(draw(self.pipe, labels, generator=generators, **options))
 
-    def _kept(self, folder: Path, key: str, num_samples: int) -> tuple[dict[int, np.ndarray], float]:
-        """The images that are there already, by number, and the seconds they took; what is damaged is drawn again."""
+    def _read_cache(self, folder: Path, key: str, num_samples: int) -> tuple[dict[int, np.ndarray], float]:
+        """The cached images by number, and the seconds that they took. Damaged files are removed."""
         images: dict[int, np.ndarray] = {}
         seconds = 0.0
         for path in sorted(folder.glob("*.safetensors")):
@@ -212,13 +220,13 @@ class Sampler:
 
 
 def pipeline_digest(pipe: FlowerLDMPipeline) -> str:
-    """Hex digest of all in a pipeline that its images depend on: weights, configs, scheduler and precision."""
+    """Hex digest of everything that a pipeline's images depend on: weights, configs, scheduler and precision."""
 
-    def config_of(component) -> dict:
+    def config_of(component: nn.Module | SchedulerMixin) -> dict:
         return {name: value for name, value in dict(component.config).items() if not name.startswith("_")}
 
-    parts = {name: part for name, part in pipe.components.items() if hasattr(part, "config")}
-    about = [[name, type(part).__name__, config_of(part)] for name, part in parts.items()] + [str(pipe.dtype)]
-    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    weights = {f"{name}.{key}": value for name, part in models.items() for key, value in part.state_dict().items()}
-    return tensors_digest(weights, json.dumps(about, sort_keys=True, default=str))
+    components = {name: component for name, component in pipe.components.items() if hasattr(component, "config")}
+    configs = [[name, type(component).__name__, config_of(component)] for name, component in components.items()]
+    models = {name: component for name, component in components.items() if isinstance(component, nn.Module)}
+    weights = {f"{name}.{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
+    return tensors_digest(weights, json.dumps([*configs, str(pipe.dtype)], sort_keys=True, default=str))
