@@ -1,10 +1,10 @@
-"""Play with a pipeline in a browser: `python app.py --pipeline results/flower-ldm`, then open the address it prints.
+"""Use a pipeline in a browser: `python app.py --pipeline results/flower-ldm`, then open the address it prints.
 
-Choose flowers, watch them come out of the noise, blend one into another. Works with any pipeline that draws classes,
-from a folder or the Hub. Needs torch, diffusers and gradio with what they bring along, not the package, so that this
-file is also the whole of a Space on the Hub: `--space DIR` writes one.
+Choose flowers, watch them form out of noise, and blend one into another. The page works with any pipeline that draws
+classes, from a folder or the Hub. It needs only torch, diffusers, gradio and their dependencies. Since it doesn't need
+the package, this file is also a complete Space on the Hub: `--space DIR` writes one.
 
-Reads from top to bottom: limits, what a visitor asks for, drawing, the page, the Space, the command.
+Read it from top to bottom: limits, a visitor's request, drawing, the page, the Space, the command.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from queue import SimpleQueue
 from threading import Event
 from typing import NamedTuple
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -37,32 +37,32 @@ try:
 except ImportError:
     gr = None
 try:
-    from flower_ldm import FlowerLDMPipeline  # installed, its pipelines load without trust in their code
+    from flower_ldm import FlowerLDMPipeline  # with the package, pipelines load without trust_remote_code
 except ImportError:
     FlowerLDMPipeline = None
 
-# What one visitor may ask for at a time: others wait in the queue meanwhile.
+# Limits of one request. Other visitors wait in the queue meanwhile.
 MAX_FLOWERS = 8
-MAX_IMAGES = 24  # flowers x images of each
+MAX_IMAGES = 24  # flowers times images of each
 MAX_IMAGES_EACH = 12
 MAX_STEPS = 100
 MAX_GUIDANCE = 10.0
 MAX_SEED = 2**31 - 1
 BLEND_FRAMES = 9
-QUEUE = 64  # visitors who wait; more are told that it is full
-PREVIEWS = 12  # of one drawing
+QUEUE = 64  # waiting visitors; others are told that the queue is full
+PREVIEWS = 12  # at most, of one drawing
 THUMBNAIL_STEPS = 12
-MAX_THUMBNAILS = 128  # classes beyond are chosen by name
+MAX_THUMBNAILS = 128  # further classes can only be chosen by name
 DEFAULT_PIPELINE = "results/flower-ldm"
-FILES_KEPT = (600, 3600)  # seconds: how often drawn images are cleared away, and how old they are then
+FILES_KEPT = (600, 3600)  # seconds: how often old images are deleted, and from which age on
 OWN_SAMPLER = "The pipeline's own"
 
 
-# --- what a visitor asks for -----------------------------------------------------------------------------------------
+# --- a visitor's request ---------------------------------------------------------------------------------------------
 
 
 class DrawingRequest(NamedTuple):
-    """What a visitor asks for, checked: labels by index, and the options of the drawing."""
+    """A visitor's request, checked: labels by index, and the options of the drawing."""
 
     labels: list[int]
     images_each: int
@@ -72,11 +72,14 @@ class DrawingRequest(NamedTuple):
     sampler: str
 
 
-def check_request(pipe: DiffusionPipeline, names, images_each, seed, steps, guidance, sampler) -> DrawingRequest:
-    """Trust nothing: whoever calls the page's endpoints by hand sends whatever they like.
+def check_request(
+    pipe: DiffusionPipeline, names: object, images_each: object, seed: object, steps: object, guidance: object,
+    sampler: object,
+) -> DrawingRequest:  # fmt: skip
+    """Check a request. Anybody can call the page's endpoints by hand, so values may be anything.
 
     Raises:
-        gr.Error: one line for the first thing that can't be right.
+        gr.Error: one line about the first invalid value.
     """
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise refusal("Choose at least one flower.")
@@ -84,7 +87,7 @@ def check_request(pipe: DiffusionPipeline, names, images_each, seed, steps, guid
         raise refusal(f"Choose at most {MAX_FLOWERS} flowers, not {len(names)}.")
     try:
         labels = pipe.get_label_ids(names)
-    except ValueError as error:  # offers the nearest names
+    except ValueError as error:  # its message offers the nearest names
         raise refusal(f"{str(error)[0].upper()}{str(error)[1:]}.") from None
     images_each = whole("Images of each flower", images_each, 1, MAX_IMAGES_EACH)
     if len(labels) * images_each > MAX_IMAGES:
@@ -112,12 +115,12 @@ def whole(name: str, value: object, lowest: int, highest: int) -> int:
 def is_number(value: object) -> bool:
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 def refusal(message: str) -> Exception:
-    """What the page shows as one line of text, though gradio would take it for HTML; nothing of it is logged."""
+    """An error that the page shows as one line. It is escaped, since gradio shows HTML, and isn't logged."""
     return gr.Error(html.escape(message, quote=False), print_exception=False)
 
 
@@ -125,18 +128,18 @@ def refusal(message: str) -> Exception:
 
 
 def known_samplers(pipe: DiffusionPipeline) -> dict[str, type[SchedulerMixin]]:
-    """Schedulers by the titles that people read: the table is in the file of the pipeline, which a Space has too.
+    """Schedulers by the titles that visitors see, from the table in the pipeline's file, which a Space has too.
 
-    A pipeline that an earlier version saved brings no table: it draws with its own scheduler only.
+    A pipeline saved by an earlier version has no table. It draws with its own scheduler only.
     """
     table = getattr(sys.modules.get(type(pipe).__module__), "SCHEDULERS", {})
     return {facts.title: facts.scheduler_class for facts in table.values()}
 
 
 def own_guidance(pipe: DiffusionPipeline) -> float:
-    """The guidance scale that suits the model, as far as the page allows it.
+    """The model's own guidance scale, within the page's limits.
 
-    A pipeline that an earlier version saved doesn't say: there it is the default of its call.
+    A pipeline saved by an earlier version has none. Then it is the default of the pipeline's call.
     """
     scale = getattr(pipe, "default_guidance_scale", None)
     if scale is None:
@@ -145,7 +148,7 @@ def own_guidance(pipe: DiffusionPipeline) -> float:
 
 
 class Preview(NamedTuple):
-    """How far a drawing is, and what its images would be by now; the last one is the drawing itself."""
+    """The progress of a drawing, and the images predicted so far. The last preview holds the finished images."""
 
     done: int
     steps: int
@@ -153,12 +156,12 @@ class Preview(NamedTuple):
 
 
 class Studio:
-    """A pipeline that draws one request at a time, and shows how."""
+    """A pipeline that draws one request at a time and shows previews."""
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self.known_samplers = known_samplers(pipe)
-        # One thread for all drawings: they take turns, whoever has left, and its pool of workers is made once.
+        # All drawings take turns in one thread, also those of visitors who have left. torch creates its workers once.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
 
     @property
@@ -167,11 +170,11 @@ class Studio:
 
     @property
     def can_guide(self) -> bool:
-        return getattr(self.pipe, "can_guide", True)  # an earlier version's doesn't say
+        return getattr(self.pipe, "can_guide", True)  # pipelines of earlier versions lack it
 
     @property
     def samplers(self) -> list[str]:
-        """Those that can follow this model; the pipeline's own first, by its name where it has one here."""
+        """The titles of the samplers that work with this model. The pipeline's own comes first."""
         known, own_class = self.known_samplers, type(self.pipe.scheduler)
         own = [name for name, scheduler_class in known.items() if scheduler_class is own_class] or [OWN_SAMPLER]
         return own + [name for name in known if name not in own and self._can_follow(name)]
@@ -184,12 +187,12 @@ class Studio:
         return True
 
     def draw(self, request: DrawingRequest) -> Iterator[Preview]:
-        """Images of each label in turn; image i, counted over all, has the seed SEED + i."""
+        """Draw images of each label in turn. Image i, counted over all labels, has the seed `request.seed + i`."""
         labels = [label for label in request.labels for _ in range(request.images_each)]
         return self._watch(labels, [request.seed + number for number in range(len(labels))], request)
 
     def blend(self, request: DrawingRequest) -> Iterator[Preview]:
-        """From the first label to the second in `BLEND_FRAMES` mixtures, all from the same noise."""
+        """Draw `BLEND_FRAMES` mixtures from the first label to the second, all from the same noise."""
         mixtures = torch.zeros(BLEND_FRAMES, self.pipe.num_classes)
         share = torch.linspace(0, 1, BLEND_FRAMES)
         mixtures[:, request.labels[0]] += 1 - share
@@ -197,7 +200,7 @@ class Studio:
         return self._watch(mixtures, [request.seed] * BLEND_FRAMES, request)
 
     def thumbnails(self) -> list[tuple[Image.Image, str]]:
-        """One small image of each class, drawn now, and its name."""
+        """One image of each class, drawn now in few steps, and its name."""
         names = self.pipe.class_names[:MAX_THUMBNAILS]
         pictures = []
         for start in tqdm(range(0, len(names), MAX_IMAGES), desc="thumbnails", disable=None):
@@ -208,19 +211,19 @@ class Studio:
         return list(zip(pictures, names, strict=True))
 
     def _watch(self, labels: list[int] | torch.Tensor, seeds: list[int], request: DrawingRequest) -> Iterator[Preview]:
-        """Draw in the studio's thread, and give what its step callback sees.
+        """Draw in the studio's thread, and yield previews from its step callback.
 
         Raises:
-            gr.Error: where the pipeline or its sampler can't do it.
+            gr.Error: the pipeline or its sampler can't draw this request.
         """
         seen: SimpleQueue[Preview | Exception] = SimpleQueue()
         left = Event()
 
-        def on_step(pipe, index: int, timestep, given: dict) -> dict:
+        def on_step(pipe: DiffusionPipeline, index: int, timestep: torch.Tensor, tensors: dict) -> dict:
             total = len(pipe.scheduler.timesteps)
             pipe._interrupt = left.is_set()
             if (index + 1) % -(-total // PREVIEWS) == 0 and index + 1 < total and not left.is_set():
-                seen.put(Preview(index + 1, total, pipe.decode_latents(given["denoised_latents"])))
+                seen.put(Preview(index + 1, total, pipe.decode_latents(tensors["denoised_latents"])))
             return {}
 
         def work() -> None:
@@ -240,13 +243,13 @@ class Studio:
                 if preview.done == preview.steps:
                     return
         finally:
-            left.set()  # a visitor who closes the page stops the drawing at its next step
+            left.set()  # when a visitor closes the page, the drawing stops at its next step
 
     def _finish(self, labels: list[int] | torch.Tensor, seeds: list[int], request: DrawingRequest, on_step) -> Preview:
-        """The drawing itself.
+        """Draw, and return the last preview.
 
         Raises:
-            gr.Error: where this sampler can't follow the model, or not in so few steps.
+            gr.Error: the sampler doesn't work with this model, or not in so few steps.
         """
         try:
             pipe = self._pipeline(request.sampler)
@@ -261,13 +264,16 @@ class Studio:
         return Preview(steps, steps, images)
 
     def _pipeline(self, sampler: str) -> DiffusionPipeline:
-        """The same models with a scheduler of its own: those remember where they are."""
+        """A pipeline of the same models with its own scheduler, since a scheduler has state."""
         own = self.pipe.scheduler
         chosen = self.known_samplers.get(sampler, type(own))
         scheduler = type(own).from_config(own.config) if chosen is type(own) else self.pipe.make_scheduler(chosen)
-        parts, known = self.pipe.components | {"scheduler": scheduler}, inspect.signature(type(self.pipe)).parameters
-        settings = {name: value for name, value in self.pipe.config.items() if name in known and name not in parts}
-        pipe = type(self.pipe)(**parts, **settings)
+        components = self.pipe.components | {"scheduler": scheduler}
+        known = inspect.signature(type(self.pipe)).parameters
+        settings = {
+            name: value for name, value in self.pipe.config.items() if name in known and name not in components
+        }
+        pipe = type(self.pipe)(**components, **settings)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -309,7 +315,7 @@ def data_uri(image: Image.Image, kind: str, **options) -> str:
 
 
 def sheet(preview: Preview, captions: list[str]) -> str:
-    """The images as they are by now, and how far they are."""
+    """HTML of a preview: a progress bar above the images."""
     cell = 150 if len(captions) <= 12 else 100
     figures = "".join(
         f'<figure><img src="{data_uri(image, "JPEG", quality=88)}" alt="{html.escape(caption)}, not finished">'
@@ -322,7 +328,7 @@ def sheet(preview: Preview, captions: list[str]) -> str:
 
 
 def loop(images: list[Image.Image], caption: str) -> str:
-    """There and back again, as an animation that can be kept."""
+    """HTML of an animation that runs through the images and back, with a link to download it."""
     frames = [image.resize((256, 256), Image.Resampling.BICUBIC) for image in (*images, *images[-2:0:-1])]
     uri = data_uri(frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=120, loop=0, quality=85)
     return (f'<img class="loop" src="{uri}" alt="{html.escape(caption)}">'
@@ -330,7 +336,7 @@ def loop(images: list[Image.Image], caption: str) -> str:
 
 
 class Controls(NamedTuple):
-    """What a visitor chooses by; the values of the last four are options of a drawing."""
+    """The inputs of the page. The values of the last four are options of a drawing."""
 
     flowers: "gr.Dropdown"
     thumbnails: "gr.Gallery"
@@ -356,10 +362,10 @@ def build_controls(studio: Studio) -> Controls:
         seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", min_width=120)
         another_seed = gr.Button("Another seed", min_width=120, elem_id="another")
     with gr.Accordion("How it is drawn", open=False):
-        steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", info="more: finer, slower")
+        steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", info="more steps are finer but slower")
         guidance = gr.Slider(
             1, MAX_GUIDANCE, own_guidance(studio.pipe), step=0.1, label="Guidance", visible=studio.can_guide,
-            info="1: as varied as it can; more: truer to the class",
+            info="1 is off and most varied; higher values are truer to the class",
         )  # fmt: skip
         sampler = gr.Dropdown(studio.samplers, label="Sampler", filterable=False)
     return Controls(flowers, thumbnails, another_seed, images_each, seed, steps, guidance, sampler)
@@ -378,7 +384,7 @@ def build_page(studio: Studio, name: str) -> "gr.Blocks":
         captions = [names[label] for label in request.labels for _ in range(request.images_each)]
         for preview in studio.draw(request):
             yield sheet(preview, captions), []
-        note = f'<p class="note">{len(captions)} images, seed {request.seed}. Press one to enlarge or keep it.</p>'
+        note = f'<p class="note">{len(captions)} images, seed {request.seed}. Click one to enlarge or download it.</p>'
         yield note, list(zip(preview.images, captions, strict=True))
 
     def blend(flowers, seed, steps, guidance, sampler):
@@ -393,7 +399,7 @@ def build_page(studio: Studio, name: str) -> "gr.Blocks":
         yield animation, list(zip(preview.images, captions, strict=True))
 
     def pick(flowers, event: gr.SelectData):
-        """A thumbnail puts its flower among the chosen ones, or takes it away."""
+        """Add a thumbnail's flower to the chosen ones, or remove it."""
         chosen = [flower for flower in flowers or [] if flower in names]
         if not isinstance(event.index, int) or not 0 <= event.index < len(names):
             return chosen
@@ -402,8 +408,8 @@ def build_page(studio: Studio, name: str) -> "gr.Blocks":
 
     with gr.Blocks(title=f"{name} – flower_ldm", analytics_enabled=False, delete_cache=FILES_KEPT) as page:
         gr.HTML(
-            f"<h1>{html.escape(name)}</h1><p>A latent diffusion model of {len(names)} classes. Every picture here, "
-            "thumbnails too, is drawn by it; none is a photograph.</p>", elem_id="title", js_on_load=None,
+            f"<h1>{html.escape(name)}</h1><p>A latent diffusion model of {len(names)} classes. It draws every picture "
+            "here, thumbnails included. None is a photograph.</p>", elem_id="title", js_on_load=None,
         )  # fmt: skip
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -418,7 +424,7 @@ def build_page(studio: Studio, name: str) -> "gr.Blocks":
                                       object_fit="contain", buttons=["download", "download_all", "fullscreen"],
                                       elem_id="pictures")  # fmt: skip
         flowers, thumbnails, another_seed, images_each, *options = controls
-        # One at a time; inputs come as they were sent and are checked by `check_request`.
+        # One request is drawn at a time. gradio passes inputs on unchecked, and `check_request` checks them.
         shared = {"outputs": [easel, pictures], "preprocess": False, "concurrency_limit": 1, "concurrency_id": "model",
                   "show_progress": "minimal", "show_progress_on": easel}  # fmt: skip
         drawing = draw_button.click(draw, [flowers, images_each, *options], api_name="draw", **shared)
@@ -431,14 +437,14 @@ def build_page(studio: Studio, name: str) -> "gr.Blocks":
 
 
 def launch(page: "gr.Blocks", host: str, port: int, block: bool = True) -> str:
-    """Serve the page, until interrupted where `block`. Returns its address.
+    """Serve the page, and return its address. With `block`, serve until interrupted.
 
     Raises:
-        OSError: where the port is taken.
+        OSError: the port is taken.
     """
     theme = gr.themes.Soft(
         primary_hue="rose", secondary_hue="pink", neutral_hue="stone",
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],  # none is fetched from elsewhere
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],  # no font is downloaded
     ).set(
         block_title_background_fill="none", block_title_background_fill_dark="none", block_title_padding="0",
         block_title_text_color="*neutral_600", block_title_text_color_dark="*neutral_300",
@@ -446,7 +452,7 @@ def launch(page: "gr.Blocks", host: str, port: int, block: bool = True) -> str:
     _, address, _ = page.launch(
         server_name=host, server_port=port, prevent_thread_lock=not block, share=False, quiet=True, theme=theme,
         css=CSS, footer_links=[], ssr_mode=False, mcp_server=False, run_history=False, enable_monitoring=False,
-        max_file_size=1,  # no part of the page takes a file
+        max_file_size=1,  # the page takes no files
     )  # fmt: skip
     return address
 
@@ -468,12 +474,12 @@ short_description: Draw pictures by class, and watch them form
 ---
 
 A demo of [{pipeline}](https://huggingface.co/{pipeline}), written by `python app.py --space`.
-Every picture it shows is drawn by the model; none is a photograph. The code is Apache-2.0; what may be done with the
-weights, the model's card says.
+The model draws every picture; none is a photograph. The code is Apache-2.0. The model's card says how the weights may
+be used.
 """
 SPACE_APP = '''"""The Space's entry; the page itself is in demo.py.
 
-It runs the code of the model's repository as it was at one commit. For a later one, read its code first.
+It runs the code of one commit of the model's repository. Before you name a later commit, read its code.
 """
 
 from demo import main
@@ -485,10 +491,10 @@ SPACE_REQUIREMENTS = "torch>=2.6\ndiffusers>=0.41\naccelerate>=1.10\n"
 
 
 def write_space(folder: Path, pipeline: str, revision: str) -> None:
-    """A folder to push as a Space: this file, an entry that names the pipeline, a card and the requirements.
+    """Write a folder to push as a Space: this file, an entry that names the pipeline, a card and the requirements.
 
     Args:
-        pipeline: an id on the Hub: a Space can't see the folders of this machine.
+        pipeline: a Hub id, since a Space can't read this machine's folders.
         revision: the commit whose code and weights the Space may run.
     """
     folder.mkdir(parents=True)
@@ -503,18 +509,18 @@ def write_space(folder: Path, pipeline: str, revision: str) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Play with a pipeline in a browser.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Use a pipeline in a browser.", allow_abbrev=False)
     parser.error = fail
     flag = parser.add_argument
     flag("--pipeline", type=os.path.expanduser, default=DEFAULT_PIPELINE,
          help="folder of a pipeline, or its id on the Hub")  # fmt: skip
-    flag("--revision", help="commit or branch of the repository; where its code is trusted, a commit you have read")
-    flag("--trust_remote_code", action="store_true", help="run the code that a repository brings along")
-    flag("--host", default="127.0.0.1", help="0.0.0.0: everybody in the network can use it")
+    flag("--revision", help="commit or branch of the repository; with --trust_remote_code, a commit you have read")
+    flag("--trust_remote_code", action="store_true", help="run the code in the repository")
+    flag("--host", default="127.0.0.1", help="0.0.0.0: everybody in the network can use the page")
     flag("--port", type=int, default=7860)
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--space", type=home_path, metavar="DIR",
-         help="write a Space for --pipeline at --revision into a new folder, and do no more")  # fmt: skip
+         help="only write a Space for --pipeline at --revision into a new folder")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -523,16 +529,16 @@ def home_path(text: str) -> Path:
 
 
 def fail(message: str) -> None:
-    """One line, and the exit code of bad input; what steers a terminal is written as an escape."""
+    """Print one line and exit with code 2, as for all bad input. Control characters are escaped."""
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line, without torch's advice to run the code in a file.
+    """An error's message on one line, without torch's advice to run the code in a file.
 
-    In place of `flower_ldm.errors.one_line`, since a Space doesn't have the package.
+    It stands in for `flower_ldm.errors.one_line`, since a Space doesn't have the package.
     """
     sentences = re.split(r"(?<=[.!?])\s+|\n+", str(error))
     advice = re.compile(r"weights_only|safe_globals|arbitrary code|\btrust(ed)? (the |this )?(source|class)", re.I)
@@ -540,7 +546,7 @@ def one_line(error: Exception) -> str:
 
 
 def load_pipeline(name: str, device: str, trust_remote_code: bool, revision: str | None = None) -> DiffusionPipeline:
-    """A pipeline that draws classes, from a folder or the Hub; exits with one line where there is none."""
+    """Load a pipeline that draws classes from a folder or the Hub, or exit with one line."""
     if os.path.exists(name) and not (Path(name) / "model_index.json").is_file():
         fail(f"--pipeline {name} is not the folder of a pipeline: it has no model_index.json")
     loader = DiffusionPipeline if FlowerLDMPipeline is None else FlowerLDMPipeline
@@ -548,14 +554,14 @@ def load_pipeline(name: str, device: str, trust_remote_code: bool, revision: str
     options |= {"revision": revision} if revision else {}
     try:
         pipe = loader.from_pretrained(name, **options)
-        pipe.class_names, pipe.make_scheduler  # noqa: B018  (what the page needs of it)
+        pipe.class_names, pipe.make_scheduler  # noqa: B018  (the page needs both)
         pipe.check_inputs(num_labels=1)
-    except Exception as error:  # of files, of the network, of the Hub: they have no common base
+    except Exception as error:  # errors of files, network and Hub have no common base class
         name = f"{name} --revision {revision}" if revision else name
-        fail(f"--pipeline {name} is no folder or Hub id of a pipeline that draws classes: {one_line(error)}")
+        fail(f"--pipeline {name} is not a folder or Hub id of a pipeline that draws classes: {one_line(error)}")
     try:
         return pipe.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         fail(f"--device {device} can't be used: {str(error).splitlines()[0]}")
 
 
@@ -575,12 +581,12 @@ def main(argv: list[str] | None = None) -> None:
                 f"https://huggingface.co/{args.pipeline}/commits/main lists them"
             )
         if os.path.exists(args.space):
-            fail(f"--space {args.space} is there already: name a new folder")
+            fail(f"--space {args.space} exists already: name a new folder")
         try:
             write_space(args.space, args.pipeline, args.revision)
         except OSError as error:
-            fail(f"--space {args.space} can't be written: {error.strerror}; remove what is there of it and try again")
-        print(f"a Space in {args.space}; to push it: hf upload USER/NAME {args.space} --repo-type space")
+            fail(f"--space {args.space} can't be written: {error.strerror}; remove that folder and try again")
+        print(f"the Space is in {args.space}; to push it: hf upload USER/NAME {args.space} --repo-type space")
         return
     pipe = load_pipeline(args.pipeline, args.device, args.trust_remote_code, args.revision)
     page = build_page(Studio(pipe), Path(args.pipeline).resolve().name)
@@ -588,7 +594,7 @@ def main(argv: list[str] | None = None) -> None:
         address = launch(page, args.host, args.port, block=False)
     except OSError:
         fail(f"--port {args.port} is taken or can't be opened: name another")
-    print(f"{args.pipeline} is at {address} until Ctrl-C", flush=True)
+    print(f"{args.pipeline} is at {address}; Ctrl-C stops it", flush=True)
     page.block_thread()
 
 

@@ -75,7 +75,7 @@ def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
 
 
 def missing_file(folder: Path) -> str | None:
-    """Which file a pipeline's folder lacks, or `None`. diffusers' own message names the wrong one."""
+    """Which file a pipeline's folder lacks, or `None`. diffusers names only the last of the files that it tried."""
     try:
         index = FlowerLDMPipeline.load_config(folder)
     except Exception:  # a damaged index has its own message

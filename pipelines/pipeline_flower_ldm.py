@@ -1,9 +1,9 @@
 """FlowerLDMPipeline: class labels -> noise, or a noisy image -> guided denoising -> images.
 
-Travels to the Hub at the root of each repository that it saves, so it imports the standard library, torch, diffusers
-and Pillow only, which comes with diffusers. It knows its parts by what they do, never by class: `FlowerAutoencoderKL`
-and `FlowerUNet2DModel`, or diffusers' own `AutoencoderKL` and `UNet2DModel`, with any of diffusers' schedulers that
-has `alphas_cumprod`.
+This file is saved at the root of each repository on the Hub. It therefore imports only the standard library, torch,
+diffusers, and Pillow, which comes with diffusers. It never asks for the class of its models. They may be
+`FlowerAutoencoderKL` and `FlowerUNet2DModel`, or diffusers' own `AutoencoderKL` and `UNet2DModel`. The scheduler may
+be any of diffusers' that has `alphas_cumprod`.
 
 Shapes: L labels, B = L x images per label, K classes, Z latent channels, (h, w) latent positions, (H, W) pixels.
 """
@@ -59,23 +59,23 @@ GUIDANCE_SCALE = 3.0
 
 
 class SchedulerFacts(NamedTuple):
-    """One of diffusers' schedulers as it works in this pipeline.
+    """How one of diffusers' schedulers works in this pipeline.
 
-    What its signatures tell is asked of the class: whether its step takes `eta` or a generator, which options it has.
+    The class's signatures say the rest: which options it has, and whether its step takes `eta` or a generator.
     """
 
-    title: str  # as people read it
+    title: str  # as users see it
     scheduler_class: type[SchedulerMixin]
-    # With these predictions its first step has no bound from pure noise: it starts one step below ("leading").
+    # With these predictions its first step from pure noise is unbounded, so it starts one step later ("leading").
     unbounded_from_pure_noise: tuple[str, ...] = ()
     prediction_types: tuple[str, ...] = PREDICTION_TYPES
-    starts_from_images: bool = True  # or only from noise
+    starts_from_images: bool = True  # False: from pure noise only
     largest_eta: float = math.inf
-    only_distilled: bool = False  # what it draws with any other model has too little variance
+    only_distilled: bool = False  # images of other models would have too little variance
 
 
 EPSILON_OR_V = ("epsilon", "v_prediction")
-# By their names on the command line.
+# The keys are the names on the command line.
 SCHEDULERS = {
     "dpm++": SchedulerFacts("DPM-Solver++", DPMSolverMultistepScheduler),
     "unipc": SchedulerFacts("UniPC", UniPCMultistepScheduler),
@@ -85,22 +85,22 @@ SCHEDULERS = {
         "Euler, ancestral", EulerAncestralDiscreteScheduler, prediction_types=EPSILON_OR_V
     ),
     "heun": SchedulerFacts("Heun", HeunDiscreteScheduler, unbounded_from_pure_noise=PREDICTION_TYPES),
-    "pndm": SchedulerFacts(  # its first steps are of a kind of their own, so it can't start in the middle
+    "pndm": SchedulerFacts(  # its first steps differ from the others, so it can't start in the middle
         "PNDM", PNDMScheduler, unbounded_from_pure_noise=("epsilon",), prediction_types=EPSILON_OR_V,
         starts_from_images=False,
     ),
     "ddpm": SchedulerFacts("DDPM", DDPMScheduler),
     "lcm": SchedulerFacts("LCM, for distilled models", LCMScheduler, only_distilled=True),
-    "tcd": SchedulerFacts("TCD", TCDScheduler, largest_eta=1.0),  # with eta 0 the same as DDIM, in 50 steps at most
+    "tcd": SchedulerFacts("TCD", TCDScheduler, largest_eta=1.0),  # at most 50 steps; with eta 0 it equals DDIM
 }  # fmt: skip
-# Any other scheduler works that follows training's noise levels. It is offered nowhere; these two can't draw in few
-# steps, nor keep what a mask keeps exactly as noisy as the rest.
+# Every other scheduler that follows training's noise levels works too, but no command offers it. These two can't draw
+# in few steps. With a mask, they can't keep the original exactly as noisy as the rest.
 OTHER_SCHEDULERS = (
     SchedulerFacts("DPM2", KDPM2DiscreteScheduler, prediction_types=EPSILON_OR_V),
     SchedulerFacts("DPM2, ancestral", KDPM2AncestralDiscreteScheduler, prediction_types=EPSILON_OR_V),
 )
-# What these options of schedulers must be for latents to be drawn from the distribution that the unet has learned: all
-# else clips them, leaves training's noise schedule, or asks for a unet of another kind (tests/test_schedulers.py).
+# The values of these scheduler options with which latents follow the distribution that the unet has learned. Other
+# values clip them, leave training's noise schedule, or need another kind of unet (tests/test_schedulers.py).
 HARMLESS_OPTIONS = {
     "use_flow_sigmas": (False,),
     "clip_sample": (False,),
@@ -112,17 +112,17 @@ HARMLESS_OPTIONS = {
     "snr_shift_scale": (1.0,),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", None),
 }
-# So do these step by the noise that is predicted, and multiply its error by as much.
+# With these values a scheduler steps by the predicted noise. From pure noise, that multiplies its error without bound.
 STEPS_BY_NOISE = {"algorithm_type": ("dpmsolver", "sde-dpmsolver"), "predict_x0": (False,)}
-# What no model or scheduler exceeds; a config that does is a mistake, or made to eat the memory of who loads it.
+# No real model or scheduler exceeds these. A config that does is a mistake, or an attempt to exhaust the memory.
 MOST_LAYERS = 1001
 LARGEST_SIZE = 2**13  # of latents
-LARGEST_NUMBERS = {"sample_size": 2**16, "num_train_timesteps": 10**5}  # the first is an autoencoder's, in pixels
+LARGEST_NUMBERS = {"sample_size": 2**16, "num_train_timesteps": 10**5}  # an autoencoder's sample_size is in pixels
 LARGEST_NUMBER = 10**6
-_DRAWING: set[int] = set()  # the ids of pipelines and schedulers in the middle of a call
+_DRAWING: set[int] = set()  # ids of the pipelines and schedulers that are in a call
 _DRAWING_LOCK = threading.Lock()
 
-UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
+UPRIGHT = {  # EXIF orientation -> the operation that turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -136,17 +136,18 @@ TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC = 0x0102, 0x0106
 
 
 class Original(NamedTuple):
-    """An image that is drawn over, for each one drawn; without a mask the last two are None."""
+    """The image that each image to be drawn starts from. Without a mask the last two are None."""
 
     pixels: torch.Tensor  # (B, 3, H, W) in [0, 1]
     latents: torch.Tensor  # (B, Z, h, w), normalized
-    mask: torch.Tensor | None  # (B, 1, H, W) bool, True where it is drawn anew
-    latents_mask: torch.Tensor | None  # (B, 1, h, w) bool, True wherever a pixel is
+    mask: torch.Tensor | None  # (B, 1, H, W) bool, True where the image is redrawn
+    latents_mask: torch.Tensor | None  # (B, 1, h, w) bool, True if any of the position's pixels is redrawn
 
 
 def _one_at_a_time(call: Callable) -> Callable:
-    """Refuses a call in the middle of another one that has the same pipeline or scheduler: both remember where they
-    are, so that each would spoil the other's images.
+    """Refuse a call while another call uses the same pipeline or scheduler.
+
+    Both have state during a call, so the calls would spoil each other's images.
     """
 
     @functools.wraps(call)
@@ -156,7 +157,7 @@ def _one_at_a_time(call: Callable) -> Callable:
             if holders & _DRAWING:
                 raise ValueError(
                     "this pipeline, or another with its scheduler, is drawing already: give each thread or "
-                    "callback its own, FlowerLDMPipeline.from_pipe(pipe, "
+                    "callback its own by FlowerLDMPipeline.from_pipe(pipe, "
                     "scheduler=pipe.make_scheduler(type(pipe.scheduler)))"
                 )
             _DRAWING.update(holders)
@@ -170,27 +171,27 @@ def _one_at_a_time(call: Callable) -> Callable:
 
 
 class FlowerLDMPipeline(DiffusionPipeline):
-    """Draws images of the classes that it is asked for (latent diffusion, Rombach et al. 2022).
+    """Class-conditional latent diffusion (Rombach et al. 2022): draws images of given classes.
 
     Args:
         vae: decodes raw latents `(B, Z, h, w)` to images `(B, 3, H, W)` in [-1, 1].
         unet: `unet(noisy_latents, timesteps, class_labels).sample`, on latents `(B, Z, h, w)` of unit variance. Its
             config has `num_classes` (K; label K is the null label) or `num_class_embeds` (the last label is).
-        scheduler: one of diffusers' schedulers that has a table of `alphas_cumprod`, the noise schedule of training.
-        id2label: name of each label `0..K-1`, each once. Kept in the config with strings as keys, as JSON has them.
-        guide: a worse unet for the same latents and classes, of fewer updates or parameters. Guidance then leads away
-            from it and not from the null label (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a
-            Bad Version of Itself").
-        guidance_scale, guidance_interval: what suits the model; the config keeps them for calls that give none.
-        takes_guidance: False where the unet's null label was never trained, or where guidance was distilled into the
-            unet. Then a call is guided by a `guide` only.
+        scheduler: one of diffusers' schedulers with a table `alphas_cumprod`, the noise schedule of training.
+        id2label: the name of each label `0..K-1`, each once. The config keeps it with strings as keys, as in JSON.
+        guide: a worse unet for the same latents and classes, with fewer updates or parameters. Guidance then leads
+            away from the guide instead of the null label (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model
+            with a Bad Version of Itself").
+        guidance_scale, guidance_interval: the defaults of a call, which the config keeps.
+        takes_guidance: False if the unet's null label was never trained, or if guidance was distilled into the unet.
+            Then only a `guide` can guide it.
 
     Raises:
-        ValueError: where the unet takes no class labels, `id2label` doesn't name each of its classes once, the guide
-            is for other latents or classes, or what is said about guidance can't be right.
+        ValueError: the unet takes no class labels, `id2label` doesn't name each of its classes once, the guide is for
+            other latents or classes, or a guidance argument is invalid.
     """
 
-    model_cpu_offload_seq = "unet->vae"  # the guide, which takes turns with the unet, stays beside it
+    model_cpu_offload_seq = "unet->vae"  # the guide runs in turns with the unet and isn't offloaded
     _optional_components = ["guide"]
     _callback_tensor_inputs = ["latents", "denoised_latents"]
 
@@ -225,7 +226,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
     @property
     def null_label(self) -> int:
-        """The label that means "any class"; the labels below it are the classes."""
+        """The label that means "any class". The labels below it are the classes."""
         return _null_label(self.unet)
 
     @property
@@ -234,18 +235,18 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
     @property
     def class_names(self) -> list[str]:
-        """The name of each label in order; the labels themselves where there is no `id2label`."""
+        """The name of each label in order. Without `id2label`, the labels as text."""
         id2label = self.config.id2label or {}
         return [id2label.get(str(label), str(label)) for label in range(self.num_classes)]
 
     @property
     def interrupt(self) -> bool:
-        """Whether to stop: with `pipe._interrupt = True` from a callback the images are decoded as they are."""
+        """Whether to stop early. After a callback sets `pipe._interrupt = True`, the present latents are decoded."""
         return self._interrupt
 
     @property
     def can_guide(self) -> bool:
-        """Whether a `guidance_scale` other than 1 means something: by the null label or by a guide."""
+        """Whether a call may have a `guidance_scale` other than 1, by the null label or by a guide."""
         return self.config.takes_guidance or self.guide is not None
 
     @property
@@ -255,14 +256,15 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """The scale of the steps to come: a callback changes it by `pipe._guidance_scale = 2.0`. 1 turns guidance off,
-        not 0 as in pipelines for prompts; each call begins with its own argument.
+        """The scale of the following steps. A callback can change it by `pipe._guidance_scale = 2.0`.
+
+        1 turns guidance off, not 0 as in text-to-image pipelines. Each call begins with its own argument.
         """
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Through how many timesteps the latest call goes: over an image, through the scheduler's last ones only."""
+        """The number of timesteps of the latest call. With an `image` these are only the scheduler's last ones."""
         return self._num_timesteps
 
     @property
@@ -301,39 +303,40 @@ class FlowerLDMPipeline(DiffusionPipeline):
         """Draw `num_images_per_label` images of each label, label by label.
 
         Args:
-            labels: a name, an index, or several of either. Where the unet takes sums of class embeddings
-                (`FlowerUNet2DModel` does) also a dict of names or indices and their weights, which may be negative and
-                sum to 1, `{"rose": 1, "tulip": 0.5, "daisy": -0.5}`, or all weights as a float tensor `(L, K)`.
+            labels: a name, an index, or several of either. If the unet takes sums of class embeddings, as
+                `FlowerUNet2DModel` does, a label may also be a dict of names or indices and their weights. Weights may
+                be negative and sum to 1: `{"rose": 1, "tulip": 0.5, "daisy": -0.5}`. All weights may also be given as
+                a float tensor `(L, K)`.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022, eq. 6 with scale = 1 + w); 1 means off. With
                 a `guide`, autoguidance (Karras et al. 2024, eq. 3). None: the model's own, `default_guidance_scale`.
-            guidance_interval: from where to where guidance acts, in fractions of the trajectory: 0 is pure noise, 1
-                the clean image (Kynkäänniemi et al. 2024). Outside, a step costs half. None: the model's own.
-            num_inference_steps: from pure noise; an image is drawn over in `strength` times as many.
-            eta: share of DDIM's noise (Song et al. 2021, eq. 16); schedulers without it ignore it.
-            generator: one, or a list of B: with a list an image doesn't depend on the others in the batch.
-            latents: `(B, Z, h, w)` standard normal noise to start from, in place of noise drawn here.
+            guidance_interval: the part of the trajectory in which guidance acts, as two fractions: 0 is pure noise, 1
+                the clean image (Kynkäänniemi et al. 2024). Outside it a step costs half. None: the model's own.
+            num_inference_steps: number of steps from pure noise. With an `image` there are `strength` times as many.
+            eta: share of DDIM's noise (Song et al. 2021, eq. 16). Schedulers without it ignore it.
+            generator: one generator, or a list of B. With a list, an image doesn't depend on the others in its batch.
+            latents: `(B, Z, h, w)` standard normal noise to start from. None: noise from `generator`.
             output_type: "pil"; "np" `(B, H, W, 3)` or "pt" `(B, 3, H, W)` float32 in [0, 1]; "latent" `(B, Z, h, w)`,
                 normalized to unit variance as the unet sees them.
-            callback_on_step_end: called as `(pipe, step_index, timestep, {"latents": latents})` after each step;
-                latents that it returns in a dict take the place of these.
-            callback_on_step_end_tensor_inputs: what that dict holds: "latents" after the step, as the scheduler scales
-                them; "denoised_latents", the clean ones that the step aimed at (`predict_denoised_latents`).
-            guidance_rescale: how far the spread of a guided prediction is brought back to the unguided one's, which
-                high scales exceed (Lin et al. 2023, eq. 15 and 16): 0 not at all, 1 wholly, 0.7 in that paper.
-            image: one to draw over, or one for each label. PIL images of any kind and size, upright and in sRGB by
-                `upright_srgb`, the middle of which is taken; or what this call returns as "np" and "pt", whole or in
-                a list of such batches.
-            strength: how much of the way from pure noise is gone again, in (0, 1]: near 0 the image stays as it is,
-                with 1 nothing stays (but what a mask keeps).
-            mask_image: white where the image is drawn anew, black or transparent where it stays, pixel for pixel; of
-                the image's size, or floats `(1, H, W)` or `(H, W)` for the pixels that are drawn.
+            callback_on_step_end: called as `(pipe, step_index, timestep, {"latents": latents})` after each step. If it
+                returns a dict with "latents", they replace the present ones.
+            callback_on_step_end_tensor_inputs: the keys of that dict: "latents" after the step, as the scheduler
+                scales them; "denoised_latents", the clean latents predicted in the step (`predict_denoised_latents`).
+            guidance_rescale: high scales increase the standard deviation of a prediction. This is the share of the
+                increase that is undone, from 0 to 1 (Lin et al. 2023, eq. 15 and 16, who use 0.7).
+            image: one image to start from, or one for each label. PIL images may have any mode and size: they are
+                converted by `upright_srgb` and cropped to the center. Or outputs of this call of the type "np" or
+                "pt", as one batch or a list of batches.
+            strength: the share of the steps that is run from `image`, in (0, 1]. Near 0 the image hardly changes; with
+                1 nothing of it is left, apart from what a mask keeps.
+            mask_image: white where the image is redrawn, black or transparent where each pixel is kept. It has the
+                size of `image`, or is a float tensor `(1, H, W)` or `(H, W)` of the size that is drawn.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or `(images,)` where `return_dict=False`.
+            `ImagePipelineOutput` with `images`, or `(images,)` with `return_dict=False`.
 
         Raises:
-            ValueError: for each argument that can't be right, before anything is computed; and where this pipeline or
-                its scheduler is in the middle of another call, in another thread or around a callback.
+            ValueError: an argument is invalid, which is found before anything is computed. Or this pipeline or its
+                scheduler is in another call, in another thread or around a callback.
         """
         class_labels = self.prepare_class_labels(labels)  # (L,) or (L, K + 1)
         self.check_inputs(
@@ -362,26 +365,26 @@ class FlowerLDMPipeline(DiffusionPipeline):
                 progress = (num_skipped + step_index) / len(self.scheduler.timesteps)
                 scale = self.guidance_scale if begin <= progress < end else 1
                 prediction = self.predict(latents, timestep, class_labels, scale, guidance_rescale)
-                given = {}
+                tensors = {}
                 if "denoised_latents" in watched:
-                    given["denoised_latents"] = self.predict_denoised_latents(prediction, latents, timestep)
+                    tensors["denoised_latents"] = self.predict_denoised_latents(prediction, latents, timestep)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 if original is not None and original.mask is not None:
                     latents = self.keep_original(latents, original, noise, timesteps[step_index + 1 : step_index + 2])
                 if "latents" in watched:
-                    given["latents"] = latents
+                    tensors["latents"] = latents
                 if callback_on_step_end is not None:
-                    latents = (callback_on_step_end(self, step_index, timestep, given) or {}).get("latents", latents)
+                    latents = (callback_on_step_end(self, step_index, timestep, tensors) or {}).get("latents", latents)
                 progress_bar.update()
 
         images = self._to_images(latents, output_type, original, num_inference_steps)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def make_scheduler(self, scheduler_class: type[SchedulerMixin]) -> SchedulerMixin:
-        """Another of diffusers' schedulers for this unet, to be put in the place of `scheduler`.
+        """Make another of diffusers' schedulers for this unet, to replace `scheduler`.
 
-        As its `from_config` makes it, but for the timesteps of Heun's method and PNDM, which have to start one step
-        below pure noise: the fewer steps, the less they know of it. After one of those, others start from it again.
+        It is the result of `from_config`, with one exception. Heun's method and PNDM must start one step below pure
+        noise, so their `timestep_spacing` is "leading". Schedulers made from those start at pure noise again.
         """
         spacing = {}
         if _facts(scheduler_class).unbounded_from_pure_noise:
@@ -393,7 +396,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
     def resolve_guidance(
         self, scale: float | None = None, interval: Sequence[float] | None = None
     ) -> tuple[float, Sequence[float]]:
-        """Guidance scale and interval of a call, the model's own in the place of None."""
+        """Guidance scale and interval of a call. The model's own replace None."""
         return (
             self.default_guidance_scale if scale is None else scale,
             self.config.guidance_interval if interval is None else interval,
@@ -407,10 +410,10 @@ class FlowerLDMPipeline(DiffusionPipeline):
         guidance_scale: float = 1,
         guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
-        """The unet's prediction for the scheduler's step, guided where `guidance_scale` isn't 1, `(B, Z, h, w)`.
+        """The unet's prediction `(B, Z, h, w)` for the scheduler's step, guided unless `guidance_scale` is 1.
 
-        With guidance, one pass over a batch of `2 B`: with the labels, and with the null label in their place. With a
-        `guide`, one pass of each over `B`, both with the labels.
+        Guidance takes one pass over a batch of `2 B`: half with the labels, half with the null label. With a `guide`,
+        unet and guide take one pass each over `B`, both with the labels.
         """
         noisy_latents = self.scheduler.scale_model_input(latents, timestep)
         if guidance_scale == 1:
@@ -431,19 +434,19 @@ class FlowerLDMPipeline(DiffusionPipeline):
     def predict_denoised_latents(
         self, prediction: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor
     ) -> torch.Tensor:
-        """The clean latents `(B, Z, h, w)`, normalized, that a prediction at this step stands for, nothing clipped.
+        """The normalized clean latents `(B, Z, h, w)` that follow from a prediction at this step, without clipping.
 
-        The noisy latents are alpha x clean + sigma x noise; the prediction is one of the two, or the velocity
-        alpha x noise - sigma x clean (Salimans & Ho 2022). To be asked before the scheduler makes its step.
+        The noisy latents are alpha x clean + sigma x noise. The prediction is the clean latents, the noise, or the
+        velocity alpha x noise - sigma x clean (Salimans & Ho 2022). Call this before the scheduler's step.
 
         Raises:
-            ValueError: where the scheduler's `prediction_type` is none of the three.
+            ValueError: the scheduler's `prediction_type` is none of the three.
         """
         prediction_type = self.scheduler.config.prediction_type
         if prediction_type == "sample":
             return prediction
         alpha, sigma = self.signal_and_noise(timestep)
-        # Of unit variance whatever the scheduler: those that let the noise grow scale them for the unet.
+        # They have unit variance with every scheduler, since this scales those whose variance grows with the noise.
         noisy_latents = self.scheduler.scale_model_input(latents, timestep)
         if prediction_type == "epsilon":
             return (noisy_latents - sigma * prediction) / alpha
@@ -452,9 +455,9 @@ class FlowerLDMPipeline(DiffusionPipeline):
         raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {_shown(prediction_type)}")
 
     def signal_and_noise(self, timestep: torch.Tensor | float) -> tuple[float, float]:
-        """`(alpha, sigma)`, the shares of clean latents and of noise in noisy latents; their squares sum to 1.
+        """`(alpha, sigma)`, the shares of clean latents and of noise in noisy latents. Their squares sum to 1.
 
-        Between two timesteps sigma / alpha is interpolated, as in the schedulers whose timesteps are fractions.
+        Between two timesteps sigma / alpha is interpolated, as in the schedulers with fractional timesteps.
         """
         timestep = float(timestep)
         alphas_cumprod = self.scheduler.alphas_cumprod
@@ -462,19 +465,19 @@ class FlowerLDMPipeline(DiffusionPipeline):
         variance = float(alphas_cumprod[lower])  # of the signal
         fraction = timestep - lower
         if fraction > 0 and lower + 1 < len(alphas_cumprod):
-            following = float(alphas_cumprod[lower + 1])
-            if following == 0:  # pure noise: the ratio has no bound
+            next_variance = float(alphas_cumprod[lower + 1])
+            if next_variance == 0:  # pure noise: the ratio is infinite
                 return math.sqrt(variance), math.sqrt(1 - variance)
-            low, high = math.sqrt(1 / variance - 1), math.sqrt(1 / following - 1)
+            low, high = math.sqrt(1 / variance - 1), math.sqrt(1 / next_variance - 1)
             variance = 1 / (1 + (low + fraction * (high - low)) ** 2)
         return math.sqrt(variance), math.sqrt(1 - variance)
 
     def prepare_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> torch.Tensor:
-        """The scheduler's timesteps, of an image that is drawn over the last `strength` of them, one at least."""
+        """The scheduler's timesteps: all with `strength` 1, or else the last share `strength`, at least one step."""
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         begin = num_inference_steps - max(1, round(strength * num_inference_steps))
-        begin *= self.scheduler.order  # a step of Heun's method is two of its timesteps
-        if hasattr(self.scheduler, "set_begin_index"):  # else it looks its place up by the timestep, which may repeat
+        begin *= self.scheduler.order  # a step of Heun's method has two timesteps
+        if hasattr(self.scheduler, "set_begin_index"):  # or it finds its place by the timestep, which may repeat
             self.scheduler.set_begin_index(begin)
         return self.scheduler.timesteps[begin:]
 
@@ -485,10 +488,10 @@ class FlowerLDMPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         device: torch.device,
     ) -> torch.Tensor:
-        """Standard normal noise `(B, Z, h, w)`, float32 or wider, or the `latents` given in its place.
+        """Standard normal noise `(B, Z, h, w)` in float32 or wider, or the given `latents`.
 
-        Between steps the latents keep that precision whatever the unet's: rounded to bfloat16 after each of many small
-        steps they would drift. Drawn in float32, the same seed is the same noise for every dtype.
+        Latents keep this precision between steps with every dtype of the unet. In bfloat16 they would drift, since
+        each small step would be rounded. Noise is drawn in float32, so a seed gives the same noise for all dtypes.
         """
         if latents is None:
             latents = randn_tensor((batch_size, *self.latents_shape), generator, device, torch.float32)
@@ -497,13 +500,13 @@ class FlowerLDMPipeline(DiffusionPipeline):
     def prepare_latents(
         self, noise: torch.Tensor, original: Original | None, strength: float, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """What the steps start from `(B, Z, h, w)`: the noise, or an original as noisy as at the first timestep."""
+        """The first latents `(B, Z, h, w)`: the noise, or an original with the noise of the first timestep."""
         if original is None or strength == 1:
             return noise * self.scheduler.init_noise_sigma
         return self.scheduler.add_noise(original.latents, noise, timesteps[:1])
 
     def prepare_original(self, image: Any, mask_image: Any, batch_size: int, device: torch.device) -> Original | None:
-        """What there is to know of `image`, one or one for each label, and of its mask; None without an image."""
+        """Pixels and latents of `image` and its mask, repeated for the batch. None without an image."""
         if image is None:
             return None
         pixels = self._to_pixels(image, "image").to(device)  # (1 or L, 3, H, W)
@@ -519,10 +522,10 @@ class FlowerLDMPipeline(DiffusionPipeline):
         )
 
     def _to_pixels(self, images: Any, name: str) -> torch.Tensor:
-        """One image or several -> `(L, 3, H, W)` float32 in [0, 1]; of a mask, `(L, 1, H, W)`.
+        """One image or several -> `(L, 3, H, W)` float32 in [0, 1]. Masks -> `(L, 1, H, W)`.
 
         Raises:
-            ValueError: for anything but PIL images and floats in [0, 1] of the shape that is drawn.
+            ValueError: an image is neither a PIL image nor floats in [0, 1] of the shape that is drawn.
         """
         height, width = self.image_size
         channels, mode = (1, "L") if name == "mask_image" else (3, "RGB")
@@ -553,8 +556,10 @@ class FlowerLDMPipeline(DiffusionPipeline):
     def keep_original(
         self, latents: torch.Tensor, original: Original, noise: torch.Tensor, timestep: torch.Tensor
     ) -> torch.Tensor:
-        """Latents with the original's where its mask is False, as noisy as at the timestep `(1,)` that comes next, or
-        clean where none does, `(0,)`.
+        """Replace the latents by the original's where its mask is False.
+
+        `timestep` is the next one, `(1,)`: the original gets its noise. After the last step it is empty, `(0,)`, and
+        the original stays clean.
         """
         kept = original.latents
         if len(timestep) > 0:
@@ -562,15 +567,15 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return torch.where(original.latents_mask, latents, kept)
 
     def prepare_extra_step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict:
-        """`eta` and `generator` for the schedulers whose step takes them."""
+        """`eta` and `generator`, if the scheduler's step takes them."""
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in accepted}
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil", original: Original | None = None) -> Any:
         """Normalized latents `(B, Z, h, w)` -> images of `output_type` "pil", "np" or "pt".
 
-        Where an original's mask is False its pixels are pasted in, so that they aren't what the autoencoder makes of
-        them but the same to the bit.
+        Where an original's mask is False, its own pixels are pasted in. They stay the same bit for bit, unlike
+        pixels that the autoencoder reconstructs.
         """
         raw_latents = self._denormalize(latents).to(self.vae.dtype)
         images = self.vae.decode(raw_latents).sample.float()  # (B, 3, H, W) in [-1, 1]
@@ -580,7 +585,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return self._to_arrays(images, output_type)
 
     def _to_arrays(self, images: torch.Tensor, output_type: str) -> Any:
-        """Images `(B, 3, H, W)` in [0, 1] as PIL images or, "np", `(B, H, W, 3)`; for other types unchanged."""
+        """Images `(B, 3, H, W)` in [0, 1] as PIL images or arrays `(B, H, W, 3)`. Other types get them unchanged."""
         if output_type not in ("np", "pil"):
             return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -589,7 +594,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
     def _to_images(
         self, latents: torch.Tensor, output_type: str, original: Original | None, num_inference_steps: int
     ) -> Any:
-        """What a call returns for its last latents; those that are no numbers, black as pictures, are refused."""
+        """The images of a call from its last latents. NaN and infinity, which would look black, are refused."""
         images = latents if output_type == "latent" else self.decode_latents(latents, "pt", original)
         self.maybe_free_model_hooks()
         if not images.isfinite().all():
@@ -602,8 +607,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> the mean of their latents `(B, Z, h, w)`, normalized, float32."""
-        images = images.to(self._execution_device, self.vae.dtype)  # where an offloaded autoencoder will be, not is
+        """Images `(B, 3, H, W)` in [-1, 1] -> the means of their latents `(B, Z, h, w)`, normalized, float32."""
+        images = images.to(self._execution_device, self.vae.dtype)  # an offloaded autoencoder moves there, too
         raw_latents = self.vae.encode(images).latent_dist.mean.float()
         mean, std = self._latents_statistics(raw_latents)
         return (raw_latents - mean) / std
@@ -613,18 +618,17 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return latents * std + mean
 
     def _latents_statistics(self, latents: torch.Tensor) -> list[torch.Tensor]:
-        """`latents_statistics` of the autoencoder, mean and std, as tensors `(1, Z, 1, 1)` that suit the latents."""
+        """The autoencoder's `latents_statistics`, mean and std, as tensors `(1, Z, 1, 1)` like the latents."""
         return [latents.new_tensor(values).view(1, -1, 1, 1) for values in latents_statistics(self.vae)]
 
     def prepare_class_labels(
         self, labels: str | int | dict | Sequence[str | int | dict] | torch.Tensor
     ) -> torch.Tensor:
-        """What the unet is given: labels `(L,)` int64, or of sums of classes the weights `(L, K + 1)` of each
-        embedding row.
+        """Labels for the unet: indices `(L,)` int64, or for sums of classes the weights `(L, K + 1)` of embeddings.
 
         Raises:
-            ValueError: for a label that there isn't, for weights that don't sum to 1, and for a sum of classes where
-                the unet knows single classes only.
+            ValueError: a label is unknown, weights don't sum to 1, or there is a sum of classes but the unet takes
+                single classes only.
         """
         if any(isinstance(label, dict) for label in _as_list(labels)):
             labels = self._weights(_as_list(labels))
@@ -645,7 +649,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return torch.nn.functional.pad(labels, (0, 1))  # no share of the null label
 
     def _weights(self, labels: Sequence[str | int | dict]) -> torch.Tensor:
-        """Dicts of labels and their weights, and labels, -> weights `(L, K)`."""
+        """Labels and dicts of labels with their weights -> weights `(L, K)`."""
         shares = [
             (row, name, weight)
             for row, label in enumerate(labels)
@@ -661,7 +665,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return weights
 
     def _null_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """As many null labels in the same form: indices `(B,)` or weights `(B, K + 1)`."""
+        """The same number of null labels in the same form: indices `(B,)` or weights `(B, K + 1)`."""
         if not class_labels.is_floating_point():
             return torch.full_like(class_labels, self.null_label)
         weights = torch.zeros_like(class_labels)
@@ -672,7 +676,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         """Names and indices -> indices, by `find_classes`.
 
         Raises:
-            ValueError: for an unknown name (it offers the nearest), a label out of range, or no label at all.
+            ValueError: a name is unknown (the message offers the nearest), a label is out of range, or there is none.
         """
         if hasattr(labels, "tolist"):  # tensors and arrays
             labels = labels.tolist()
@@ -683,11 +687,14 @@ class FlowerLDMPipeline(DiffusionPipeline):
         return find_classes(labels, self.class_names)
 
     def check_inputs(self, *, num_labels: int, **options: Any) -> None:
-        """Raise a `ValueError` of one line for the first argument of `__call__` that can't be right; change nothing.
+        """Check arguments of `__call__`, without any change to the pipeline.
 
         Args:
-            num_labels: how many labels there are.
-            options: other arguments of `__call__`, by name. Those that are left out count as its defaults.
+            num_labels: the number of labels.
+            options: other arguments of `__call__`, by name. The others have their defaults.
+
+        Raises:
+            ValueError: an argument is invalid. One line names the first.
         """
         bound = inspect.signature(self.__call__).bind(labels=None, **options)
         bound.apply_defaults()
@@ -707,10 +714,10 @@ class FlowerLDMPipeline(DiffusionPipeline):
         if call.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {_shown(call.output_type)}")
         self._check_noise(num_labels * call.num_images_per_label, call.generator, call.latents)
-        given = call.callback_on_step_end_tensor_inputs
-        if not isinstance(given, (list, tuple)) or any(name not in self._callback_tensor_inputs for name in given):
+        names = call.callback_on_step_end_tensor_inputs
+        if not isinstance(names, (list, tuple)) or any(name not in self._callback_tensor_inputs for name in names):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {_shown(given)}"
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {_shown(names)}"
             )
         self._check_original(num_labels, call.image, call.strength, call.mask_image)
 
@@ -746,7 +753,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
             raise ValueError(f"strength must be above 0 and at most 1, got {_shown(strength)}")
         if image is None:
             if mask_image is not None:
-                raise ValueError("mask_image says what of an image is drawn anew, but there is no image")
+                raise ValueError("mask_image needs an image: give the image that it masks")
             return
         if strength < 1 and not _facts(type(self.scheduler)).starts_from_images:
             raise ValueError(
@@ -769,8 +776,9 @@ class FlowerLDMPipeline(DiffusionPipeline):
                 raise ValueError(f"mask_image must have the image's size, {size} in width and height, got {given}")
 
     def _check_timesteps(self, num_inference_steps: int) -> None:
-        """Refuse a number of steps whose timesteps don't lead down from pure noise, asked of a copy of the scheduler:
-        only schedulers know their timesteps, and only by setting them.
+        """Refuse a number of steps whose timesteps don't start at pure noise.
+
+        Only the scheduler knows its timesteps, and only after setting them, so a copy sets them.
         """
         scheduler = copy(self.scheduler)
         kind, most = _kind(scheduler), scheduler.config.num_train_timesteps
@@ -781,13 +789,13 @@ class FlowerLDMPipeline(DiffusionPipeline):
         try:
             scheduler.set_timesteps(num_inference_steps)
             first, highest = int(scheduler.timesteps[0]), int(scheduler.timesteps.max())
-        except Exception as error:  # some need a few to begin, some know a few only; a damaged config may leave none
+        except Exception as error:  # too few or too many for this scheduler, or a damaged config
             reason = " ".join(str(error).split())
             raise ValueError(f"{kind} can't take {num_inference_steps} steps: {reason}") from None
         if highest >= most:
             raise ValueError(f"{kind} goes to timestep {highest}, beyond training's {most - 1}: check steps_offset")
         signal = scheduler.alphas_cumprod[first]  # its share of the variance
-        # "leading" timesteps are one step below the end, but far more where their number doesn't divide training's
+        # "leading" timesteps start one step below pure noise, or far more if their number doesn't divide training's.
         if signal > 0.1 or (signal > 0.01 and most - 1 - first > 2 * most / num_inference_steps):
             raise ValueError(
                 f"{kind} can't take {num_inference_steps} steps: with so many it starts at timestep {first}, far "
@@ -795,7 +803,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
             )
 
     def _check_scheduler(self) -> None:
-        """Refuse what diffusers' schedulers get wrong in silence, or refuse in the middle of the way."""
+        """Refuse settings with which diffusers' schedulers draw wrong images silently, or fail in the middle."""
         kind, config = _kind(self.scheduler), self.scheduler.config
         if (
             not hasattr(self.scheduler, "alphas_cumprod")  # it has noise levels of its own
@@ -804,12 +812,12 @@ class FlowerLDMPipeline(DiffusionPipeline):
         ):
             raise ValueError(f"{kind} can't follow the noise schedule of training: take another scheduler")
         levels, most = self.scheduler.alphas_cumprod, config.num_train_timesteps
-        falls = levels[1:] <= levels[:-1] + 1e-6  # some schedulers put such a number in the place of a last 0
+        falls = levels[1:] <= levels[:-1] + 1e-6  # some schedulers replace a last 0 by such a number
         if not 0 < len(levels) == most or not ((levels >= 0) & (levels <= 1)).all() or not falls.all():
             raise ValueError(
                 f"{kind} has no noise schedule of {most} betas from 0 to 1: check trained_betas and the others"
             )
-        known = inspect.signature(type(self.scheduler).__init__).parameters  # `from_config` keeps what isn't, too
+        known = inspect.signature(type(self.scheduler).__init__).parameters  # `from_config` keeps unknown options, too
         for name, harmless in HARMLESS_OPTIONS.items():
             if name in known and config.get(name) not in harmless:
                 raise ValueError(
@@ -847,11 +855,11 @@ class FlowerLDMPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"{kind} with {name}={_shown(config[name])} can't start from pure noise: take its default"
                 )
-        if not config.get("rescale_betas_zero_snr"):  # kept by `from_config` even where the scheduler doesn't know it
+        if not config.get("rescale_betas_zero_snr"):  # `from_config` keeps it even if the scheduler doesn't know it
             return
         if "rescale_betas_zero_snr" not in inspect.signature(type(self.scheduler).__init__).parameters:
             raise ValueError(
-                f"{kind} knows no zero terminal SNR, which the unet was trained with: take another scheduler"
+                f"{kind} knows no zero terminal SNR, with which the unet was trained: take another scheduler"
             )
         if prediction_type == "epsilon":
             raise ValueError(
@@ -867,14 +875,14 @@ class FlowerLDMPipeline(DiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save a folder that loads anywhere: the stock one, and the source of each class that isn't diffusers' own.
+        """Save a folder that loads anywhere: diffusers' own, and the source of each class that isn't in diffusers.
 
-        With `push_to_hub=True` the same is saved again to a temporary folder and uploaded from there, so that nothing
-        else that lies in `save_directory` goes along.
+        With `push_to_hub=True` it is saved to a temporary folder, too, and uploaded from there. Other files in
+        `save_directory` are never uploaded.
         """
         hub_names = ("repo_id", "commit_message", "private", "token", "create_pr")
         hub_options = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
-        self.register_modules(guide=self.guide)  # stock code goes on counting a part as None that was so at first
+        self.register_modules(guide=self.guide)  # diffusers would still save a guide as None that was None at first
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         folder = Path(save_directory)
         index = _read_json(folder / self.config_name)
@@ -896,16 +904,16 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "FlowerLDMPipeline":
-        """The stock one, which takes over parts of exactly the annotated types only; here all are taken."""
-        parts = {name: part for name, part in pipeline.components.items() if name in ("vae", "unet", "guide")}
-        return super().from_pipe(pipeline, **(parts | kwargs))
+        """As in diffusers, which takes over models of exactly the annotated types only. Here all are taken over."""
+        models = {name: model for name, model in pipeline.components.items() if name in ("vae", "unet", "guide")}
+        return super().from_pipe(pipeline, **(models | kwargs))
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """The stock one, but a class that the installed `flower_ldm` has is taken from there, and needs no trust."""
+        """As in diffusers, but classes of the installed `flower_ldm` are used, which needs no trust_remote_code."""
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
-        if args and os.path.isdir(args[0]):  # where a repository is on this machine, none of its parts built yet
+        if args and os.path.isdir(args[0]):  # a downloaded repository, before its models are built
             _check_configs(Path(args[0]), index)
         for name, entry in index.items():
             if isinstance(entry, list) and len(entry) == 2 and entry[0] not in (None, "diffusers"):
@@ -916,20 +924,20 @@ class FlowerLDMPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
-        # Asked through this class, the pipeline is this class: the copy in the repository need be neither fetched nor
-        # trusted. Its components are still looked up by their entries.
+        # `FlowerLDMPipeline.from_pretrained` always loads this class, so that the copy in the repository is neither
+        # downloaded nor trusted. The components are still found by their entries.
         index = super()._dict_from_json_file(json_file)
         return {**index, "_class_name": cls.__name__} if "_class_name" in index else index
 
 
 def upright_srgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Any image as 8-bit sRGB, as a good viewer shows it; of an image that is so already, the same pixels.
+    """Any image as 8-bit sRGB, as a good viewer shows it. Pixels that are 8-bit sRGB already stay the same.
 
-    It is turned by its EXIF orientation, converted from the color profile in it, 16 bits are scaled to 8, and what is
-    transparent lies on `background`. Metadata that can't be read count as absent.
+    The image is turned by its EXIF orientation and converted from its color profile. 16 bits are scaled to 8.
+    Transparent pixels show `background`. Unreadable metadata is ignored.
 
     Raises:
-        ValueError: for pixels whose range can't be known.
+        ValueError: the range of the pixels is unknown.
     """
     orientation = _orientation(image)
     colors, alpha = _eight_bits(image)
@@ -939,21 +947,21 @@ def upright_srgb(image: Image.Image, background: str = "white") -> Image.Image:
         colors = Image.alpha_composite(Image.new("RGBA", colors.size, background), colors).convert("RGB")
     if orientation in UPRIGHT:
         colors = colors.transpose(UPRIGHT[orientation])
-    colors.info = {}  # else the orientation and the profile would count twice
+    colors.info = {}  # otherwise orientation and profile would be applied twice
     return colors
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8, as EXIF counts them, of an image that is loaded by this; 1 where it stands upright."""
+    """EXIF orientation, 1 (upright) to 8. This loads the image."""
     filename = getattr(image, "filename", "")
     if hasattr(image, "tag_v2"):
-        image.filename = ""  # a TIFF that Pillow maps into memory by its name is scrambled by orientations 5 to 8
-    image.load()  # before the question, for Pillow turns TIFFs here, and these only, and forgets their orientation
+        image.filename = ""  # or Pillow maps the TIFF into memory by its name and scrambles orientations 5 to 8
+    image.load()  # first, since here Pillow turns TIFFs, and only these, and removes their orientation
     if filename:
         image.filename = filename
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # of broken metadata: SyntaxError, struct.error, ValueError and more
+    except Exception:  # broken metadata raises SyntaxError, struct.error, ValueError and more
         return 1
     return orientation if orientation in UPRIGHT else 1
 
@@ -964,12 +972,12 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colors of a loaded image, in mode L, RGB or CMYK, and its alpha in mode L, if it has any."""
+    """The colors of a loaded image in mode L, RGB or CMYK, and its alpha in mode L or None."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_16_bits(image)
     if image.has_transparency_data:
         transparent = image.info.get("transparency")
-        if isinstance(transparent, tuple) and max(transparent) > 255:  # of 16-bit colors, whose upper 8 Pillow keeps
+        if isinstance(transparent, tuple) and max(transparent) > 255:  # 16-bit; of pixels Pillow keeps 8
             image = image.copy()
             image.info["transparency"] = tuple(value >> 8 for value in transparent)
         rgba = image.convert("RGBA")
@@ -981,13 +989,12 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Gray of 16 bits, or of 12 in some TIFF files, as `_eight_bits`.
+    """`_eight_bits` for gray of 16 bits, or of 12 bits in some TIFF files.
 
-    Arrays of integers come as mode I too, whatever was meant by them: where all are below 256, black can't be told
-    from 8 bits.
+    Arrays of integers have mode I, too. If all are below 256, they may be nearly black or have 8 bits: refused.
     """
     if image.mode == "F":
-        raise ValueError("pixels of mode F are floats, of which nobody knows what white is: store them as uint8")
+        raise ValueError("pixels of mode F are floats, whose value for white is unknown: store them as uint8")
     tags = getattr(image, "tag_v2", {})
     white = 4095 if tags.get(TIFF_BITS_PER_SAMPLE) == (12,) else 65535
     integers = image.convert("I")
@@ -995,8 +1002,8 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if not 0 <= low <= high <= white:
         raise ValueError(f"pixels of mode {image.mode} are not in the range 0 to {white}")
     if image.mode == "I" and 0 < high < 256:
-        raise ValueError(f"pixels of mode I, none above {high}, are of 8 bits or nearly black: store them as uint8")
-    white_is_zero = tags.get(TIFF_PHOTOMETRIC) == 0  # which Pillow minds for 8 bits only
+        raise ValueError(f"pixels of mode I, none above {high}, have 8 bits or are nearly black: store them as uint8")
+    white_is_zero = tags.get(TIFF_PHOTOMETRIC) == 0  # Pillow handles this for 8 bits only
     alpha, transparent = None, image.info.get("transparency")
     if isinstance(transparent, int):
         alpha = integers.point([255 * (value != transparent) for value in range(65536)], "L")
@@ -1005,13 +1012,13 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 @functools.cache
 def _to_8_bits(white: int, white_is_zero: bool) -> list[int]:
-    """What each of 65,536 levels of gray becomes."""
+    """The 8-bit level of each of 65,536 levels of gray."""
     table = [round(min(value, white) * 255 / white) for value in range(65536)]
     return [255 - value for value in table] if white_is_zero else table
 
 
 def _from_profile(colors: Image.Image, profile: Any) -> Image.Image:
-    """Colors of mode L, RGB or CMYK in sRGB, as a new image; a profile that isn't for them counts as absent."""
+    """Colors of mode L, RGB or CMYK -> sRGB, a new image. A profile for another mode is ignored."""
     for mode in ("L", "RGB") if colors.mode == "L" else (colors.mode,):
         transform = _srgb_transform(profile, mode) if isinstance(profile, bytes) else None
         if transform is not None:
@@ -1019,11 +1026,11 @@ def _from_profile(colors: Image.Image, profile: Any) -> Image.Image:
     return colors.convert("RGB")
 
 
-@functools.lru_cache(maxsize=32)  # the photographs of one camera have the same
+@functools.lru_cache(maxsize=32)  # photographs of one camera share their profile
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """What converts colors of a mode from their profile; None where it is broken, or for others, or changes nothing.
+    """The transform from a profile to sRGB. None if the profile is broken, is for another mode, or changes nothing.
 
-    One level is rounding. Without this rule each kind of sRGB profile would change the pixels a little.
+    Changes by one level count as rounding. Otherwise every variant of the sRGB profile would change pixels slightly.
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -1031,7 +1038,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
             return None
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except ImportError:
-        warnings.warn("this Pillow has no littlecms: colors are taken as sRGB, whatever their profile", stacklevel=2)
+        warnings.warn("this Pillow has no littlecms: color profiles are ignored, colors taken as sRGB", stacklevel=2)
         return None
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
@@ -1045,22 +1052,22 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
 
 
 def plain_name(name: str) -> str:
-    """A class name as data sets keep it: letters composed (Unicode's NFC), no blanks but single ones between words.
+    """A class name in the form that data sets keep: Unicode's NFC, with single blanks between words only.
 
-    What is no UTF-8, as in a file's name from an old archive, is spelled out.
+    Bytes that are no UTF-8, as in file names from old archives, are written as escapes.
     """
     text = name.encode("utf-8", "backslashreplace").decode()
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def find_classes(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
-    """The index of each class that is asked for: the one rule by which names of classes are compared.
+    """The index of each class by name or index. All comparisons of class names use this function.
 
-    Text is a name in its exact spelling; else the one name that differs from it in blanks, in how Unicode spells it or
-    in case only; else an index in the digits 0 to 9.
+    Text is a name in its exact spelling. Failing that, it is the only name that differs just in blanks, Unicode
+    normalization or case. Failing that, it is an index in the digits 0 to 9.
 
     Raises:
-        ValueError: for what is none of these (it offers the nearest names), or could be several.
+        ValueError: a label is none of these (the message offers the nearest names), or matches several names.
     """
     exact: dict[str, int] = {}
     alike: dict[str, list[int]] = {}
@@ -1077,10 +1084,10 @@ def find_classes(labels: Sequence[Any], names: Sequence[str]) -> list[int]:
 
 
 def _find_alike(label: str, names: Sequence[str], alike: dict[str, list[int]]) -> int:
-    """Text that is no name in its exact spelling -> index, which may be out of range."""
+    """Text that is not the exact spelling of a name -> index, which may be out of range."""
     plain = plain_name(label)
     indices = alike.get(plain.casefold(), [])
-    indices = [index for index in indices if plain_name(names[index]) == plain] or indices  # those of the same case
+    indices = [index for index in indices if plain_name(names[index]) == plain] or indices  # the same case wins
     if len(indices) == 1:
         return indices[0]
     shown = repr(label[:100])
@@ -1106,7 +1113,7 @@ def _as_index(label: Any) -> int:
 
 
 def _check_names(id2label: dict, num_classes: int) -> dict[str, str]:
-    """Names by their labels as text, as JSON has them, in order."""
+    """Check `id2label` and return it in order, with labels as text, as in JSON."""
     try:
         names = {int(label) if isinstance(label, str) else operator.index(label): str(name)
                  for label, name in id2label.items()}  # fmt: skip
@@ -1125,13 +1132,13 @@ def _check_names(id2label: dict, num_classes: int) -> dict[str, str]:
 
 
 def _facts(scheduler_class: type) -> SchedulerFacts:
-    """What is known of a scheduler; of one that no table has, nothing particular."""
+    """The facts about a scheduler. One that is in no table gets the defaults."""
     rows = (row for row in (*SCHEDULERS.values(), *OTHER_SCHEDULERS) if row.scheduler_class is scheduler_class)
     return next(rows, SchedulerFacts(scheduler_class.__name__, scheduler_class))
 
 
 def _check_guidance(scale: Any, interval: Any) -> None:
-    """Refuse what is no scale or no interval of guidance."""
+    """Refuse an invalid scale or interval of guidance."""
     if not _is_finite(scale):
         raise ValueError(f"guidance_scale must be a finite number (1 means off), got {_shown(scale)}")
     fractions = interval if isinstance(interval, (list, tuple)) else ()
@@ -1145,7 +1152,7 @@ def _check_guidance(scale: Any, interval: Any) -> None:
 def _is_finite(value: Any) -> bool:
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -1154,10 +1161,10 @@ def _class_of(value: Any) -> type:
 
 
 def _shown(value: Any) -> str:
-    """Any value as an error shows it, on one line that can be read."""
+    """Any value as text for an error message: one line of limited length."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # Python writes no integer of more than 4,300 digits
+    except ValueError:  # Python refuses to format integers of more than 4,300 digits
         return f"a {_kind(value)}"
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
@@ -1167,7 +1174,7 @@ def _kind(value: Any) -> str:
 
 
 def _as_list(values: Any) -> list[Any]:
-    """One thing or several, or batches of them (tensors and arrays of 4 dimensions), in a list."""
+    """One value, several, or batches (tensors and arrays of 4 dimensions) as a list of single values."""
     values = values if isinstance(values, (list, tuple)) else [values]
     return [one for value in values for one in (value if getattr(value, "ndim", 0) == 4 else [value])]
 
@@ -1187,7 +1194,7 @@ def _latents_shape(unet: torch.nn.Module) -> tuple[int, int, int]:
 
 
 def _check_not_wrapped(name: str, model: torch.nn.Module) -> None:
-    """Refuse what hides a model's config, as `DataParallel` and `DistributedDataParallel` do."""
+    """Refuse a wrapper that hides a model's config, such as `DataParallel` or `DistributedDataParallel`."""
     if not hasattr(model, "config") and hasattr(getattr(model, "module", None), "config"):
         raise ValueError(f"{name} is wrapped in {_kind(model)}: give {name}.module, the model itself")
 
@@ -1198,27 +1205,27 @@ def _check_models(vae: torch.nn.Module, unet: torch.nn.Module, guide: torch.nn.M
     shape = _latents_shape(unet)
     if not all(isinstance(size, int) and 1 <= size <= LARGEST_SIZE for size in shape):
         raise ValueError(f"the unet's in_channels and sample_size must be from 1 to {LARGEST_SIZE:,}, got {shape}")
-    latents_statistics(vae)  # refuses what would draw nothing
+    latents_statistics(vae)  # raises if an entry is invalid
     if guide is None:
         return
     if not (isinstance(guide, torch.nn.Module) and hasattr(guide, "config")):
         raise ValueError(f"guide must be a denoiser, such as another pipeline's unet, got {_kind(guide)}")
     classes = [f"{_null_label(one)} classes" for one in (unet, guide)]
     latents = [f"latents of {_latents_shape(one)}" for one in (unet, guide)]
-    for own, others in (classes, latents):
-        if own != others:
-            raise ValueError(f"guide must be for {own} as the unet is, but is for {others}")
+    for unets, guides in (classes, latents):
+        if unets != guides:
+            raise ValueError(f"guide must be for {unets} as the unet is, but is for {guides}")
 
 
 def _check_weights(name: str, model: torch.nn.Module | None) -> None:
-    """Refuse a model some of whose weights were in none of its files: diffusers leaves them without any numbers."""
+    """Refuse a model with weights that its files lack. diffusers leaves such weights without values."""
     for prefix, module in () if model is None else model.named_modules():
-        if hasattr(module, "_hf_hook"):  # accelerate brings them when they are used
+        if hasattr(module, "_hf_hook"):  # accelerate loads its weights on use
             continue
         for parameter, weight in module.named_parameters(recurse=False):
             if weight.is_meta:
                 raise ValueError(
-                    f"the weights of {name} lack {prefix}.{parameter}: its file is damaged or not its own"
+                    f"the weights of {name} lack {prefix}.{parameter}: its file is damaged or of another model"
                 )
 
 
@@ -1230,14 +1237,14 @@ def _check_finite(**models: torch.nn.Module | None) -> None:
 
 
 def latents_statistics(vae: torch.nn.Module) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of an autoencoder's raw latents, one a channel, from its config: normalized latents
-    are (raw_latents - mean) / std.
+    """Mean and standard deviation of an autoencoder's raw latents from its config, one value a channel.
 
-    diffusers' own autoencoders divide by `scaling_factor`: latents around `shift_factor`, or, where they have
-    `latents_mean` and `latents_std`, what these have normalized. Without a number of channels there is one for all.
+    Normalized latents are (raw_latents - mean) / std. The configs of diffusers' own autoencoders have a
+    `scaling_factor`, by which latents are multiplied. Before that, `shift_factor` is subtracted, or `latents_mean` and
+    `latents_std` normalize. A config without a number of channels gives one value for all channels.
 
     Raises:
-        ValueError: for an entry that is null, 0 or no number, with which the pipeline would draw nothing.
+        ValueError: an entry is null, 0 or no number, so that the pipeline could draw nothing.
     """
     config = getattr(vae, "config", {})
     factor, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
@@ -1255,13 +1262,13 @@ def latents_statistics(vae: torch.nn.Module) -> tuple[list[float], list[float]]:
             or len(values) != config.get("latent_channels", len(values))
             or not all(_is_finite(value) and (name == "latents_mean" or value > 0) for value in values)
         ):
-            what = "numbers" if name == "latents_mean" else "numbers above 0"
-            raise ValueError(f"the vae's {name} must be finite {what}, one a channel, got {values!r:.60}")
+            allowed = "numbers" if name == "latents_mean" else "numbers above 0"
+            raise ValueError(f"the vae's {name} must be finite {allowed}, one a channel, got {values!r:.60}")
     return list(mean), [value / factor for value in std]
 
 
 def _check_configs(folder: Path, index: dict) -> None:
-    """Refuse what no model or scheduler has before it is built: its memory, or its time, would have no bound."""
+    """Refuse configs with absurd numbers before a model is built, which could take unlimited memory or time."""
     for name in (name for name, entry in index.items() if isinstance(entry, list)):
         for file in sorted((folder / name).glob("*config.json")):
             try:
@@ -1280,8 +1287,9 @@ def _check_configs(folder: Path, index: dict) -> None:
 
 
 def _is_bounded(value: Any, most: int, levels: int = 10) -> bool:
-    """Whether each number of a config's entry is one, no whole one is above `most`, and no list as long, or nested in
-    as many levels.
+    """Whether a config's value holds no NaN, no integer above `most`, and no list longer than `most`.
+
+    Lists may be nested in at most `levels` levels.
     """
     if isinstance(value, (list, tuple)):
         return levels > 0 and len(value) <= most and all(_is_bounded(one, most, levels - 1) for one in value)
@@ -1291,13 +1299,17 @@ def _is_bounded(value: Any, most: int, levels: int = 10) -> bool:
 def _run(
     unet: torch.nn.Module, noisy_latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
 ) -> torch.Tensor:
-    """A unet's prediction `(B, Z, h, w)`, computed in its own dtype, given in the latents'."""
+    """A unet's prediction `(B, Z, h, w)`, computed in the unet's dtype and returned in the latents'."""
     timesteps = timestep.expand(len(noisy_latents))
     return unet(noisy_latents.to(unet.dtype), timesteps, class_labels).sample.to(noisy_latents.dtype)
 
 
 def _copy_source(source_class: type, folder: Path) -> list[str]:
-    """Copy the file that defines a class into a folder; its entry in `model_index.json`, `[module, class name]`."""
+    """Copy the file that defines a class into a folder.
+
+    Returns:
+        the class's entry in `model_index.json`, `[module, class name]`.
+    """
     source = Path(inspect.getfile(source_class))
     (folder / source.name).write_bytes(source.read_bytes())
     return [source.stem, source_class.__name__]
@@ -1308,6 +1320,6 @@ def _read_json(file: Path) -> dict:
 
 
 def _write_json(file: Path, config: dict) -> None:
-    """Write a config without `_name_or_path`, which tells where on this machine it was loaded from."""
+    """Write a config without `_name_or_path`, which names a path on this machine."""
     config = {name: value for name, value in config.items() if name != "_name_or_path"}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -325,7 +325,7 @@ def test_page_keeps_to_this_machine(served):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--pipeline", "nowhere"], "--pipeline nowhere is no folder or Hub id"),
+        (["--pipeline", "nowhere"], "--pipeline nowhere is not a folder or Hub id"),
         (["--pipeline", str(ROOT / "docs")], "is not the folder of a pipeline: it has no model_index.json"),
         (["--port", "seven"], "argument --port: invalid int value"),
         (["--port", "70000"], "--port must be from 1 to 65535, got 70000"),
@@ -359,7 +359,7 @@ def test_damaged_pipeline_is_one_line(finished_runs, tmp_path, capsys, spoil):
     with pytest.raises(SystemExit) as end:
         app.main(["--pipeline", str(tmp_path / "pipeline")])
     assert end.value.code == 2
-    assert "is no folder or Hub id of a pipeline that draws classes: " in capsys.readouterr().err.splitlines()[-1]
+    assert "is not a folder or Hub id of a pipeline that draws classes: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def change(path: Path, **entries) -> None:
@@ -406,7 +406,7 @@ def test_space_is_whole(tmp_path, capsys):
     assert f'revision = "{COMMIT}"' in (space / "app.py").read_text()
     with pytest.raises(SystemExit):
         app.main(["--pipeline", "someone/flowers", "--space", str(space), "--revision", COMMIT])
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("revision", [[], ["--revision", "main"], ["--revision", COMMIT[:7]]])
@@ -437,7 +437,7 @@ def test_a_space_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as end:
         app.main(["--pipeline", "someone/flowers", "--revision", COMMIT, "--space", str(tmp_path / "space")])
     assert end.value.code == 2
-    assert "space can't be written: No space left on device; remove what is there" in capsys.readouterr().err
+    assert "space can't be written: No space left on device; remove that folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -214,13 +214,13 @@ def test_twelve_bits(tmp_path: Path) -> None:
     "values", [np.float32([[0.5]]), np.float32([[np.nan]]), np.int32([[70000]]), np.int32([[-1]])], ids=str
 )
 def test_pixels_of_unknown_range_are_refused(values: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="range 0 to 65535|are floats, of which nobody knows"):
+    with pytest.raises(ValueError, match="range 0 to 65535|are floats, whose value for white is unknown"):
         upright_srgb(Image.fromarray(values))
 
 
 def test_integers_that_may_be_of_8_bits_are_refused() -> None:
     """As `datasets` makes them of 2-D arrays: scaled by 257 they would be black."""
-    with pytest.raises(ValueError, match="none above 255, are of 8 bits or nearly black"):
+    with pytest.raises(ValueError, match="none above 255, have 8 bits or are nearly black"):
         upright_srgb(Image.fromarray(np.int32([[0, 255]])))
     assert np.asarray(upright_srgb(Image.fromarray(np.int32([[0, 0]])))).max() == 0
 

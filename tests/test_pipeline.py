@@ -874,7 +874,7 @@ def test_the_sizes_of_image_and_mask_are_those_of_the_upright_ones(pipe, tmp_pat
 
 
 def test_pictures_whose_range_is_unknown_are_refused(pipe):
-    with pytest.raises(ValueError, match="pixels of mode F are floats, of which nobody knows"):
+    with pytest.raises(ValueError, match="pixels of mode F are floats, whose value for white is unknown"):
         sample(pipe, image=PIL.Image.new("F", (16, 16)))
 
 
@@ -889,7 +889,7 @@ def test_pictures_whose_range_is_unknown_are_refused(pipe):
         ({"guidance_rescale": float("nan")}, "guidance_rescale must be from 0"),
         (
             {"image": None, "mask_image": half_mask()},
-            "mask_image says what of an image is drawn anew",
+            "mask_image needs an image: give the image that it masks",
         ),
         (
             {"mask_image": half_mask((8, 16))},
