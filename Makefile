@@ -1,9 +1,9 @@
 # make quickstart   train both stages on synthetic flowers and draw a grid of classes, in minutes on a CPU
-# make test         run the quick tests, one process per core; the others: .venv/bin/python -m pytest -m slow (or gpu)
+# make test         run the quick tests on up to 4 cores; for the others: .venv/bin/python -m pytest -m slow (or gpu)
 # make lint         run ruff's checks and check the formatting; it changes nothing
 #
-# Each sets up .venv the first time, and again when requirements.txt or pyproject.toml change. Otherwise it needs no
-# network. Another interpreter: make PYTHON=python3.12 ...
+# Each target sets up .venv the first time, and again when requirements.txt or pyproject.toml change. Only that needs
+# the network. To use another interpreter: make PYTHON=python3.12 ...
 
 PYTHON ?= python3
 INSTALLED := .venv/.installed
@@ -21,7 +21,7 @@ quickstart: $(INSTALLED)
 	echo; \
 	echo "Flowers that your model drew, one class a column:  $$run/pictures/grid.png"; \
 	echo "How it learned to draw them:                       $$run/flower-ldm/samples"; \
-	echo "What the autoencoder makes of flowers:             $$run/autoencoder/reconstructions"; \
+	echo "Flowers that the autoencoder reconstructed:        $$run/autoencoder/reconstructions"; \
 	echo "The pipeline, FlowerLDMPipeline.from_pretrained:   $$run/flower-ldm"
 
 test: $(INSTALLED)

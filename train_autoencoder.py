@@ -54,7 +54,7 @@ from flower_ldm.visualization import AUTOENCODER_CURVES, save_loss_curves, save_
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The flags, which `flower_ldm/recipes.py` declares; here is checked what concerns several of them."""
+    """Parse the flags, which `flower_ldm/recipes.py` declares, and check combinations of them."""
     args = recipes.parse_arguments("autoencoder", argv, __doc__.splitlines()[0])
     hub.check_flags(args)
     if args.pixel_weight == args.perceptual_weight == 0:
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 @dataclass
 class Networks:
-    """The autoencoder, and what its losses need. `None` is what only losses of weight 0 would need."""
+    """The autoencoder and the networks of its losses. Those that no loss with a weight needs are `None`."""
 
     vae: nn.Module
     perceptual: PerceptualLoss | None
@@ -86,7 +86,7 @@ class Networks:
 
 
 class AutoencoderStep(NamedTuple):
-    """What one micro-batch gives."""
+    """The results of one micro-batch."""
 
     loss: torch.Tensor  # the weighted sum, for the backward pass
     losses: dict[str, torch.Tensor]  # each unweighted, for the log
@@ -128,7 +128,7 @@ def weighted_adversarial_loss(
 ) -> torch.Tensor:  # fmt: skip
     """The weighted adversarial loss. The unweighted loss and the adaptive weight are added to `losses`."""
     discriminator = accelerator.unwrap_model(networks.discriminator)
-    # The discriminator as a fixed function: this pass must leave no gradients in it.
+    # The discriminator is a fixed function here: this pass must leave no gradients in it.
     fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     losses["adversarial_loss"] = adversarial_loss(functional_call(discriminator, fixed, (reconstruction,)))
     weight = args.adversarial_weight * loss_ramp(global_step, args.disc_start, args.loss_ramp_steps)
@@ -279,7 +279,7 @@ def draw_latent_maps(
     accelerator: Accelerator, args: Namespace, vae: FlowerAutoencoderKL, train_images: ImageDataset,
     val_images: ImageDataset, log: training.LossLog,
 ) -> None:  # fmt: skip
-    """Draw the latents of training and held-out images by t-SNE and PCA, on disk and in the trackers."""
+    """Save the latent maps of training and held-out images by t-SNE and PCA, and send them to the trackers."""
     with accelerator.autocast():
         images = {"training": train_images, "held out": val_images}
         sets = encode_for_map(vae_encoder(vae), images, accelerator.device)
@@ -353,7 +353,7 @@ class Optimizers(NamedTuple):
 def build_networks(
     accelerator: Accelerator, args: Namespace, vae: FlowerAutoencoderKL, perceptual: PerceptualLoss | None
 ) -> tuple[Networks, Optimizers]:
-    """Everything that is trained or gives a loss, on its device and prepared, with the optimizers."""
+    """All trained networks and loss networks, on their device and prepared, with the optimizers."""
     centers = discriminator = adaptive_weight = disc_optimizer = None
     parameters = list(vae.parameters())
     if args.center_weight > 0 or args.repulsion_weight > 0:
@@ -381,7 +381,7 @@ def build_networks(
 def checkpoint_states(
     networks: Networks, optimizers: Optimizers, ema: EMAModel, progress: checkpoints.Progress
 ) -> dict[str, object]:
-    """What a checkpoint holds, by name."""
+    """The contents of a checkpoint, by name."""
     return {
         "model": networks.vae,
         "centers": networks.centers,
@@ -399,7 +399,7 @@ def checkpoint_states(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, with the words of the command line or of `argv`."""
+    """Train with the flags of the command line or of `argv`."""
     args = parse_args(argv)
     with training.process_as_found(), checkpoints.refusals_say_how_to_go_on(args):
         train(args)

@@ -56,7 +56,7 @@ from flower_ldm.visualization import draw_samples, save_diffusion_loss, save_pip
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The flags, which `flower_ldm/recipes.py` declares; here is checked what concerns several of them."""
+    """Parse the flags, which `flower_ldm/recipes.py` declares, and check combinations of them."""
     args = recipes.parse_arguments("latent_diffusion", argv, __doc__.splitlines()[0])
     hub.check_flags(args)
     if args.label_dropout == 0 and args.guidance_scale != 1:
@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class DenoisingStep(NamedTuple):
-    """What one micro-batch gives, each `(B,)`."""
+    """The results of one micro-batch, each `(B,)`."""
 
     losses: torch.Tensor  # weighted
     unweighted_losses: torch.Tensor
@@ -111,7 +111,7 @@ def validate(
 def draw_preview(
     accelerator: Accelerator, args: Namespace, pipeline: FlowerLDMPipeline, step: int, log: training.LossLog
 ) -> LatentSet:
-    """The class grid and the loss curves of this step, on disk and in the trackers. Returns the grid's latents."""
+    """Save this step's class grid and loss curves, and send them to the trackers. Returns the grid's latents."""
     grid, curves = samples_path(args, step), runs.DIFFUSION_LOSS.path(args.output_dir)
     with accelerator.autocast():
         generated = draw_samples(pipeline, args.seed)
@@ -122,7 +122,7 @@ def draw_preview(
 
 
 def samples_path(args: Namespace, step: int) -> Path:
-    """Where the class grid of a step goes."""
+    """The path of a step's class grid."""
     return runs.SAMPLE_GRIDS.path(args.output_dir, step)
 
 
@@ -141,9 +141,9 @@ def load_autoencoder(name: str) -> nn.Module:
         if config.get("_class_name") != model_class.__name__:
             raise InputError(f"--autoencoder {name} is a {config.get('_class_name')}, not a FlowerAutoencoderKL")
         vae, info = model_class.from_pretrained(name, output_loading_info=True)
-        if info["missing_keys"]:  # diffusers would invent them
+        if info["missing_keys"]:  # diffusers would initialize them at random
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
-        latents_statistics(vae)  # refuses what would draw nothing
+        latents_statistics(vae)  # raises if an entry is invalid
     except InputError:
         raise
     except Exception as error:  # diffusers checks little, so a damaged file can raise anything
@@ -229,7 +229,7 @@ def build_pipeline(
     """The pipeline, with a fast sampler of the same noise schedule (DPM-Solver++, Lu et al. 2022).
 
     Args:
-        guidance: what the pipeline keeps about it, such as `guidance_scale`.
+        guidance: the pipeline's arguments for guidance, such as `guidance_scale`.
     """
     scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler.config, timestep_spacing="trailing")
     id2label = dict(enumerate(class_names))
@@ -242,7 +242,7 @@ def build_pipeline(
 
 
 def save_results(args: Namespace, pipeline: FlowerLDMPipeline, results: dict) -> None:
-    """The pipeline with the weights that `unet` holds now, and the metrics."""
+    """Save the pipeline with the present weights of its unet, and the metrics."""
     output_dir = Path(args.output_dir)
     unfinished = output_dir / runs.UNFINISHED_EXPORT
     replace_files(output_dir, unfinished, pipeline.save_pretrained, index=runs.PIPELINE_INDEX.name)
@@ -254,8 +254,9 @@ def draw_last_pictures(
     accelerator: Accelerator, args: Namespace, pipeline: FlowerLDMPipeline, train_latents: LatentDataset,
     val_latents: LatentDataset, val_images: ImageDataset, log: training.LossLog,
 ) -> None:  # fmt: skip
-    """The class grid and the curves; with `--final_pictures` all that there is to see of a pipeline. One that can't be
-    drawn costs neither the run nor the others.
+    """Save the class grid and the curves, and with `--final_pictures` every picture of a pipeline.
+
+    A picture that fails is left out. The run and the other pictures go on.
     """
     output_dir, step, generated = Path(args.output_dir), args.max_train_steps, None
     optional = partial(training.optional, reraise=InputError)
@@ -275,7 +276,7 @@ def draw_last_pictures(
 
 
 def map_set(latents: LatentDataset, name: str) -> LatentSet:
-    """Of a split's latents as many as a latent map shows, spread over the classes."""
+    """The latents of a split that a latent map shows, spread over the classes."""
     labels = latents.cache.labels.numpy()
     kept = spread_over_classes(labels, MAP_SETS[name][0], named_classes(len(latents.cache.class_names)))
     return LatentSet(latents.posterior_means(kept).numpy(), labels[kept])
@@ -285,7 +286,7 @@ def map_set(latents: LatentDataset, name: str) -> LatentSet:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, with the words of the command line or of `argv`."""
+    """Train with the flags of the command line or of `argv`."""
     args = parse_args(argv)
     with training.process_as_found(), checkpoints.refusals_say_how_to_go_on(args):
         train(args)

@@ -1,12 +1,11 @@
-"""How fast both stages train, as a share of what this machine can do, beside stock diffusers models in the same run.
+"""Measure how fast both stages train, relative to the machine's peak and to stock diffusers models in the same run.
 
     python benchmarks/train_throughput.py            # everything, about 3 minutes on 2 cores
     python benchmarks/train_throughput.py --stage 2 --steps 20 --json throughput.json
 
-The steps measured are those of `train_autoencoder.py` and `train_latent_diffusion.py`: bfloat16
-autocast where the machine has instructions for it, float32 weights, channels-last convolutions and fused AdamW.
-Operations are counted by torch, not guessed.
-All that is compared takes turns, round after round, so that a machine that slows down slows everything alike.
+The steps are those of `train_autoencoder.py` and `train_latent_diffusion.py`: bfloat16 autocast if the machine has
+instructions for it, float32 weights, channels-last convolutions and fused AdamW. torch counts the operations. All
+variants take turns, round after round, so that a slow moment of the machine affects all of them.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,11 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.vgg import cfgs, make_layers
 
-# Python puts this file's folder there; the training scripts are a folder above.
+# Python adds this file's folder to the path. The training scripts are in the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_autoencoder
@@ -49,17 +50,17 @@ from flower_ldm.models.autoencoder_flower import FlowerAutoencoderOutput
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "flowers102_64_cpu.yaml"
 NUM_CLASSES = 102
-MANY_STEPS = 10**6  # more than any benchmark takes
-# A GPU works behind the program's back: one wait for it must not count for every step.
+MANY_STEPS = 10**6  # more than any benchmark runs
+# A GPU runs asynchronously. Several steps share one synchronization, so that its cost hardly counts.
 STEPS_AT_A_TIME = {"cpu": 1, "cuda": 20}
-# The losses of stage 1 on top of pixel and KL loss, in the order they are added, each with the flags of its weights.
+# Stage 1's losses beyond pixel and KL loss, in the order in which they are added, with the flags of their weights.
 ADDED_LOSSES = {
     "+ perceptual loss": ("perceptual_weight",),
     "+ adversarial loss, discriminator": ("adversarial_weight",),
     "+ classification loss": ("classification_weight",),
     "+ center loss, repulsion": ("center_weight", "repulsion_weight"),
 }
-# How the tables and the JSON file call what is measured.
+# Names of variants in the tables and in the JSON file.
 ADVERSARIAL, ADAPTIVE_WEIGHT = "+ adversarial loss, discriminator", "  with its adaptive weight measured"
 FLOWER_VAE, FLOWER_UNET, STOCK_UNET = "FlowerAutoencoderKL", "FlowerUNet2DModel", "stock UNet2DModel"
 IN_MEMORY = "full step, latents in memory"
@@ -72,19 +73,19 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--stage", choices=["1", "2", "memory", "all"], default="all")
     flag("--config", type=path_text, default=str(DEFAULT_RECIPE), help="recipe of models and losses")
-    flag("--resolution", type=int, help="pixels a side, in place of the recipe's")
+    flag("--resolution", type=int, help="image size in pixels; unset: the recipe's")
     flag("--steps", type=int, default=6, help="rounds; each measures every variant once (20 steps of it on a GPU)")
     flag("--autoencoder_batch_size", type=int, default=64)
     flag("--denoiser_batch_size", type=int, default=128)
     flag("--autoencoder_config", type=path_text,
-         help="JSON file with arguments of FlowerAutoencoderKL, in place of the recipe's")  # fmt: skip
+         help="JSON file with arguments of FlowerAutoencoderKL; unset: the recipe's")  # fmt: skip
     flag("--unet_config", type=path_text,
-         help="JSON file with arguments of FlowerUNet2DModel, in place of the recipe's")  # fmt: skip
+         help="JSON file with arguments of FlowerUNet2DModel; unset: the recipe's")  # fmt: skip
     flag("--mixed_precision", choices=["no", "fp16", "bf16", "auto"], default="auto")
     flag("--vgg_weights", type=path_text,
-         help="a local file with torchvision's VGG16; unset: random weights, which cost the same")  # fmt: skip
-    flag("--compile", action="store_true", help="torch.compile every model, except where memory is measured")
-    flag("--json", type=file_path, help="write all figures there too")
+         help="local file with torchvision's VGG16; unset: random weights, which take the same time")  # fmt: skip
+    flag("--compile", action="store_true", help="torch.compile every model, except in the memory measurement")
+    flag("--json", type=file_path, help="also write all results to this file")
     return parser.parse_args(argv)
 
 
@@ -92,12 +93,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Workload:
-    """Something to repeat, what one repetition does, and how long it took.
+    """A function to repeat, with its operation count and its measured times.
 
     Args:
-        run: one repetition; called once here, to count its operations.
-        items: images or latents that it handles.
-        model: the one it trains.
+        run: one repetition. It is called once here to count its operations.
+        items: the number of images or latents in a repetition.
+        model: the model that it trains, if any.
     """
 
     def __init__(self, run: Callable[[], None], items: int = 0, model: nn.Module | None = None):
@@ -105,15 +106,15 @@ class Workload:
         self.items = items
         self.parameters = sum(parameter.numel() for parameter in model.parameters()) if model is not None else 0
         self.flops = count_flops(run)
-        self.seconds: list[float] = []  # of one repetition, one measurement a round
+        self.seconds: list[float] = []  # of one repetition, measured once a round
 
     @property
     def gflops(self) -> float:
-        """GFLOP/s, by the median time."""
+        """GFLOP/s at the median time."""
         return self.flops / median(self.seconds) / 1e9
 
     def rates(self, reference_gflops: float) -> dict[str, float]:
-        """One line of a table."""
+        """A row of the table."""
         return {
             "parameters": self.parameters,
             "items_per_second": self.items / median(self.seconds),
@@ -124,15 +125,15 @@ class Workload:
         }
 
     def ms_more_than(self, other: "Workload") -> float:
-        """The median of the differences within each round, which a machine's slow moments don't shift."""
+        """Median in milliseconds of the differences within rounds, which slow moments of the machine don't shift."""
         return 1e3 * median(mine - theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 def count_flops(run: Callable[[], None]) -> int:
     """Operations of all matrix products and convolutions in one repetition, backward passes included.
 
-    A multiplication and an addition are two. Attention is spelled out in matrix products meanwhile: torch has no
-    formula for its fused kernel on a CPU.
+    A multiplication and an addition count as two. Meanwhile attention runs as matrix products, since torch can't count
+    the operations of its fused CPU kernel.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
@@ -140,7 +141,7 @@ def count_flops(run: Callable[[], None]) -> int:
 
 
 def reference_workloads(accelerator: Accelerator) -> dict[str, Workload]:
-    """What the machine can do in this precision: a large matrix product, and a convolution as stage 1 is made of."""
+    """Workloads for the machine's peak in this precision: a large matrix product, and a convolution as in stage 1."""
     options = {"device": accelerator.device, "dtype": training.autocast_dtype(accelerator) or torch.float32}
     matrix = torch.randn(2048, 2048, **options)
     images = torch.randn(16, 128, 64, 64, **options).to(memory_format=torch.channels_last)
@@ -152,7 +153,7 @@ def reference_workloads(accelerator: Accelerator) -> dict[str, Workload]:
 
 
 def measure(workloads: dict[str, Workload], rounds: int, accelerator: Accelerator) -> dict:
-    """Rates of all the workloads and of the reference; they take turns, and a first round doesn't count."""
+    """Rates of all workloads and of the references, which take turns. The first round is a warm-up."""
     references = reference_workloads(accelerator)
     synchronize = torch.cuda.synchronize if accelerator.device.type == "cuda" else lambda: None
     repetitions = STEPS_AT_A_TIME[accelerator.device.type]
@@ -174,27 +175,30 @@ def measure(workloads: dict[str, Workload], rounds: int, accelerator: Accelerato
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
 
-def script_arguments(script, options: argparse.Namespace, batch_size: int, model_config: str | None, folder: Path):
-    """A training script's own flags, from the recipe."""
-    words = ["--config", options.config, f"--train_batch_size={batch_size}", "--gradient_accumulation_steps=1"]
-    words += [f"--mixed_precision={options.mixed_precision}", "--report_to=none"]
-    words.append(f"--output_dir={folder / script.__name__}")
+def script_arguments(
+    script: ModuleType, options: argparse.Namespace, batch_size: int, model_config: str | None, folder: Path
+) -> argparse.Namespace:
+    """The arguments of a training script, from the recipe and our options."""
+    flags = ["--config", options.config, f"--train_batch_size={batch_size}", "--gradient_accumulation_steps=1"]
+    flags += [f"--mixed_precision={options.mixed_precision}", "--report_to=none"]
+    flags.append(f"--output_dir={folder / script.__name__}")
     if model_config is not None:
-        words.append(f"--model_config={model_config}")
+        flags.append(f"--model_config={model_config}")
     if options.resolution is not None:
-        words.append(f"--resolution={options.resolution}")
-    args = script.parse_args(words)
+        flags.append(f"--resolution={options.resolution}")
+    args = script.parse_args(flags)
     args.max_train_steps = MANY_STEPS
     return args
 
 
 def autoencoder_arguments(options: argparse.Namespace, folder: Path) -> argparse.Namespace:
+    """The arguments of `train_autoencoder.py`."""
     batch_size = options.autoencoder_batch_size
     return script_arguments(train_autoencoder, options, batch_size, options.autoencoder_config, folder)
 
 
 def build_autoencoder(args: argparse.Namespace, device: torch.device) -> FlowerAutoencoderKL:
-    """The recipe's model, with the head that every loss on the latents' classes needs."""
+    """The recipe's model, with the classifier head that some losses need."""
     vae = training.build_model(
         FlowerAutoencoderKL, args.model_config, num_classes=NUM_CLASSES, sample_size=args.resolution
     )
@@ -202,7 +206,7 @@ def build_autoencoder(args: argparse.Namespace, device: torch.device) -> FlowerA
 
 
 def write_random_vgg16(path: Path) -> str:
-    """A file with random weights of VGG16's shapes, up to the last layer that the perceptual loss runs."""
+    """Write random weights of VGG16, up to the last layer that the perceptual loss uses. Returns the path."""
     layers = make_layers(cfgs["D"][:9]).state_dict()
     torch.save({f"features.{name}": weight for name, weight in layers.items()}, path)
     return str(path)
@@ -225,13 +229,13 @@ class StockAutoencoder(nn.Module):
         )
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> FlowerAutoencoderOutput:
-        """Draws noise of its own, since its latents may have another size than ours."""
+        """Reconstruct, with noise of its own: its latents may have another size than ours."""
         posterior = self.vae.encode(images).latent_dist
         return FlowerAutoencoderOutput(sample=self.vae.decode(posterior.sample()).sample, posterior=posterior)
 
 
 class AutoencoderTraining:
-    """What `train_autoencoder.py` trains, on one batch of random images in memory, with every loss at work."""
+    """The training of `train_autoencoder.py`, with every loss, on one batch of random images in memory."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.args = args = autoencoder_arguments(options, folder)
@@ -252,7 +256,9 @@ class AutoencoderTraining:
             "noise": torch.randn(latents, device=self.device),
         }
 
-    def update(self, args, networks: train_autoencoder.Networks, optimizer, global_step: int) -> None:
+    def update(
+        self, args: argparse.Namespace, networks: train_autoencoder.Networks, optimizer: Optimizer, global_step: int
+    ) -> None:
         """One update, as in the script's loop."""
         loss, _, reconstruction = train_autoencoder.autoencoder_step(
             self.accelerator, args, networks, self.batch, global_step
@@ -270,7 +276,7 @@ class AutoencoderTraining:
             self.disc_optimizer.zero_grad()
 
     def full_update(self, global_step: int) -> None:
-        """One update with every loss, and the moving average."""
+        """One update with every loss and the moving average."""
         self.update(self.args, self.networks, self.optimizer, global_step)
         self.ema.step(self.vae.parameters())
 
@@ -286,16 +292,19 @@ class AutoencoderTraining:
         )
         return args, networks
 
-    def workload(self, args, networks: train_autoencoder.Networks, optimizer, global_step: int) -> Workload:
+    def workload(
+        self, args: argparse.Namespace, networks: train_autoencoder.Networks, optimizer: Optimizer, global_step: int
+    ) -> Workload:
+        """An update as a workload."""
         return Workload(
             lambda: self.update(args, networks, optimizer, global_step), args.train_batch_size, networks.vae
         )
 
 
 def autoencoder_workloads(stage: AutoencoderTraining, compiled: bool) -> dict[str, Workload]:
-    """Ours alone, then each loss that the recipe uses added to those before it, and the stock model."""
+    """Our model alone, then with the recipe's losses added one by one, and the stock model."""
     args = stage.args
-    # The adaptive weight is measured at `disc_start` and every so many steps from there, not at the step after.
+    # The adaptive weight is measured at `disc_start` and at intervals from there, so not at the step after it.
     measuring_step, usual_step = args.disc_start, args.disc_start + 1
     alone_args, alone = stage.with_losses([])
     workloads = {FLOWER_VAE: stage.workload(alone_args, alone, stage.optimizer, usual_step)}
@@ -312,14 +321,14 @@ def autoencoder_workloads(stage: AutoencoderTraining, compiled: bool) -> dict[st
     stock, optimizer = stage.accelerator.prepare(stock, optimizer)
     stock_networks = dataclasses.replace(alone, vae=stock)
     workloads["stock AutoencoderKL"] = stage.workload(alone_args, stock_networks, optimizer, usual_step)
-    if compiled:  # only now: a compiled model's operations can't be counted
+    if compiled:  # after the operations were counted, which a compiled model doesn't allow
         stage.vae.compile()
         stock.compile()
     return workloads
 
 
 def added_by_losses(workloads: dict[str, Workload], adaptive_weight_steps: int) -> dict[str, float]:
-    """Milliseconds a step that each loss adds to those before it."""
+    """The milliseconds a step that each loss adds to those before it."""
     in_turn = [FLOWER_VAE, *(name for name in ADDED_LOSSES if name in workloads)]
     added = {name: workloads[name].ms_more_than(workloads[before]) for before, name in pairwise(in_turn)}
     if ADAPTIVE_WEIGHT in workloads:
@@ -329,7 +338,7 @@ def added_by_losses(workloads: dict[str, Workload], adaptive_weight_steps: int) 
 
 
 def measure_autoencoder(options: argparse.Namespace, folder: Path) -> dict:
-    """Rates of the autoencoders, and what each loss adds to ours."""
+    """Rates of the autoencoders, and the time that each loss adds to ours."""
     stage = AutoencoderTraining(options, folder)
     args = stage.args
     workloads = autoencoder_workloads(stage, options.compile)
@@ -347,7 +356,7 @@ def measure_autoencoder(options: argparse.Namespace, folder: Path) -> dict:
 
 
 class DenoiserTraining:
-    """What `train_latent_diffusion.py` trains, on the latents of the recipe's autoencoder."""
+    """The training of `train_latent_diffusion.py`, on latents of the recipe's autoencoder."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.args = args = script_arguments(
@@ -372,7 +381,8 @@ class DenoiserTraining:
             "class_labels": torch.randint(NUM_CLASSES, (batch_size,), device=self.device),
         }
 
-    def prepare(self, model: nn.Module) -> tuple:
+    def prepare(self, model: nn.Module) -> tuple[nn.Module, Optimizer]:
+        """The model on its device and its optimizer, both prepared."""
         model = model.to(self.device, memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=self.args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -380,20 +390,20 @@ class DenoiserTraining:
         return self.accelerator.prepare(model, optimizer)
 
     def cached_batches(self, folder: Path) -> Iterator[dict]:
-        """The script's own data path: a cache file of synthetic flowers' latents, its workers, its order."""
+        """The script's own data path: a cache file with latents of synthetic flowers, its workers and its order."""
         args = self.args
         images, _ = DataOptions("synthetic", resolution=args.resolution, classes=range(5), images_per_class=50).load(
             seed=args.seed
         )
         options = {"device": self.device, "autocast_dtype": training.autocast_dtype(self.accelerator)}
         load_or_build_latent_cache(self.vae, images, folder, **options)
-        cache = load_or_build_latent_cache(self.vae, images, folder, **options)  # now from the file
+        cache = load_or_build_latent_cache(self.vae, images, folder, **options)  # now it is read from the file
         channels = self.vae.config.latent_channels
         dataset = LatentDataset(cache, [0.0] * channels, [1.0] * channels, args.seed)
         return iter(training.training_batches(self.accelerator, args, dataset, 0, MANY_STEPS))
 
-    def update(self, model: nn.Module, optimizer, batch: dict) -> None:
-        """One update of any denoiser, as in the script's loop, apart from the moving average."""
+    def update(self, model: nn.Module, optimizer: Optimizer, batch: dict[str, torch.Tensor]) -> None:
+        """One update of any denoiser, as in the script's loop, without the moving average."""
         losses, _, _ = train_latent_diffusion.denoising_step(
             self.args, model, self.noise_scheduler, batch, NUM_CLASSES
         )
@@ -402,14 +412,14 @@ class DenoiserTraining:
         optimizer.step()
         optimizer.zero_grad()
 
-    def full_update(self, batch: dict) -> None:
-        """One update of ours, and the moving average."""
+    def full_update(self, batch: dict[str, torch.Tensor]) -> None:
+        """One update of our denoiser and its moving average."""
         self.update(self.unet, self.optimizer, batch)
         self.ema.step(self.unet.parameters())
 
     @torch.no_grad()
-    def encoded_batch(self) -> dict:
-        """The batch in memory, but its latents encoded from images; reading those would come on top."""
+    def encoded_batch(self) -> dict[str, torch.Tensor]:
+        """The batch, with latents encoded from images in memory. Reading the images would take extra time."""
         with self.accelerator.autocast():
             posterior = self.vae.encode(self.images).latent_dist
             return self.batch | {"latents": self.vae.normalize(posterior.sample().float())}
@@ -440,10 +450,10 @@ def stock_denoisers(unet: FlowerUNet2DModel) -> dict[str, nn.Module]:
 
 
 def measure_denoiser(options: argparse.Namespace, folder: Path) -> dict:
-    """Rates of the denoisers, then what the cache and encoding on the fly cost a full step of ours.
+    """Rates of the denoisers, and the time that the cache, or encoding on the fly, adds to a full step of ours.
 
-    A worker makes up for the batch it gave during the very step that consumes it, so its work counts where it belongs
-    although the measurements take turns.
+    A worker loads its next batch during the step that consumes the last one. So its work counts in the right step,
+    although the variants take turns.
     """
     stage = DenoiserTraining(options, folder)
     batch_size, batch = options.denoiser_batch_size, stage.batch
@@ -460,7 +470,7 @@ def measure_denoiser(options: argparse.Namespace, folder: Path) -> dict:
         ON_THE_FLY: lambda: stage.full_update(stage.encoded_batch()),
     }
     workloads |= {name: Workload(run, batch_size, stage.unet) for name, run in data_paths.items()}
-    if options.compile:  # only now: a compiled model's operations can't be counted
+    if options.compile:  # after the operations were counted, which a compiled model doesn't allow
         for model, _ in models.values():
             model.compile()
     rates = measure(workloads, options.steps, stage.accelerator)
@@ -478,7 +488,7 @@ def measure_denoiser(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def peak_memory(stage: str, options: argparse.Namespace) -> float:
-    """GiB that a few full training steps need at most: of the GPU's memory, or of this process since it started."""
+    """Peak memory of a few full training steps in GiB: the GPU's, or else that of this process since its start."""
     with tempfile.TemporaryDirectory() as folder:
         if stage == "1":
             autoencoder = AutoencoderTraining(options, Path(folder))
@@ -498,7 +508,7 @@ def peak_memory(stage: str, options: argparse.Namespace) -> float:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of each stage in GiB, each in a process of its own."""
+    """Peak memory of each stage in GiB, each in its own process."""
     peaks = {}
     for stage in ("1", "2"):
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
@@ -510,7 +520,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, float]:
 
 
 def print_rates(results: dict) -> None:
-    """A stage's two tables: what each variant reaches, and what comes on top of the first."""
+    """Print a stage's two tables: the rate of each variant, and the time added to the first."""
     measured = ", ".join(f"{name} {gflops:.0f}" for name, gflops in results["reference"].items())
     print(f"\n{results['title']}")
     print(f"reference rate {results['reference_gflops']:.0f} GFLOP/s, the best of: {measured}")
@@ -522,13 +532,14 @@ def print_rates(results: dict) -> None:
         )
     if "gflops_over_stock_unet" in results:
         print(f"GFLOP/s of {FLOWER_UNET} over {STOCK_UNET}: {results['gflops_over_stock_unet']:.2f}")
-    print(f'time on top of "{results["added_to"]}":')
+    print(f'time added to "{results["added_to"]}":')
     for name, ms in results["added_ms"].items():
         share = ms / results["rates"][results["added_to"]]["ms_per_step"]
         print(f"{name:40}{ms:+27.1f} ms{100 * share:+9.1f} %")
 
 
 def main(argv: list[str] | None = None) -> dict:
+    """Measure, print the tables, and return all results."""
     options = parse_options(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     precision = training.choose_precision(options.mixed_precision)
@@ -536,10 +547,10 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"{device}, torch {torch.__version__}; {autocast}, medians of {options.steps}")
     results = {"device": device, "torch": torch.__version__, "precision": precision}
     results["options"] = {k: str(v) for k, v in vars(options).items()}
-    # Memory first: on Linux a new process starts with the peak of the one that started it.
+    # Memory comes first: on Linux a new process inherits the peak memory of its parent.
     if options.stage in ("memory", "all"):
         results["memory_gib"] = measure_memory(options)
-        print("\npeak memory of full training steps, each stage in a process of its own")
+        print("\npeak memory of full training steps, each stage in its own process")
         for name, gib in results["memory_gib"].items():
             print(f"{name:40}{gib:9.2f} GiB")
     with tempfile.TemporaryDirectory() as folder:
