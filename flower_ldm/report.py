@@ -423,7 +423,7 @@ def sampling_description(evaluation: dict) -> str:
     interval = sampling.get("guidance_interval")
     scale = sampling.get("guidance_scale")
     rate = sampling.get("images_per_second")
-    facts = [
+    details = [
         f"{number(sampling.get('num_samples'))} samples" if sampling.get("num_samples") else "",
         f"seed {sampling['seed']}" if "seed" in sampling else "",
         str(sampling.get("scheduler") or ""),
@@ -435,7 +435,7 @@ def sampling_description(evaluation: dict) -> str:
         f"{number(features.get('num_features'))} features an image by {features['name']}"
         if features.get("name") else "",
     ]  # fmt: skip
-    return ", ".join(filter(None, facts))
+    return ", ".join(filter(None, details))
 
 
 def reconstruction_figures(run: Run) -> list[tuple[str, str]]:

@@ -1,5 +1,5 @@
-// A cross-hair with values for every chart, by mouse, touch and keyboard; pictures that open large; copied commands.
-// Without this script the page shows the same, standing still.
+// Every chart gets a cross-hair with values, by mouse, touch and keyboard. Pictures open large. Commands can be copied.
+// Without this script the page shows the same content.
 "use strict";
 
 function format(value) {
@@ -114,7 +114,7 @@ if (document.querySelector(".zoom")) {
 }
 
 for (const command of document.querySelectorAll(".command")) {
-  if (!navigator.clipboard) break;  // a page from a file has none in some browsers
+  if (!navigator.clipboard) break;  // some browsers have none for a page opened from a file
   const button = document.createElement("button");
   button.type = "button";
   button.className = "copy";
