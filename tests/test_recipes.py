@@ -123,7 +123,7 @@ def test_what_a_recipe_cannot_be(recipe, text, said):
 
 
 def test_missing_recipe():
-    assert complaint("--config", "nowhere.yaml") == "--config nowhere.yaml is no file"
+    assert complaint("--config", "nowhere.yaml") == "--config nowhere.yaml is not a file"
 
 
 @pytest.mark.parametrize(
