@@ -30,7 +30,7 @@ CANT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.EISDI
 class DiskError(InputError):
     """A file couldn't be written. The message names the file, the reason, and the next step."""
 
-    def __init__(self, what: str | Path, why: str, next_step: str):
+    def __init__(self, what: str | Path, why: str, next_step: str) -> None:
         super().__init__(f"{what} can't be written: {why}, then {next_step}")
         self.what, self.why = what, why
 
