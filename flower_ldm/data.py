@@ -935,7 +935,9 @@ class DataOptions:
         """
         height, width = pipe.image_size
         if height != width:
-            raise InputError(f"--pipeline {name} draws {width} x {height} pixels: only square images can be measured")
+            raise InputError(
+                f"--pipeline {name} draws {width} x {height} pixels: only a pipeline of square images can be used here"
+            )
         train, held_out = self.at_resolution(width, f"--pipeline {name}").load()
         advice = "give the --dataset and --classes that it was trained on"
         if train.num_classes != pipe.num_classes:
