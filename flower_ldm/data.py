@@ -1,8 +1,7 @@
 """Labeled images in, batches in [-1, 1] out: flowers102, synthetic, an image folder or any Hub data set.
 
-Every image is decoded once, at the start, and kept as small uint8 pixels; training only crops, flips and scales those,
-by random numbers that depend on nothing but (seed, epoch, image index). First box of the data flow: `synthetic` draws
-the offline flowers, `train_autoencoder.py` trains on the images, `latent_cache` encodes them once for stage 2.
+Every image is decoded once, at the start, and kept as small uint8 pixels. Training only crops, flips and scales these
+pixels. Its random numbers depend on nothing but (seed, epoch, image index).
 """
 
 import argparse
@@ -34,19 +33,19 @@ from .pipelines.pipeline_flower_ldm import FlowerLDMPipeline, find_classes, plai
 from .progress_bars import progress_bar, write_line
 from .synthetic import CLASS_NAMES, synthetic_flower
 
-# What people call them. Any other data set is one of the Hub.
+# Titles of the built-in data sets. Any other data set is loaded from the Hub.
 DATASET_TITLES = {"flowers102": "Oxford 102 Flowers", "synthetic": "synthetic flowers",
                   "imagefolder": "an image folder"}  # fmt: skip
 VAL_SPLIT_NAMES = ("val", "validation", "valid", "dev", "test")  # the first of these that exists is held out
-HELD_OUT = "held-out 10 %"  # the name of the split we make where there is none
-DEFAULT_DATA_DIR = "data"  # of Oxford 102 Flowers
-NO_SPLIT = "none"  # --val_splits none: hold out 10 %, whatever splits there are
-# What systems leave in folders of photos: Linux, macOS's archives, Synology, QNAP, Windows.
+HELD_OUT = "held-out 10 %"  # our name for the held-out images of a data set that has no such split
+DEFAULT_DATA_DIR = "data"  # where Oxford 102 Flowers is downloaded to
+NO_SPLIT = "none"  # --val_splits none: hold out 10 %, even if the data set has other splits
+# Names that operating systems create in folders of photos: Linux, macOS archives, Synology, QNAP, Windows.
 SYSTEM_NAMES = {"lost+found", "__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN",
                 "System Volume Information", "Thumbs.db", "desktop.ini"}  # fmt: skip
-SYNTHETIC_VAL_START = 1_000_000  # held-out synthetic flowers are the same ones, however many are trained on
+SYNTHETIC_VAL_START = 1_000_000  # so held-out flowers don't change with the number of training flowers
 
-# The names of the data set's authors, by label. torchvision carries them too, since 2024.
+# The class names that the data set's authors gave, by label. torchvision has them too, since 2024.
 _FLOWERS102_NAMES = """
     pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid,
     bird of paradise, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow iris,
@@ -71,20 +70,20 @@ FLOWERS102_CLASSES = tuple(re.split(r",\s+", _FLOWERS102_NAMES.strip()))
 
 
 def image_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Return the random generator of one image in one epoch; `index` counts within the data set, below 2**32."""
+    """The random generator of one image in one epoch. `index` counts within the data set, below 2**32."""
     return np.random.Generator(np.random.Philox(key=[seed, (epoch << 32) | index]))
 
 
 class TrainingSampler(Sampler):
-    """Yields the training keys `(epoch, index)` of a whole run, or of the rest of it, without a seam between epochs.
+    """Yields the training keys `(epoch, index)` of a whole run, or of the rest of a resumed one.
 
-    Every epoch holds every index once, in an order that (seed, epoch) alone decide. A resumed run starts at the number
-    of images it has seen already and goes on as if it had never stopped.
+    Every epoch has every index once, in an order that depends on (seed, epoch) alone. A batch may span two epochs. A
+    resumed run starts after the images that it has seen already, and goes on as if it had never stopped.
 
     Args:
         num_images: length of the data set.
-        seed: decides the order together with the epoch.
-        start, stop: images seen before the first key and after the last, counted from the beginning of the run.
+        seed: decides the order, together with the epoch.
+        start, stop: the number of images seen before the first key and after the last, since the run began.
     """
 
     def __init__(self, num_images: int, seed: int, start: int, stop: int) -> None:
@@ -107,17 +106,17 @@ class TrainingSampler(Sampler):
 
 
 def keep_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`collate_fn` for data sets whose `__getitems__` already returns the whole batch."""
+    """`collate_fn` for data sets whose `__getitems__` already returns a whole batch."""
     return batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The data set: small uint8 pixels of varied aspect in one flat buffer, which forked and spawned workers share.
+# The data set: small uint8 images of any aspect ratio, in one flat buffer that forked and spawned workers share.
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image that has not been decoded yet: its place below the data set's location, its label, how to open it."""
+    """One image that has not been decoded yet: its path within the data set, its label, and how to open it."""
 
     name: str
     label: int
@@ -125,7 +124,7 @@ class Record:
 
 
 def _decode(record: Record, resolution: int) -> np.ndarray | str:
-    """Return the record's small pixels, or in one line why it has none."""
+    """Return the record's small pixels or, if it can't be decoded, the reason in one line."""
     try:
         with record.open() as image:
             return small_pixels(image, resolution)
@@ -142,11 +141,11 @@ class ImageDataset(Dataset):
     the long side, a horizontal flip with probability 1/2 and, after `carry_noise`, standard normal noise).
 
     Attributes:
-        class_names: one name a label. `num_classes` is their number.
+        class_names: one name for each label. `num_classes` is their number.
         labels: `(N,)` int64.
         splits: the splits of the source that the images come from.
         fingerprint: sha256 (hex) of all small pixels, labels, class names and the resolution.
-        num_bad_images: how many unreadable images were left out.
+        num_bad_images: the number of unreadable images that were left out.
     """
 
     def __init__(
@@ -176,26 +175,26 @@ class ImageDataset(Dataset):
         self.num_bad_images = len(records) - len(self._records)
         self.labels = torch.tensor([record.label for record in self._records], dtype=torch.int64)
         if self._pixels is not None:
-            self._records = None  # a million small objects would be copied into every worker
+            self._records = None  # else every worker gets a copy of up to a million small objects
 
     def _decode_all(
         self, records: Sequence[Record], skip_bad_images: bool, max_memory_gib: float, show_progress: bool
     ) -> list[Record]:
-        """Decode every image, fill the buffer and the fingerprint, and return the records that could be read."""
-        # The largest that these images can be (2:1). Pages that are not written to cost no memory.
+        """Decode every image, fill the buffer, compute the fingerprint, and return the records that could be read."""
+        # Upper bound: every image at the largest aspect ratio, 2:1. Pages that are never written to cost no memory.
         capacity = min(len(records) * 6 * self.resolution**2, int(max_memory_gib * 2**30))
         try:
             self._pixels = torch.empty(capacity, dtype=torch.uint8)
-        except RuntimeError:  # more than there is: decode on access instead
+        except RuntimeError:  # not enough memory: decode on access instead
             self._pixels = None
             if show_progress:
                 print(f"{self.name}: no {capacity / 2**30:.1f} GiB for the pixels: images are decoded on every access",
                       file=sys.stderr)  # fmt: skip
-        layout, kept, filled = [], [], 0  # layout: height, width, offset in the buffer
+        layout, kept, filled = [], [], 0  # layout: (height, width, offset in the buffer) of each image
         fingerprint = hashlib.sha256(json.dumps([self.resolution, self.class_names]).encode())
         title = f"{self.name} {'+'.join(self.splits)}, {self.resolution} px"
         with (
-            ThreadPool() as pool,  # Pillow decodes and resizes outside of Python's lock
+            ThreadPool() as pool,  # Pillow decodes and resizes without Python's global lock
             progress_bar(desc=title, total=len(records), unit=" images", disable=not show_progress) as progress,
         ):
             decoded = pool.imap(partial(_decode, resolution=self.resolution), records, chunksize=8)
@@ -211,7 +210,7 @@ class ImageDataset(Dataset):
                 fingerprint.update(json.dumps([record.label, pixels.shape]).encode())
                 fingerprint.update(pixels)
                 if self._pixels is not None and filled + pixels.size > capacity:
-                    self._pixels = None  # too much for the memory allowed: decode on access instead
+                    self._pixels = None  # above max_memory_gib: decode on access instead
                 if self._pixels is not None:
                     self._pixels.numpy()[filled : filled + pixels.size] = pixels.reshape(-1)
                 layout.append((pixels.shape[0], pixels.shape[1], filled))
@@ -240,11 +239,11 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def carry_noise(self, shape: tuple[int, ...]) -> None:
-        """From now on, give standard normal noise of this shape along with every training image."""
+        """From now on, return standard normal noise of this shape with every training image."""
         self._noise_shape = shape
 
     def __getstate__(self) -> dict:
-        """What is sent to workers that are not forked: the pixels without the rest of their buffer."""
+        """The state that is sent to spawned workers. The unused end of the pixel buffer is cut off first."""
         if self._pixels is not None:
             height, width, offset = self._layout[-1].tolist()
             filled = offset + 3 * height * width
@@ -257,7 +256,7 @@ class ImageDataset(Dataset):
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
     def center_crops(self, indices: Sequence[int]) -> torch.Tensor:
-        """Some images, cropped to the middle and not flipped, `(B, resolution, resolution, 3)` uint8."""
+        """Center crops of some images, not flipped: `(B, resolution, resolution, 3)` uint8."""
         size = self.resolution
         crops = torch.empty(len(indices), size, size, 3, dtype=torch.uint8)
         for row, index in enumerate(indices):
@@ -267,11 +266,11 @@ class ImageDataset(Dataset):
         return crops
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """Return a whole batch, as torch's `DataLoader` asks for it; all keys of one kind.
+        """Return a whole batch. torch's `DataLoader` calls this method; all keys must be of one kind.
 
         Returns:
             `images` `(B, 3, resolution, resolution)` float32 in [-1, 1], channels last in memory; `class_labels` and
-            `index` `(B,)` int64; for training keys, after `carry_noise`, also `noise` `(B, *shape)` float32.
+            `index` `(B,)` int64. Training keys also get `noise` `(B, *shape)` float32 after `carry_noise`.
         """
         training = isinstance(keys[0], tuple)
         indices = [key[1] if training else int(key) for key in keys]
@@ -285,7 +284,7 @@ class ImageDataset(Dataset):
         return batch if noise is None else batch | {"noise": noise}
 
     def _random_crops(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """For training keys the images, cropped and flipped, as in `center_crops`; and noise, after `carry_noise`."""
+        """Random crops and flips for training keys, shaped as in `center_crops`; and noise, after `carry_noise`."""
         size = self.resolution
         crops = torch.empty(len(keys), size, size, 3, dtype=torch.uint8)
         noise = np.empty((len(keys), *(self._noise_shape or ())), dtype=np.float32)
@@ -303,24 +302,24 @@ class ImageDataset(Dataset):
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """`(B, 3, H, W)` in [-1, 1] -> `(B, H, W, 3)` uint8, rounded, what lies outside clipped."""
+    """`(B, 3, H, W)` in [-1, 1] -> `(B, H, W, 3)` uint8, rounded and clipped."""
     scaled = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
     return scaled.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
 def uint8_images(images: ImageDataset | np.ndarray, keys: Sequence[int], mirrored: bool = False) -> np.ndarray:
-    """Some images of a data set (center-cropped) or an array, or what a mirror shows, as `(B, H, W, 3)` uint8."""
+    """Some images of a data set (center crops) or of an array, mirrored if asked, as `(B, H, W, 3)` uint8."""
     chosen = images[np.asarray(keys)] if isinstance(images, np.ndarray) else images.center_crops(keys).numpy()
     return np.ascontiguousarray(chosen[:, :, ::-1]) if mirrored else chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: each lists its class names and, for every split that is used, its records.
+# Sources: each lists its class names and the records of every split that is used.
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source offers. `val_splits` is empty where nothing is held out yet: then part of the rest will be."""
+    """The classes, splits and images of a source. If `val_splits` is empty, 10 % of the rest is held out later."""
 
     location: str
     class_names: Sequence[str]
@@ -358,15 +357,15 @@ def _resolve_splits(
 
 
 def _is_like(name: str, names: Sequence[str]) -> bool:
-    """Whether a folder may be meant to be one of these, as `Test` and `testing` are like `test`."""
+    """Whether a folder name probably means one of these names, as `Test` and `testing` mean `test`."""
     return name.casefold().startswith(tuple(names))
 
 
 def _plain_names(names: Sequence[str], where: str) -> list[str]:
-    """The names of classes as they are kept and compared.
+    """Class names in the form in which they are stored and compared.
 
     Raises:
-        InputError: for an empty one, and for two that nobody could tell apart.
+        InputError: a name is empty, or two names look the same.
     """
     spelled: dict[str, str] = {}
     for name in names:
@@ -389,8 +388,8 @@ def _list_flowers102(
     download: bool,
     open_file: Callable[[Path], Image.Image],
 ) -> Listing:
-    """Oxford 102 Flowers (Nilsback and Zisserman, 2008) through torchvision, downloaded where it is absent."""
-    from torchvision.datasets import Flowers102  # a second of imports that the other sources can do without
+    """Oxford 102 Flowers (Nilsback and Zisserman, 2008) through torchvision, downloaded if it isn't there."""
+    from torchvision.datasets import Flowers102  # takes a second, and the other sources don't need it
 
     train, val = _resolve_splits(("train", "val", "test"), train_splits, val_splits, default_train=("train", "test"))
     if data_dir.name == "flowers-102" and (data_dir / "jpg").is_dir():
@@ -405,7 +404,7 @@ def _list_flowers102(
         folders, files = _scan(data_dir) if data_dir.is_dir() else ([], [])
         if others := [name for name in (*folders, *files) if name != "flowers-102"]:
             raise InputError(
-                f"--data_dir {data_dir} has no complete flowers-102/, and nothing is downloaded beside what is there, "
+                f"--data_dir {data_dir} has no complete flowers-102/, and we don't download it beside other files, "
                 f"such as {others[0]!a}: pass --dataset imagefolder to train on its folders, or another --data_dir"
             ) from None
         try:
@@ -422,7 +421,7 @@ def _list_flowers102(
         source = Flowers102(str(data_dir), split=split, download=False)
         records[split] = [
             Record(path.relative_to(data_dir).as_posix(), int(label), partial(open_file, path))
-            for path, label in zip(source._image_files, source._labels, strict=True)  # its only way to the paths
+            for path, label in zip(source._image_files, source._labels, strict=True)  # no public access
         ]
     return Listing(str(data_dir), FLOWERS102_CLASSES, train, val, records)
 
@@ -434,7 +433,7 @@ def _open_synthetic(class_index: int, index: int, resolution: int) -> Image.Imag
 def _list_synthetic(
     train_splits: Sequence[str] | None, val_splits: Sequence[str] | None, images_per_class: int, resolution: int
 ) -> Listing:
-    """The procedural flowers of `synthetic`: always the same ones, whatever the training seed."""
+    """The procedural flowers of `synthetic`. They don't depend on the training seed."""
     if images_per_class < 1:
         raise InputError(f"images_per_class must be at least 1, not {images_per_class}")
     train, val = _resolve_splits(("train", "val"), train_splits, val_splits)
@@ -454,10 +453,10 @@ def _list_synthetic(
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of a folder's folders and of its files, sorted, without hidden ones and those of systems.
+    """The names of the folders and of the files in a folder, sorted, without hidden names and `SYSTEM_NAMES`.
 
     Raises:
-        InputError: where it can't be read.
+        InputError: the folder can't be read.
     """
     folders, files = [], []
     try:
@@ -481,7 +480,7 @@ def _list_imagefolder(
     open_file: Callable[[Path], Image.Image],
     show_progress: bool,
 ) -> Listing:
-    """`DIR/<split>/<class>/*` where DIR/train (or a split asked for) holds folders, else `DIR/<class>/*`."""
+    """`DIR/<split>/<class>/*` if DIR/train, or a split of --train_splits, holds folders; else `DIR/<class>/*`."""
     if not os.path.isdir(data_dir):
         raise InputError(f"--data_dir {data_dir}: there is no such folder")
     top, loose = _scan(data_dir)
@@ -526,7 +525,7 @@ def _list_imagefolder(
 
 
 def _advice_on_folders(data_dir: Path, folders: Sequence[str]) -> str:
-    """What may be meant by a folder whose folders hold folders, and no images."""
+    """Advice for a `--data_dir` whose folders hold only folders, and no images."""
     if "flowers-102" in folders:
         return "it holds flowers-102/: pass --dataset flowers102"
     train = [name for name in folders if _is_like(name, ("train",))]
@@ -534,15 +533,15 @@ def _advice_on_folders(data_dir: Path, folders: Sequence[str]) -> str:
     if train:
         flags = f"--train_splits {train[0]}" + (f" --val_splits {val[0]}" if val else "")
         return f"{' and '.join(train[:1] + val[:1])} hold folders and no images: add {flags}"
-    few = ", ".join(folders[:3])
+    examples = ", ".join(folders[:3])
     return (
-        f"no images in {few}, but folders: name the one whose folders hold images, such as --data_dir "
-        f"{data_dir / folders[0]}, or the splits by --train_splits"
+        f"no images in {examples}, only folders: name the folder that holds the class folders, such as --data_dir "
+        f"{data_dir / folders[0]}, or name the splits with --train_splits"
     )
 
 
 def _account_of(left_out: Sequence[str]) -> str:
-    """One line on what is no image by its name, or isn't in a class folder."""
+    """One line about files that are not named as images, or don't lie in a class folder."""
     kinds = Counter("folders" if name.endswith("/") else Path(name).suffix.lower() or "no suffix" for name in left_out)
     counts = ", ".join(f"{ascii(kind)[1:-1]} {count:,}" for kind, count in kinds.most_common(5))
     return f"left out {len(left_out):,} that are no images of a class ({counts}), such as {left_out[0]!a}"
@@ -551,8 +550,9 @@ def _account_of(left_out: Sequence[str]) -> str:
 def _open_hub_image(
     rows, column: str, row: int, folders: Sequence[Path], open_file: Callable[[Path | io.BytesIO], Image.Image]
 ) -> Image.Image:
-    """A row's image: its bytes, its array, or a file in one of `folders`. No other file is opened, whatever the row
-    says, for a stranger may have written it.
+    """Open a row's image: its bytes, its array, or a file in one of `folders`.
+
+    No file outside of `folders` is opened, since a stranger may have written the row.
     """
     stored = rows[row][column]
     if isinstance(stored, list):
@@ -568,10 +568,10 @@ def _open_hub_image(
 
 
 def _image_rows(split, column: str, dataset: str):
-    """The rows of a split with their images as they are stored: bytes, paths, or arrays of 8 or 16 bits.
+    """The rows of a split, with images in their stored form: bytes, paths, or arrays of 8 or 16 bits.
 
     Raises:
-        InputError: for a column of anything else.
+        InputError: the column holds something else.
     """
     import datasets
 
@@ -579,7 +579,7 @@ def _image_rows(split, column: str, dataset: str):
     array_dtype = _array_dtype(rows.features[column])
     if array_dtype in ("uint8", "uint16"):
         return rows
-    if array_dtype is not None:  # cast, they would become 32-bit images, in which nobody knows what white is
+    if array_dtype is not None:  # `datasets` would cast them to 32-bit images, whose value of white is unknown
         raise InputError(
             f"--image_column {column!r} of {dataset} holds arrays of {array_dtype}: store image files, or uint8"
         )
@@ -590,7 +590,7 @@ def _image_rows(split, column: str, dataset: str):
 
 
 def _array_dtype(feature) -> str | None:
-    """The type of the numbers in a column of arrays; None for a column of anything else."""
+    """The number type of a column of arrays; None for any other column."""
     if hasattr(feature, "shape"):
         return feature.dtype
     if not hasattr(feature, "feature"):
@@ -601,16 +601,16 @@ def _array_dtype(feature) -> str | None:
 
 
 def _folders_of_datasets(dataset: str) -> list[Path]:
-    """Where `datasets` keeps the files that it brings, and the data set itself, if it is a local folder."""
+    """The folders where `datasets` keeps downloaded files and, if it is a local folder, the data set itself."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
     config = datasets.config
-    brought = (
+    downloads = (
         config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH, HF_HUB_CACHE
     )  # fmt: skip
     local = [dataset] if Path(dataset).exists() else []
-    return [Path(folder).resolve() for folder in (*brought, *local)]
+    return [Path(folder).resolve() for folder in (*downloads, *local)]
 
 
 def _list_hub(
@@ -621,8 +621,8 @@ def _list_hub(
     label_column: str,
     open_file: Callable[[Path | io.BytesIO], Image.Image],
 ) -> Listing:
-    """Any data set of the Hugging Face Hub, or a local folder of Parquet and the like, through `datasets`."""
-    import datasets  # seconds of imports that the other sources can do without
+    """Any data set of the Hugging Face Hub, or a local folder of Parquet files and the like, through `datasets`."""
+    import datasets  # imported here: it takes seconds, and the other sources don't need it
 
     try:
         loaded = datasets.load_dataset(dataset)
@@ -666,17 +666,18 @@ def _list_hub(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a source to a training and a held-out data set.
+# From a source to two data sets: training images and held-out images.
 
 
 def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | None) -> list[int]:
-    """Return the labels that `--classes` picks, in the order given; all of them for None.
+    """Return the labels that `--classes` selects, in the order given; all labels for None.
 
-    `classes` holds names or 0-based indices, by the rule of the pipeline (`find_classes`): text is a name first, then
-    an index, so where folders are called "1", "2", ..., "2" is the folder.
+    `classes` holds names or 0-based indices. The pipeline's rule applies (`find_classes`): text is read as a name
+    first, then as an index. So if class folders are called "1", "2", ..., "2" means the folder.
 
     Raises:
-        InputError: for an unknown name (the nearest names are offered), an index out of range, or a class given twice.
+        InputError: a name is unknown (the message offers similar ones), an index is out of range, or a class is given
+            twice.
     """
     if classes is None:
         return list(range(len(class_names)))
@@ -692,9 +693,9 @@ def select_classes(class_names: Sequence[str], classes: Sequence[int | str] | No
 
 
 def _hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """Split off 10 % of each class, at least 1 of 2 images: those whose names have the smallest hashes.
+    """Hold out 10 % of each class, and at least one image if it has two: those whose names have the smallest hashes.
 
-    The choice depends on names alone, so it is the same on every machine, and one more image moves at most one other.
+    The choice depends on names alone, so it is the same on every machine. A new image moves at most one other image.
     """
     by_class: dict[int, list[Record]] = {}
     for record in records:
@@ -712,7 +713,7 @@ def _hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen classes of a listing, relabeled 0..k-1, with what is trained on and what is held out."""
+    """The selected classes of a listing, relabeled 0..k-1, with their training and their held-out records."""
 
     class_names: list[str]
     train_records: list[Record]
@@ -721,10 +722,10 @@ class Selection:
 
 
 def _select(listing: Listing, classes: Sequence[int | str] | None) -> Selection:
-    """Pick the classes and, where the source holds nothing out, hold out a part of the training images.
+    """Select the classes. If the source has no held-out split, hold out part of the training images.
 
     Raises:
-        InputError: for a class that isn't there or has no training image, and where nothing can be held out.
+        InputError: a class is unknown or has no training image, or no image can be held out.
     """
     chosen = select_classes(listing.class_names, classes)
     class_names = [listing.class_names[label] for label in chosen]
@@ -751,28 +752,28 @@ def _select(listing: Listing, classes: Sequence[int | str] | None) -> Selection:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What flags say about the data.
+# The flags that describe the data.
 
 
 def public_dataset(name: object) -> str:
-    """A data set by the name that everybody may know; a folder on this machine is an "imagefolder"."""
+    """The public name of a data set. A folder on this machine becomes "imagefolder"."""
     return str(name) if name in DATASET_TITLES or hub_id(name) else "imagefolder"
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which images: the flags that describe the data, of a training run or of a command that looks at one.
+    """The flags that describe the images, of a training run or of a command that reads a finished run.
 
     Attributes:
         dataset: "flowers102", "synthetic", "imagefolder", or what `datasets.load_dataset` takes: a Hub id or a folder.
         data_dir: the folder that holds `flowers-102/` (default `data`), or the class folders.
-        max_image_pixels: images of more pixels, width x height, are not decoded but count as unreadable.
-        train_splits: default "train", for flowers102 "train" and "test" (7,169 images).
-        val_splits: default the first of "val", "validation", "valid", "dev", "test" that exists and is not trained on;
-            where there is none, and for "none", 10 % of each class are held out.
+        max_image_pixels: images with more pixels, width x height, count as unreadable.
+        train_splits: default "train"; for flowers102 "train" and "test" (7,169 images).
+        val_splits: default the first of "val", "validation", "valid", "dev", "test" that exists and is not trained on.
+            If there is none, and for "none", 10 % of each class are held out.
         classes: a subset by index or name, relabeled 0..k-1 in the order given.
-        images_per_class: synthetic only, for training; a tenth of it, at least 8, is held out.
-        resolution: short side of the images in pixels, at least 8; `None` until a model says it (`at_resolution`).
+        images_per_class: training images of each class, for synthetic only. A tenth of it, at least 8, is held out.
+        resolution: side of the images in pixels, at least 8. `None` means the model decides (`at_resolution`).
     """
 
     dataset: str = "flowers102"
@@ -795,48 +796,49 @@ class DataOptions:
 
     @classmethod
     def add_flags_of_run(cls, parser: FlagParser, more: str = "") -> None:
-        """Declare the same flags for a command that looks at a finished run: unset, each is the run's (`from_run`).
+        """Declare the same flags for a command that reads a finished run. A flag that is not given is the run's.
 
-        `more` is what else `--dataset` means to this command.
+        `more` adds to the help of `--dataset` what else this command accepts there.
         """
-        cls._declare_flags(parser, f"{more}; unset: what the run had, as with every flag of the data")
+        cls._declare_flags(parser, f"{more}; unset: the run's, as for every flag of the data")
 
     @staticmethod
     def _declare_flags(parser: FlagParser, more: str = "") -> None:
-        """Without defaults. `more` is added to the help of `--dataset`."""
+        """Declare the flags without defaults. `more` is added to the help of `--dataset`."""
         flag, switch = parser.flag, argparse.BooleanOptionalAction
         flag("--dataset", type=path_or_hub_id, may_change=True, public=public_dataset, is_read=True,
              help=f"flowers102, synthetic, imagefolder, or a Hub data set id{more}")  # fmt: skip
         flag("--data_dir", type=path_text, may_change=True, is_read=True,
              help="the folder that holds flowers-102/, or the class folders")  # fmt: skip
-        flag("--image_column", public=as_it_is, help="of a Hub data set")
-        flag("--label_column", public=as_it_is, marks_run=True, help="of a Hub data set")
+        flag("--image_column", public=as_it_is, help="column of a Hub data set that holds the images")
+        flag("--label_column", public=as_it_is, marks_run=True, help="column of a Hub data set that holds the labels")
         flag("--skip_bad_images", action=switch, may_change=True, public=as_it_is, marks_run=True,
-             help="count unreadable images and go on without them")  # fmt: skip
+             help="leave out unreadable images instead of stopping")  # fmt: skip
         flag("--max_image_pixels", type=int, bounds=POSITIVE, may_change=True, public=as_it_is,
-             help="larger images count as unreadable")  # fmt: skip
+             help="images with more pixels, width x height, count as unreadable")  # fmt: skip
         flag("--train_splits", nargs="+", public=as_it_is, help="splits to train on")
-        flag("--val_splits", nargs="+", may_change=True, public=as_it_is, help="splits held out")
+        flag("--val_splits", nargs="+", may_change=True, public=as_it_is,
+             help="splits to hold out; none: 10 %% of the training images")  # fmt: skip
         flag("--classes", nargs="+", public=as_it_is,
-             help="names, else 0-based indices; relabeled 0..k-1 in this order")  # fmt: skip
+             help="names or 0-based indices of the classes to use; relabeled 0..k-1 in this order")  # fmt: skip
         flag("--images_per_class", type=int, bounds=POSITIVE, public=as_it_is, marks_run=True,
              help="training images of each synthetic class")  # fmt: skip
-        flag("--resolution", type=int, bounds=POSITIVE, public=as_it_is, help="pixels a side")
+        flag("--resolution", type=int, bounds=POSITIVE, public=as_it_is, help="side of the images in pixels")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "DataOptions":
-        """What the flags of a training run say (`add_flags`)."""
+        """The options from the flags of a training run (`add_flags`)."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     @classmethod
     def from_run(cls, saved: Mapping, given: argparse.Namespace, unnamed: str | None = None) -> "DataOptions":
-        """What the flags of a command say (`add_flags_of_run`), else what the run had, else the defaults.
+        """The options from the flags of a command (`add_flags_of_run`), else from the run, else the defaults.
 
-        With another `--dataset` than the run's, nothing of the run holds.
+        If `--dataset` is given and is not the run's, all options of the run are ignored.
 
         Args:
-            saved: the run's flags, as `runs.read_flags` gives them.
-            unnamed: the data set where neither names one, if not the default.
+            saved: the run's flags, from `runs.read_flags`.
+            unnamed: the data set to take if neither names one; `None` for the default.
         """
         if given.dataset not in (None, saved.get("dataset")):
             saved = {}
@@ -849,14 +851,14 @@ class DataOptions:
 
     @property
     def folder(self) -> str | Path | None:
-        """Where `--data_dir` points to, set or not: flowers102 is downloaded to a folder of its own."""
+        """The folder of `--data_dir`. If it is unset, flowers102 has a default; others have none."""
         return self.data_dir or (DEFAULT_DATA_DIR if self.dataset == "flowers102" else None)
 
     def at_resolution(self, size: int, model: str) -> "DataOptions":
-        """The same images, as large as a model draws them.
+        """The same options at the resolution of a model's images.
 
         Raises:
-            InputError: where `--resolution`, of a flag or of the run, is another.
+            InputError: `--resolution`, given or the run's, is another.
         """
         if self.resolution not in (None, size):
             raise InputError(f"--resolution {self.resolution}: {model} draws {size} pixels")
@@ -870,16 +872,16 @@ class DataOptions:
         max_memory_gib: float = 8.0,
         show_progress: bool | None = None,
     ) -> tuple[ImageDataset, ImageDataset]:
-        """Load the training images and the held-out ones, decoded and relabeled.
+        """Load the training images and the held-out images, decoded and relabeled.
 
         Args:
-            seed: of crops, flips and noise. It changes neither the synthetic images nor the splits.
-            download: fetch flowers102 where it is absent. With several processes, let the first one do it alone.
-            max_memory_gib: pixels above this, in either data set, are not kept but decoded on every access.
-            show_progress: None means in the first process of each machine.
+            seed: for crops, flips and noise. It changes neither the synthetic images nor the splits.
+            download: fetch flowers102 if it isn't there. With several processes, let the first one do it alone.
+            max_memory_gib: if a data set's pixels need more, images are decoded on every access instead of kept.
+            show_progress: None shows it in the first process of each machine.
 
         Raises:
-            InputError: for whatever the user can put right, in one line.
+            InputError: anything that the user can correct, in one line.
         """
         if self.resolution is None or self.resolution < 8:
             raise InputError(f"--resolution must be at least 8, not {self.resolution}")
@@ -908,7 +910,7 @@ class DataOptions:
         return train, val
 
     def _list(self, download: bool, show_progress: bool) -> Listing:
-        """What the data set offers, of the splits that are asked for."""
+        """List the classes and images of the data set, for the splits that are used."""
         splits = self.train_splits, self.val_splits
         open_file = partial(open_image, max_pixels=self.max_image_pixels)
         folder = None if self.folder is None else Path(os.path.expanduser(self.folder))
@@ -923,15 +925,18 @@ class DataOptions:
         return _list_hub(self.dataset, *splits, self.image_column, self.label_column, open_file)
 
     def load_for(self, pipe: FlowerLDMPipeline, name: str) -> tuple[ImageDataset, ImageDataset]:
-        """Training and held-out images of a pipeline's size and classes. `name` is what `--pipeline` says.
+        """Load training and held-out images in a pipeline's size, and check that its classes are theirs.
+
+        Args:
+            name: the value of `--pipeline`, for messages.
 
         Raises:
-            InputError: where size or classes are not the pipeline's, and as `load`.
+            InputError: the size or the classes differ from the pipeline's; also as in `load`.
         """
         height, width = pipe.image_size
         if height != width:
             raise InputError(
-                f"--pipeline draws images of {width} x {height} pixels: only square ones can be compared with images"
+                f"--pipeline {name} draws {width} x {height} pixels: only a pipeline of square images can be used here"
             )
         train, held_out = self.at_resolution(width, f"--pipeline {name}").load()
         advice = "give the --dataset and --classes that it was trained on"

@@ -1,9 +1,9 @@
-"""How good a pipeline is, measured by the protocol of this project: `python -m flower_ldm.evaluation --pipeline DIR`.
+"""Measures how good a pipeline is: `python -m flower_ldm.evaluation --pipeline DIR`.
 
-Samples, the autoencoder's reconstructions and real training images are all measured against held-out images, with the
-same features and as many of each: real images are the floor of every distance, reconstructions the ceiling of what the
-denoiser can reach. Then memorization, with held-out images as the null. Networks and features come from `features`,
-images from `data`; writes the key "evaluation" of a run's `metrics.json`, and the pictures beside it.
+Samples, the autoencoder's reconstructions and real training images are each compared with held-out images, by the same
+features and in the same number. Real images give the floor of every distance. Reconstructions give the ceiling of what
+the denoiser can reach. The samples are then searched for copies of training images, and so are held-out images, as the
+chance level. The results are the entry "evaluation" of `metrics.json`, with pictures beside it.
 
 Shapes: N samples, M reference images; D features; K classes; (H, W) pixels.
 """
@@ -79,7 +79,7 @@ from .sampling import SCHEDULER_HELP, Sampler, check_sampling, load_pipeline, sa
 from .visualization import save_nearest_neighbors
 
 TERMINAL_DECIMALS = 4  # at most
-TERMINAL_DISTANCE = 10  # columns that a distance takes, which may have five digits before its point
+TERMINAL_DISTANCE = 10  # characters for a distance, which may have five digits before its point
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -88,32 +88,32 @@ TERMINAL_DISTANCE = 10  # columns that a distance takes, which may have five dig
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(prog="python -m flower_ldm.evaluation", description="Measure a pipeline.")
     flag = parser.add_argument
-    flag("--pipeline", type=path_text, required=True, help="folder of a pipeline, or its id on the Hub")
+    flag("--pipeline", type=path_text, required=True, help="folder of a pipeline, or a Hub id")
     flag("--output", type=file_path,
          help=f"JSON file that gets the key evaluation; unset: {runs.METRICS_FILE.name} in --pipeline")  # fmt: skip
     flag("--cache_dir", type=file_path,
-         help=f"features and drawn images; unset: {runs.EVALUATION_CACHE} beside --output")  # fmt: skip
+         help=f"folder that keeps features and samples; unset: {runs.EVALUATION_CACHE} beside --output")  # fmt: skip
     DataOptions.add_flags_of_run(parser)
     # what is measured
     flag("--features", type=path_text, default=DEFAULT_FEATURES,
-         help=f"{', '.join(NETWORKS)}, or the path of a TorchScript file")  # fmt: skip
+         help=f"feature network: {', '.join(NETWORKS)}, or the path of a TorchScript file")  # fmt: skip
     flag("--vgg_weights", type=path_text,
-         help="torchvision's VGG16 as a local file, for the reconstructions' perceptual distance")  # fmt: skip
+         help="local file with torchvision's VGG16, to measure the perceptual distance")  # fmt: skip
     # how samples are drawn
-    flag("--num_samples", type=int, default=1020, help="spread evenly over the classes")
-    flag("--seed", type=int, default=0, help="image i has the seed SEED + i")
+    flag("--num_samples", type=int, default=1020, help="number of samples, spread evenly over the classes")
+    flag("--seed", type=int, default=0, help="sample i is drawn with the seed SEED + i")
     flag("--num_inference_steps", "--steps", type=int, default=25)
-    flag("--guidance_scale", type=float, help="1 means off; unset: the pipeline's own")
+    flag("--guidance_scale", type=float, help="1 means off; unset: the pipeline's default")
     flag("--guidance_interval", type=float, nargs=2, metavar=("BEGIN", "END"),
-         help="in fractions of the trajectory; 0 is pure noise; unset: the pipeline's own")  # fmt: skip
+         help="fractions of the trajectory; 0 is pure noise; unset: the pipeline's default")  # fmt: skip
     flag("--scheduler", choices=SCHEDULERS, help=SCHEDULER_HELP)
     flag("--sweep_guidance", type=float, nargs="+", help="guidance scales to compare")
-    flag("--sweep_steps", type=int, nargs="+", help="numbers of steps to compare, each with every guidance scale")
+    flag("--sweep_steps", type=int, nargs="+", help="numbers of steps to compare, each at every guidance scale")
     flag("--sweep_samples", type=int, help="samples at each point of the sweep; unset: --num_samples")
     # where it is computed
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    flag("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the pipeline")
-    flag("--batch_size", type=int, default=64, help="images drawn, reconstructed or looked at together")
+    flag("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="number type of the pipeline")
+    flag("--batch_size", type=int, default=64, help="images that a network processes together")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise InputError(f"--batch_size must be at least 1, got {args.batch_size}")
@@ -122,7 +122,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_samples", "sweep_samples"):
         value = getattr(args, name)
         if value is not None and value < MIN_IMAGES:
-            raise InputError(f"--{name} must be at least {MIN_IMAGES} (neighbors are counted), got {value}")
+            raise InputError(f"--{name} must be at least {MIN_IMAGES}, to count neighbors, got {value}")
     args.data = DataOptions.from_run(runs.read_flags(Path(args.pipeline)), args)
     if args.output is None:
         args.output = runs.METRICS_FILE.path(args.pipeline if os.path.isdir(args.pipeline) else ".")
@@ -143,10 +143,11 @@ def reconstruct(
     batch_size: int = 64,
     perceptual: PerceptualLoss | None = None,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Through the autoencoder and back, from the posterior's mean: `(n, H, W, 3)` uint8, and means over the images.
+    """Encode and decode images, using the posterior's mean.
 
-    The means are those of `RECONSTRUCTION_METRICS`, by key, that this autoencoder has: one of its head only where that
-    knows as many classes, one of a perceptual network only where that is given.
+    Returns:
+        The reconstructions, `(n, H, W, 3)` uint8, and for each of `RECONSTRUCTION_METRICS` its mean over the images. A
+        metric of the head needs a head with the data set's number of classes; a perceptual one needs `perceptual`.
     """
     parameter = next(vae.parameters())
     pictures, rows = [], []
@@ -166,14 +167,15 @@ def reconstruct(
     return np.concatenate(pictures), {name: torch.cat([row[name] for row in rows]).mean().item() for name in rows[0]}
 
 
-# --- the data that go with a pipeline --------------------------------------------------------------------------------
+# --- the images ------------------------------------------------------------------------------------------------------
 
 
 def load_images(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> tuple[ImageDataset, ImageDataset]:
-    """Training and held-out images at the pipeline's size.
+    """Load training and held-out images at the pipeline's size.
 
     Raises:
-        InputError: where size or classes are not the pipeline's, or a class has no held-out image.
+        InputError: the size or the classes differ from the pipeline's, a class has no held-out image, or there are too
+            few held-out images.
     """
     train, held_out = args.data.load_for(pipe, args.pipeline)
     counts = torch.bincount(held_out.labels, minlength=train.num_classes)
@@ -181,21 +183,26 @@ def load_images(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> tuple[Imag
         name = train.class_names[int(counts.argmin())]
         raise InputError(
             f"class {name!r} has no held-out image in {'+'.join(held_out.splits)}, so its samples can't be measured: "
-            "choose other --val_splits, or leave it out with --classes and a pipeline without it"
+            "choose other --val_splits, or evaluate a pipeline without this class, with --classes"
         )
     if len(held_out) < MIN_IMAGES:
-        raise InputError(f"{len(held_out)} held-out images are too few to compare with: at least {MIN_IMAGES}")
+        raise InputError(
+            f"there are {len(held_out)} held-out images, but must be at least {MIN_IMAGES}: choose other --val_splits"
+        )
     return train, held_out
 
 
 def hold_back(class_labels: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training images to compare with, as many of each class as there are samples; and the rest, for the classifier.
+    """Hold back training images for the comparison, so that the classifier is trained on the others only.
 
-    At most half of a class is held back.
+    At most half of each class is held back.
 
     Args:
-        class_labels: `(N,)`.
-        wanted: `(K,)`, how many of each class.
+        class_labels: `(N,)`, of the training images.
+        wanted: `(K,)`, the number of images to hold back from each class.
+
+    Returns:
+        The indices of the images that are held back, and those of the others.
     """
     rng = np.random.default_rng(seed)
     held_back = []
@@ -210,13 +217,14 @@ def hold_back(class_labels: torch.Tensor, wanted: torch.Tensor, seed: int = 0) -
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by color-blind eyes too
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # color-blind readers can tell them apart
 
 
 def save_sweep(sweep: list[dict], against_held_out: dict[str, dict], path: Path) -> None:
-    """The metrics of a sweep over guidance scales, a line for each number of steps.
+    """Plot the metrics of a sweep over the guidance scales, with a line for each number of steps.
 
-    With one guidance scale, over the steps. The floor and the ceiling are drawn where they are of as many images.
+    With only one guidance scale, plot them over the steps. The floor and the ceiling are drawn if they were measured
+    with the same number of images.
     """
     over, lines = "guidance_scale", "num_inference_steps"
     if len({point[over] for point in sweep}) == 1:
@@ -239,7 +247,7 @@ def save_sweep(sweep: list[dict], against_held_out: dict[str, dict], path: Path)
             if entry["n"] == sweep[0]["n"] and entry[metric.key] is not None:
                 axis.axhline(entry[metric.key], linestyle=style, color="0.4", linewidth=1.2, label=image_set.name)
         low, high = axis.get_ylim()
-        axis.set_ylim(min(0, low), 1.05 * high)  # from 0: else a difference of nothing would look like a slope
+        axis.set_ylim(min(0, low), 1.05 * high)  # from 0, else a tiny difference would look like a slope
         axis.set_title(metric.title, fontsize=10)
         axis.set_xlabel(option_names[over], fontsize=9)
         axis.tick_params(labelsize=8)
@@ -254,28 +262,31 @@ def save_sweep(sweep: list[dict], against_held_out: dict[str, dict], path: Path)
 
 @dataclass(frozen=True)
 class Real:
-    """The real images and what is known of them before any is drawn."""
+    """The real images, their features and the classifier, all prepared before any sample is drawn."""
 
     train: ImageDataset
     held_out: ImageDataset
     train_features: torch.Tensor
     held_out_features: torch.Tensor
-    held_back: torch.Tensor  # keys of the training images that are compared with the held-out ones
-    others: torch.Tensor  # keys of all the other training images
-    classifier: Pipeline | None  # has seen those
+    held_back: torch.Tensor  # indices of the training images that are compared with held-out ones
+    others: torch.Tensor  # indices of all other training images
+    classifier: Pipeline | None  # trained on the others
 
     def compare(self, features: torch.Tensor, class_labels: torch.Tensor, drawn: bool = True) -> Comparison:
-        """A set of images with the held-out ones: its features `(N, D)`, the classes `(N,)` that it should be of.
+        """A set of images beside the held-out ones.
 
-        Images that a model has drawn may be copies of any training image. Those held back, and their reconstructions,
-        are nearest to themselves: they can only be copies of the others.
+        Args:
+            features: `(N, D)`, of the set.
+            class_labels: `(N,)`, the classes that the images should belong to.
+            drawn: the images are samples, so each may be a copy of any training image. Off for the images held back
+                and their reconstructions: those are nearest to themselves, so they are compared with the others only.
         """
         training = self.train_features if drawn else self.train_features[self.others]
         return Comparison(features, class_labels, self.held_out_features, training, self.classifier)
 
 
 def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork) -> Real:
-    """Load the images, look at them through the network or into its cache, and train the classifier."""
+    """Load the images, extract their features or read them from the cache, and train the classifier."""
     train, held_out = load_images(args, pipe)
     held_out_features, train_features = (
         load_or_extract_features(network, images, args.cache_dir, batch_size=args.batch_size)
@@ -286,7 +297,7 @@ def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureN
     if len(held_back) < MIN_IMAGES:
         raise InputError(
             f"{len(held_back)} of {len(train):,} training images can be held back to compare with, at most half of "
-            f"each class: there must be {MIN_IMAGES}; take larger --train_splits"
+            f"each class: there must be {MIN_IMAGES}; choose larger --train_splits"
         )
     print("training the classifier", flush=True)
     classifier = train_classifier(train_features[others], train.labels[others])
@@ -300,7 +311,7 @@ def measure_reconstruction(
     perceptual: PerceptualLoss | None,
     real: Real,
 ) -> dict:
-    """The entry "reconstruction": what the autoencoder does to held-out images."""
+    """The entry "reconstruction": how well the autoencoder reconstructs held-out images."""
     pictures, means = reconstruct(
         pipe.vae, real.held_out, range(len(real.held_out)), batch_size=args.batch_size, perceptual=perceptual
     )
@@ -318,7 +329,7 @@ def measure_reconstruction(
 
 
 def measure_sweep(args: argparse.Namespace, sampler: Sampler, network: FeatureNetwork, real: Real) -> list[dict]:
-    """The entry "sweep": samples of each guidance scale and number of steps; empty where none are asked for."""
+    """The entry "sweep": samples at each guidance scale and number of steps. Empty without a sweep."""
     num_samples = args.sweep_samples or args.num_samples
     labels = sample_labels(num_samples, real.train.num_classes)
     sweep = []
@@ -335,7 +346,7 @@ def measure_sweep(args: argparse.Namespace, sampler: Sampler, network: FeatureNe
 def evaluate(
     args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork, perceptual: PerceptualLoss | None
 ) -> dict:
-    """Everything that `metrics.json` has under "evaluation", and the pictures beside it."""
+    """Compute the entry "evaluation" of `metrics.json`, and save the pictures beside that file."""
     real = prepare(args, pipe, network)
     reconstruction = measure_reconstruction(args, pipe, network, perceptual, real)
     reconstructions, _ = reconstruct(pipe.vae, real.train, real.held_back, batch_size=args.batch_size)
@@ -380,7 +391,7 @@ def evaluate(
 
 
 def describe(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork, real: Real) -> dict:
-    """What was measured with what: the first entries of the evaluation."""
+    """The first entries of the evaluation: the pipeline, the data, the features and the classifier."""
     return {
         "pipeline": Path(args.pipeline).resolve().name if os.path.isdir(args.pipeline) else args.pipeline,
         "dataset": real.train.name,
@@ -400,7 +411,7 @@ def describe(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: Feature
 
 
 def sampling_options(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> dict:
-    """The options of the pipeline's call for the main set of samples, its own guidance where no flag gives any."""
+    """The arguments of the pipeline's call for the main set of samples. Unset guidance is the pipeline's default."""
     scale, interval = pipe.resolve_guidance(args.guidance_scale, args.guidance_interval)
     return {
         "guidance_scale": scale,
@@ -410,7 +421,7 @@ def sampling_options(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> dict:
 
 
 def sweep_options(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> list[dict]:
-    """The options at each point of the sweep; none without one."""
+    """The arguments of the pipeline's call at each point of the sweep. Empty without a sweep."""
     if not args.sweep_guidance and not args.sweep_steps:
         return []
     options = sampling_options(args, pipe)
@@ -422,21 +433,21 @@ def sweep_options(args: argparse.Namespace, pipe: FlowerLDMPipeline) -> list[dic
 
 
 def remarks_on(args: argparse.Namespace, against_held_out: dict[str, dict], real: Real) -> list[str]:
-    """What a reader of the numbers has to know."""
+    """What a reader of the numbers must know."""
     n_real, num_classes = against_held_out[REAL.key]["n"], real.train.num_classes
     n = smallest_n(against_held_out.values())
     remarks = cautions(n, real.train_features.shape[1])
     if n_real != args.num_samples:
         remarks.append(
-            f"real images and reconstructions are {n_real:,}, samples {args.num_samples:,}: "
-            "at most half of each class is kept from the classifier; Frechet distances depend on n"
+            f"there are {n_real:,} real images and reconstructions, but {args.num_samples:,} samples, because at most "
+            "half of each class is kept from the classifier; Frechet distances depend on n"
         )
     if args.num_samples < num_classes:
-        remarks.append(f"{args.num_samples:,} samples show only the first of the {num_classes:,} classes")
+        remarks.append(f"{args.num_samples:,} samples cover only the first of the {num_classes:,} classes")
     return remarks + protocol_remarks(n)
 
 
-# --- as text ---------------------------------------------------------------------------------------------------------
+# --- the table in the terminal ---------------------------------------------------------------------------------------
 
 
 def table(evaluation: dict) -> str:
@@ -462,7 +473,7 @@ def table(evaluation: dict) -> str:
 
 
 def comparison_lines(evaluation: dict, mark: str) -> list[str]:
-    """A line for each set of images, under what is compared; `mark` stands behind each number that few images bias."""
+    """A table with a line for each set of images. `mark` follows each number that few images bias."""
     features, sets = evaluation["features"], evaluation["against_held_out"]
     head = [f"{metric.short:>{_width(metric)}}{' ' if metric.caution else ''}" for metric in METRICS]
     lines = [
@@ -479,7 +490,7 @@ def comparison_lines(evaluation: dict, mark: str) -> list[str]:
 
 
 def reconstruction_line(evaluation: dict) -> str:
-    """What the autoencoder keeps; the shares stand last, beside that of the classifier."""
+    """One line about the reconstructions. Accuracies come last, beside the classifier's on the originals."""
     entry, on_originals = evaluation["reconstruction"], evaluation["classifier"]["held_out_accuracy"]
     values, shares = [], []
     for metric in RECONSTRUCTION_METRICS:
@@ -497,13 +508,13 @@ def reconstruction_line(evaluation: dict) -> str:
 
 
 def _width(metric: Metric) -> int:
-    """Of its column in the terminal."""
+    """The width of the metric's column in the terminal."""
     width = max(len(metric.short) + 2, TERMINAL_DISTANCE if metric.better == "lower" else 0)
     return width + (len(" ± 0.") + _terminal_decimals(metric) if metric.has_spread else 0)
 
 
 def _cell(metric: Metric, entry: dict) -> str:
-    """Its value with its spread."""
+    """The metric's value, with its spread if it has one."""
     spread = f" ± {entry[metric.spread_key]:.{_terminal_decimals(metric)}f}" if metric.has_spread else ""
     return _terminal_number(metric, entry[metric.key]) + spread
 
@@ -523,10 +534,10 @@ def _percent(share: float | None) -> str:
 
 
 def read_metrics(path: Path) -> dict:
-    """What `--output` holds already; empty where there is no such file.
+    """Read what `--output` holds already. Empty if there is no such file.
 
     Raises:
-        InputError: where it is no file for a JSON object.
+        InputError: `--output` can't be read, or is something else than a JSON object.
     """
     if path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file, such as {runs.METRICS_FILE.path(path)}")
@@ -541,8 +552,8 @@ def read_metrics(path: Path) -> dict:
 
 
 def write_metrics(path: Path, evaluation: dict) -> None:
-    """Put the evaluation among the other metrics of the file."""
-    with refusals_of_disk(path, "run the command again, or name another --output; what was drawn is kept"):
+    """Write the evaluation to a file, and keep the file's other metrics."""
+    with refusals_of_disk(path, "run the command again, or name another --output; samples are reused"):
         runs.write_metrics(path, {"evaluation": evaluation}, others=read_metrics(path))
 
 
@@ -564,10 +575,10 @@ def main(argv: list[str] | None = None) -> None:
     evaluation["command"] = shlex.join(["python", "-m", "flower_ldm.evaluation", *argv])
     write_metrics(args.output, evaluation)
     print(table(evaluation))
-    print(f"metrics in {args.output}, pictures beside it")
+    print(f"wrote the metrics to {args.output}, and pictures to the same folder")
     if args.output.name == runs.METRICS_FILE.name and runs.ARGS_FILE.path(args.output.parent).is_file():
         write_model_card(args.output.parent)
-        print(f"the run's page, with them: {write_report(args.output.parent)}")
+        print(f"updated the report: {write_report(args.output.parent)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What evaluation sees of images: the features of a named network, and the distances between two sets of them.
+"""Features of images, by a named network, for the evaluation.
 
-A network is never replaced in silence: one whose weights can't be had is an error that names the others. Features of
-data sets are kept in a file keyed by data, size and network.
+A network is never silently replaced by another: if its weights can't be loaded, an error names the other networks. The
+features of data sets are cached in files, with a key for data, size and network.
 
-Shapes: N images, M reference images, B in a batch; (H, W) pixels; D features.
+Shapes: N images, B images in a batch; (H, W) pixels; D features.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from .files import CACHE_REFUSED, UnusableCacheError, read_tensors, tensors_dige
 from .progress_bars import progress_bar
 
 FORMAT_VERSION = "1"
-DEFAULT_FEATURES = "efficientnet-lite0"  # its weights are in a Python package: it works offline, and everywhere alike
+DEFAULT_FEATURES = "efficientnet-lite0"  # its weights are in a Python package, so it works offline
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DINOV2_REPOSITORY = "facebook/dinov2-large"  # as in Stein et al. 2023 and EDM2 (Karras et al. 2024)
@@ -40,12 +40,12 @@ class FeatureNetwork(nn.Module):
     """A frozen network from uint8 images `(B, 3, H, W)` to features `(B, D)`.
 
     Args:
-        name: what it is called in `metrics.json`.
-        module: its forward takes images `(B, 3, input_size, input_size)` and gives `(B, D)`.
-        input_size: images are scaled to this many pixels a side, by antialiased bicubic interpolation as in clean-fid
-            (Parmar et al. 2022). `None`: the module takes them at any size and scales them itself.
-        mean, std: of the channels, in 0 to 255; the module gets `(images - mean) / std`. `None`: it gets uint8.
-        digest: of the weights, where they come from a file; unset it is taken from the module's tensors.
+        name: its name in `metrics.json`.
+        module: its forward takes images `(B, 3, input_size, input_size)` and returns `(B, D)`.
+        input_size: side in pixels to which images are scaled, by antialiased bicubic interpolation as in clean-fid
+            (Parmar et al. 2022). `None`: the module takes any size and scales the images itself.
+        mean, std: of each channel, from 0 to 255; the module gets `(images - mean) / std`. `None`: it gets uint8.
+        digest: of the file with the weights; unset: of the module's tensors.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class FeatureNetwork(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         digest: str | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.name = name
         self.module = module.eval()
@@ -81,9 +81,9 @@ class FeatureNetwork(nn.Module):
 
 
 class _Call(nn.Module):
-    """A network, and which of its outputs are the features."""
+    """A network, and the function that takes the features from it."""
 
-    def __init__(self, network: nn.Module, features_of: Callable[[nn.Module, torch.Tensor], torch.Tensor]):
+    def __init__(self, network: nn.Module, features_of: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.network = network
         self.features_of = features_of
@@ -107,7 +107,7 @@ def efficientnet_lite0() -> FeatureNetwork:
 def inception(weights: str | None = None) -> FeatureNetwork:
     """The Inception v3 of the usual Frechet distance (Heusel et al. 2017), 2,048 features at 299 px.
 
-    torchvision's Inception has other weights, whose distances can't be compared with anybody's: it is not used.
+    torchvision's Inception has other weights, so its distances can't be compared with published ones.
 
     Args:
         weights: a file with torch-fidelity's weights; `None` downloads them once.
@@ -121,7 +121,7 @@ def inception(weights: str | None = None) -> FeatureNetwork:
 
 @contextmanager
 def only_tensors_are_read() -> Iterator[None]:
-    """Around a library that calls `torch.load` in the way that runs what a file says: torch doesn't, for this long."""
+    """Within this context, `torch.load` runs no code from a file, even if a library calls it in the unsafe way."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -154,34 +154,34 @@ def clip(repository: str = CLIP_REPOSITORY) -> FeatureNetwork:
 def torchscript(path: Path) -> FeatureNetwork:
     """Any TorchScript file whose forward takes uint8 images `(B, 3, H, W)` and gives features `(B, D)`.
 
-    It gets the images at the model's resolution and scales them itself, or, where it has an integer attribute
-    `input_size`, scaled to that. A forward with an argument `return_features`, as in NVIDIA's
-    `inception-2015-12-05.pt`, is called with it true.
+    The network gets images at the pipeline's resolution and scales them itself. If it has an integer attribute
+    `input_size`, they are scaled to that size first. If its forward has an argument `return_features`, as in NVIDIA's
+    `inception-2015-12-05.pt`, that is set to true.
 
     Raises:
-        InputError: where the file holds no TorchScript.
+        InputError: the file is not TorchScript.
     """
     try:
         module = torch.jit.load(path, map_location="cpu")
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"--features {path} is no TorchScript file: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--features {path} is not a TorchScript file: {str(error).splitlines()[0]}") from error
     input_size = getattr(module, "input_size", None)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     arguments = [argument.name for argument in module.forward.schema.arguments]
-    called = module
+    network = module
     if "return_features" in arguments:
-        called = _Call(module, lambda network, images: network(images, return_features=True))
-    return FeatureNetwork(path.name, called, int(input_size) if input_size else None, digest=digest)
+        network = _Call(module, lambda network, images: network(images, return_features=True))
+    return FeatureNetwork(path.name, network, int(input_size) if input_size else None, digest=digest)
 
 
 NETWORKS = {"efficientnet-lite0": efficientnet_lite0, "inception": inception, "dinov2": dinov2, "clip": clip}
 
 
 def load_feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """The network that `--features` names: one of `NETWORKS`, or the path of a TorchScript file.
+    """Load the network that `--features` names: one of `NETWORKS`, or the path of a TorchScript file.
 
     Raises:
-        InputError: for an unknown name, a file that is none, or weights that can't be had.
+        InputError: the name is unknown, the file is not TorchScript, or the weights can't be loaded.
     """
     others = [other for other in NETWORKS if other != name]
     if name in NETWORKS:
@@ -193,10 +193,10 @@ def load_feature_network(name: str, device: torch.device | str = "cpu") -> Featu
                 f"--features {name} needs a package that isn't installed (pip install {package}); "
                 f"or choose {', '.join(others)}, or the path of a TorchScript file"
             ) from error
-        except (OSError, RuntimeError) as error:  # no connection, or a download that broke off
+        except (OSError, RuntimeError) as error:  # no connection, or a failed download
             reason = textwrap.shorten(str(error), 160, placeholder=" ...")
             raise InputError(
-                f"--features {name}: its weights are not here and can't be downloaded ({reason}); "
+                f"--features {name}: its weights are not on this machine and can't be downloaded ({reason}); "
                 f"{DEFAULT_FEATURES} works offline, as does the path of a TorchScript file"
             ) from error
     elif os.path.isfile(name):
@@ -222,15 +222,15 @@ def extract_features(
     title: str = "features",
     mirrored: bool = False,
 ) -> torch.Tensor:
-    """Features `(N, D)` float32, on the CPU, of a data set or of `(N, H, W, 3)` uint8; a batch at a time in memory.
+    """Extract the features `(N, D)`, float32 on the CPU, of a data set or of images `(N, H, W, 3)` uint8.
 
     Args:
-        mirrored: of what a mirror shows.
+        mirrored: extract the features of the mirror images.
 
     Raises:
-        InputError: where the network doesn't take these images, or gives something else than finite `(B, D)`.
+        InputError: the network doesn't accept these images, or doesn't return finite features `(B, D)`.
     """
-    parts = []
+    batches = []
     with progress_bar(total=len(images), desc=title, unit=" images") as progress:
         for keys in torch.arange(len(images)).split(batch_size):
             batch = torch.from_numpy(uint8_images(images, keys.tolist(), mirrored))
@@ -238,16 +238,16 @@ def extract_features(
             try:
                 features = network(batch.to(network.device))
             except (RuntimeError, ValueError) as error:
-                reason = one_line(error)[-160:]  # TorchScript ends its own traceback with it
+                reason = one_line(error)[-160:]  # TorchScript puts the reason at the end of its own traceback
                 raise InputError(
                     f"--features {network.name} doesn't take uint8 images {tuple(batch.shape)}: {reason}"
                 ) from error
             if features.ndim != 2 or len(features) != len(batch) or not bool(features.isfinite().all()):
                 shape = tuple(features.shape)
                 raise InputError(f"--features {network.name} must give finite features (B, D), but gives {shape}")
-            parts.append(features.cpu())
+            batches.append(features.cpu())
             progress.update(len(batch))
-    return torch.cat(parts)
+    return torch.cat(batches)
 
 
 def load_or_extract_features(
@@ -258,20 +258,20 @@ def load_or_extract_features(
     batch_size: int = 64,
     mirrored: bool = False,
 ) -> torch.Tensor:
-    """Features `(N, D)` of a data set, from its file in `cache_dir`, or extracted and written there.
+    """Read the features `(N, D)` of a data set from its file in `cache_dir`, or extract and write them there.
 
-    A file of other images, another size or another network, or a torn one, is never used but made anew.
+    A file for other images, another size or another network is never used, nor is a damaged one. It is replaced.
 
     Raises:
-        InputError: a folder that can't be written.
+        InputError: the network doesn't accept these images, or the file can't be written.
     """
     splits = "+".join(dataset.splits) + (" in a mirror" if mirrored else "")
     name = f"features-{dataset.name}-{splits}-{dataset.resolution}px-{network.name}"
     path = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name)}.safetensors"
-    about = [FORMAT_VERSION, dataset.fingerprint, dataset.resolution, network.name, network.digest, network.input_size]
-    about += ["mirrored"] * mirrored
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    if path.is_file():  # no pipe, which would be waited for
+    origin = [FORMAT_VERSION, dataset.fingerprint, dataset.resolution, network.name, network.digest]
+    origin += [network.input_size] + ["mirrored"] * mirrored
+    key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
+    if path.is_file():  # reading a pipe would wait forever
         try:
             return read_tensors(path, key)[0]["features"]
         except UnusableCacheError as reason:

@@ -1,12 +1,12 @@
-"""Numbers, shares and durations as people read them, in the page, the card and pictures."""
+"""Formats numbers, percentages and durations for people."""
 
 import re
 
-LARGEST = 1e100  # of all numbers that are shown
+LARGEST = 1e100  # the largest number that is shown
 
 
 def number(value: object, decimals: int | None = None) -> str:
-    """A number for people: thousands apart, four digits that count unless `decimals` are asked for; else a dash."""
+    """A number with thousands separators and four significant digits, or `decimals`; a dash for anything else."""
     if not is_finite(value):
         return "–"
     if isinstance(value, int):
@@ -18,17 +18,17 @@ def number(value: object, decimals: int | None = None) -> str:
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a number, and one that can be drawn: beyond `LARGEST` nothing is measured, and axes overflow."""
+    """Whether the value is a number that can be drawn. Beyond `LARGEST`, plots overflow."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 def percent(value: object) -> str:
-    """A share between 0 and 1 as a percentage."""
+    """A share between 0 and 1 as a percentage, such as "12.3 %"; a dash for anything else."""
     return "–" if number(value) == "–" else f"{100 * value:.1f} %"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them, such as "1 h 32 min"."""
+    """A duration in words, such as "1 h 32 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, hours = round(seconds / 60), round(seconds / 3600, 1)
@@ -38,12 +38,12 @@ def duration(seconds: float) -> str:
 
 
 def count_of_parameters(value: int) -> str:
-    """Such as "12.3 million"."""
+    """A count of parameters in words, such as "12.3 million"."""
     if value >= 1_000_000:
         return f"{value / 1e6:.3g} million"
     return number(value)
 
 
 def joined(values: object) -> str:
-    """A list as text; anything else as it is."""
+    """A list as text with commas; any other value as its own text."""
     return ", ".join(map(str, values)) if isinstance(values, (list, tuple)) else str(values)

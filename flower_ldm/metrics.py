@@ -1,9 +1,8 @@
-"""Each metric once, as a row of a table: its function, its key in `metrics.json`, and all that is said of it.
+"""Every metric, as one row of a table: its function, its key in `metrics.json`, its title and how to read it.
 
-The tables stand at the end of the file: `METRICS` compare a set of images with held-out ones, by their features;
-`RECONSTRUCTION_METRICS` say what the autoencoder keeps of an image; `MEMORIZATION_METRICS` how many images are copies.
-The evaluation computes the rows; its table in the terminal, its sweep, the page and the card show them. All of these
-loop over the tables, so a new row appears everywhere.
+There are three tables, near the end of the file. `METRICS` compare a set of images with held-out images, by features.
+`RECONSTRUCTION_METRICS` measure how well the autoencoder reconstructs an image. `MEMORIZATION_METRICS` count copies of
+training images. Evaluation, terminal table, sweep, page and card loop over these tables, so a new row appears in each.
 
 Shapes: N images of a set, M held-out images, T training images, D features; B images of a batch, K classes.
 """
@@ -27,10 +26,10 @@ from .autoencoder_losses import PerceptualLoss, fidelity
 from .memorization import memorized
 
 PRECISION_NEIGHBORS, DENSITY_NEIGHBORS = 3, 5  # as in the papers
-MIN_IMAGES = DENSITY_NEIGHBORS + 1  # an image is no neighbor of its own
+MIN_IMAGES = DENSITY_NEIGHBORS + 1  # an image is not its own neighbor
 KID_SUBSETS, KID_MAX_SUBSET = 100, 500
-COPIED_DISTANCE = 0.1  # torchmetrics' cosine_distance_eps: from here on, nothing counts as memorized
-ROWS_AT_A_TIME = 1024  # of a distance matrix
+COPIED_DISTANCE = 0.1  # torchmetrics' cosine_distance_eps: from this distance on, MiFID has no penalty
+ROWS_AT_A_TIME = 1024  # rows of a distance matrix in memory
 
 
 # --- functions -------------------------------------------------------------------------------------------------------
@@ -39,29 +38,29 @@ ROWS_AT_A_TIME = 1024  # of a distance matrix
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     """Frechet distance of two Gaussians fitted to features `(N, D)` and `(M, D)` (Heusel et al. 2017, eq. 6).
 
-    Biased: the same distribution against itself gives more than 0, the more the fewer the images.
+    It is biased: two samples of the same distribution have a distance above 0, which grows as the samples shrink.
     """
     identity = nn.Identity()
     identity.num_features = features.shape[1]
     metric = FrechetInceptionDistance(feature=identity)
-    metric.update(reference.double(), real=True)  # in single precision the root of the product loses digits
+    metric.update(reference.double(), real=True)  # in float32 the matrix square root loses digits
     metric.update(features.double(), real=False)
     return max(0.0, metric.compute().item())
 
 
 def kid_subset_size(n: int) -> int:
-    """Half of n, at most 500: subsets of nearly all images would share most of them and hide the spread."""
+    """Half of n, at most 500. Larger subsets would share most of their images, and hide the spread."""
     return min(KID_MAX_SUBSET, n // 2)
 
 
 def kernel_distance(features: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> tuple[float, float]:
     """KID, the unbiased squared MMD with the kernel (x.y / D + 1)^3, and its spread (Binkowski et al. 2018, sec. 4).
 
-    Mean and standard deviation over 100 random subsets of `kid_subset_size` images.
+    They are the mean and the standard deviation over 100 random subsets of `kid_subset_size` images.
     """
     subset_size = kid_subset_size(min(len(features), len(reference)))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features: we do, too
+        warnings.simplefilter("ignore", UserWarning)  # about the memory for all features, which we hold anyway
         torch.manual_seed(seed)
         metric = KernelInceptionDistance(feature=nn.Identity(), subsets=KID_SUBSETS, subset_size=subset_size)
         metric.update(reference.double(), real=True)
@@ -82,23 +81,24 @@ def neighbor_radii(features: torch.Tensor, neighbors: Sequence[int]) -> list[tor
 def neighborhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     """Precision and recall (Kynkäänniemi et al. 2019, eq. 1, 2), density and coverage (Naeem et al. 2020, eq. 4, 5).
 
-    Of samples `(N, D)` against a reference `(M, D)`, with k = 3 for the first two and k = 5 for the others. Every
-    feature is first brought to the reference's mean 0 and deviation 1. Without that, noise lay as near to photographs
-    as they to each other (precision 0.96, all by two photographs that are far from the rest), since it hardly excites
-    the network at all: a point in the middle of a sphere is nearer to its surface than the points there to each other.
+    Samples `(N, D)` are compared with a reference `(M, D)`, with k = 3 neighbors for precision and recall, and k = 5
+    for density and coverage. All features are first standardized, to the reference's mean 0 and deviation 1. Without
+    that, pure noise had a precision of 0.96: it hardly excites the network, so its features lie in the middle of all
+    others, within the neighborhoods of two outlying photographs.
     """
     scaler = StandardScaler().fit(reference.double().numpy())
     features, reference = (torch.from_numpy(scaler.transform(rows.double().numpy())) for rows in (features, reference))
-    wide, wider = neighbor_radii(reference, (PRECISION_NEIGHBORS, DENSITY_NEIGHBORS))  # (M,) each
-    [own] = neighbor_radii(features, (PRECISION_NEIGHBORS,))  # (N,)
+    radii, density_radii = neighbor_radii(reference, (PRECISION_NEIGHBORS, DENSITY_NEIGHBORS))  # (M,) each
+    [sample_radii] = neighbor_radii(features, (PRECISION_NEIGHBORS,))  # (N,)
     precise = inside = 0.0
     recalled, covered = torch.zeros(2, len(reference), dtype=torch.bool)
-    for rows, radii in zip(features.split(ROWS_AT_A_TIME), own.split(ROWS_AT_A_TIME), strict=True):
+    batches = zip(features.split(ROWS_AT_A_TIME), sample_radii.split(ROWS_AT_A_TIME), strict=True)
+    for rows, rows_radii in batches:
         distances = torch.cdist(rows, reference)  # (B, M)
-        precise += (distances <= wide).any(dim=1).sum().item()
-        recalled |= (distances <= radii[:, None]).any(dim=0)
-        inside += (distances <= wider).sum().item()
-        covered |= (distances <= wider).any(dim=0)
+        precise += (distances <= radii).any(dim=1).sum().item()
+        recalled |= (distances <= rows_radii[:, None]).any(dim=0)
+        inside += (distances <= density_radii).sum().item()
+        covered |= (distances <= density_radii).any(dim=0)
     return {
         "precision": precise / len(features),
         "recall": recalled.double().mean().item(),
@@ -108,10 +108,11 @@ def neighborhood_metrics(features: torch.Tensor, reference: torch.Tensor) -> dic
 
 
 def memorization_distance(features: torch.Tensor, training: torch.Tensor) -> float:
-    """Mean over N images of 1 - |cos| to the nearest of T training images, by features `(N, D)`, `(T, D)`: MiFID's.
+    """The memorization distance of MiFID: the mean of 1 - |cos| to the nearest training image (Bai et al. 2021).
 
-    torchmetrics 1.9 has the sets the other way round: its mean is over training images, so that 1,020 exact copies of
-    7,169 photographs cost nothing. Here it is over the generated ones, as in the paper (Bai et al. 2021).
+    The mean is over the N generated images `(N, D)`, as in the paper; T training images `(T, D)` are searched.
+    torchmetrics 1.9 takes the mean over the training images instead. Then 1,020 exact copies of 7,169 photographs get
+    no penalty.
     """
     features = F.normalize(features.double())
     nearest = torch.zeros(len(features), dtype=torch.float64)
@@ -121,19 +122,19 @@ def memorization_distance(features: torch.Tensor, training: torch.Tensor) -> flo
 
 
 def informed_distance(frechet: float, features: torch.Tensor, training: torch.Tensor) -> float:
-    """MiFID (Bai et al. 2021): a Frechet distance, divided by the `memorization_distance` where that is below 0.1.
+    """MiFID (Bai et al. 2021): the Frechet distance, divided by the `memorization_distance` if that is below 0.1.
 
-    torchmetrics takes both to the same images. Here the Frechet distance is that to held-out images, as everywhere in
-    this protocol, since copies would lower one to training images; the penalty is for being near to training images,
-    since no others can have been memorized. By efficientnet-lite0, 1,020 training photographs of Oxford 102 Flowers
-    at 128 px are 0.20 from the other 6,149, clear of the threshold. Synthetic flowers at 32 px are not (0.09).
+    torchmetrics computes both against the same images. Here the Frechet distance is to held-out images, because copies
+    would lower a distance to training images. The penalty is for nearness to training images, because no others can
+    have been memorized. With efficientnet-lite0, 1,020 training photographs of Oxford 102 Flowers at 128 px have a
+    distance of 0.20 to the other 6,149, well above the threshold. Synthetic flowers at 32 px are below it (0.09).
     """
     distance = memorization_distance(features, training)
     return frechet / (distance + 1e-14) if distance < COPIED_DISTANCE else frechet  # torchmetrics' 1e-14
 
 
 def train_classifier(features: torch.Tensor, class_labels: torch.Tensor) -> Pipeline | None:
-    """A linear probe: multinomial logistic regression on standardized features of real images; None for one class."""
+    """A linear probe: logistic regression on standardized features of real images. None if there is only one class."""
     if len(class_labels.unique()) < 2:
         return None
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
@@ -141,7 +142,7 @@ def train_classifier(features: torch.Tensor, class_labels: torch.Tensor) -> Pipe
 
 
 def class_accuracy(classifier: Pipeline | None, features: torch.Tensor, class_labels: torch.Tensor) -> float | None:
-    """Share of images that the classifier takes for the class that they should be of."""
+    """The share of images for which the classifier predicts the intended class."""
     if classifier is None:
         return None
     return float((classifier.predict(features.numpy()) == class_labels.numpy()).mean())
@@ -152,13 +153,13 @@ def class_accuracy(classifier: Pipeline | None, features: torch.Tensor, class_la
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A set of images beside those that it is compared with. What several metrics share is computed once."""
+    """The features of a set of images, and those it is compared with. Values that metrics share are cached."""
 
     features: torch.Tensor  # (N, D)
-    class_labels: torch.Tensor  # (N,), of the classes that the images should be of
+    class_labels: torch.Tensor  # (N,), the intended class of each image
     reference: torch.Tensor  # (M, D), of held-out images
-    training: torch.Tensor  # (T, D), of the training images that these may be copies of; they are none of them
-    classifier: Pipeline | None  # has seen none of these images
+    training: torch.Tensor  # (T, D), of the training images to search for copies; without the images themselves
+    classifier: Pipeline | None  # trained without these images
 
     @cached_property
     def frechet_distance(self) -> float:
@@ -171,12 +172,12 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class ReconstructedBatch:
-    """Images beside what the autoencoder makes of them. What several metrics share is computed once."""
+    """Images and their reconstructions. Values that several metrics share are cached."""
 
     originals: torch.Tensor  # (B, 3, H, W) in [-1, 1]
     reconstruction: torch.Tensor  # (B, 3, H, W) in [-1, 1]
     class_labels: torch.Tensor  # (B,)
-    class_logits: torch.Tensor | None  # (B, K), by the autoencoder's head; `None` without one for these classes
+    class_logits: torch.Tensor | None  # (B, K), by the autoencoder's head; `None` if it has none for these classes
     perceptual: PerceptualLoss | None
 
     @cached_property
@@ -186,20 +187,20 @@ class ReconstructedBatch:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of images that is measured."""
+    """A set of images to measure."""
 
     key: str  # in metrics.json
-    name: str  # in a terminal and in legends
+    name: str  # in the terminal and in legends
     title: str  # in the page and the card
-    role: str = ""  # beside the others: what its numbers are for
+    role: str = ""  # what its numbers tell, beside those of the other sets
 
 
 REAL = ImageSet("real", "real training images", "Real images", "the floor")
 RECONSTRUCTIONS = ImageSet("reconstructions", "reconstructions", "Reconstructions", "the ceiling")
 SAMPLES = ImageSet("samples", "samples", "Samples", "the model")
 HELD_OUT = ImageSet("held_out", "held-out", "Held-out images")
-COMPARED_SETS = (REAL, RECONSTRUCTIONS, SAMPLES)  # with held-out images
-SEARCHED_SETS = (SAMPLES, HELD_OUT)  # for copies of training images; in held-out ones, the rate is chance
+COMPARED_SETS = (REAL, RECONSTRUCTIONS, SAMPLES)  # compared with held-out images
+SEARCHED_SETS = (SAMPLES, HELD_OUT)  # searched for copies of training images; the held-out rate is the chance level
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -207,18 +208,18 @@ SEARCHED_SETS = (SAMPLES, HELD_OUT)  # for copies of training images; in held-ou
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What is said of a number wherever it is shown."""
+    """The key, the names and the format of a number, for every place that shows it."""
 
     key: str  # in metrics.json
     title: str  # in the page, the card and pictures
-    short: str = ""  # in a terminal
-    decimals: int | None = None  # unset: four digits that count
+    short: str = ""  # its name in the terminal
+    decimals: int | None = None  # unset: four significant digits
     unit: str = ""
-    is_share: bool = False  # between 0 and 1: in percent, except in the page's and the card's table of metrics
-    headline: str = ""  # its name on the page's first screen, "{n}" in it for how many samples; unset: it isn't there
+    is_share: bool = False  # a share from 0 to 1, shown in percent except in the metric tables of page and card
+    headline: str = ""  # its name on the page's first screen, with "{n}" for the number of samples; unset: not there
     headline_decimals: int = 1
-    hub_type: str = ""  # the Hub's type of metric, for the card's metadata; unset: it isn't there
-    hub_title: str = ""  # its name there; unset: the title
+    hub_type: str = ""  # the Hub's metric type, for the card's metadata; unset: not there
+    hub_title: str = ""  # its name in that metadata; unset: the title
 
     @property
     def title_with_unit(self) -> str:
@@ -231,14 +232,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(Row):
-    """A comparison of a set of images with held-out ones."""
+    """A metric that compares a set of images with held-out images."""
 
     better: Literal["lower", "higher"]
     note: str  # how to read it
-    measure: Callable[[Comparison], float | tuple[float, float] | None]  # where it has a spread, with that
+    measure: Callable[[Comparison], float | tuple[float, float] | None]  # (value, spread) with has_spread
     has_spread: bool = False
-    is_swept: bool = False  # over guidance and steps, too
-    caution: str = ""  # to be said where the images are not more than the features; unset: few images do no harm
+    is_swept: bool = False  # the sweep over guidance and steps measures it too
+    caution: str = ""  # a warning for when there are no more images than features; unset: no warning is needed
 
     @property
     def spread_key(self) -> str:
@@ -247,58 +248,60 @@ class Metric(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionMetric(Row):
-    """A number of what the autoencoder keeps, from the evaluation, from stage 1's own validation, or from both.
+    """A metric of the reconstructions, measured by the evaluation, by the validation of stage 1, or by both.
 
-    The evaluation takes it from images, as a mean over all, or from the features of all reconstructions and originals.
+    The evaluation computes it from images, as the mean over all, or from features of reconstructions and originals.
     """
 
-    key: str = ""  # in the evaluation's entry; unset: not measured there
-    stage1_key: str = ""  # in the metrics.json of stage 1; unset: not measured there
-    stage1_title: str = ""  # of what is measured there; unset: the title
+    key: str = ""  # in the evaluation's entry; unset: the evaluation doesn't measure it
+    stage1_key: str = ""  # in the metrics.json of stage 1; unset: stage 1 doesn't measure it
+    stage1_title: str = ""  # title of stage 1's value; unset: the same title
     of_images: Callable[[ReconstructedBatch], torch.Tensor | None] | None = None  # (B,)
     of_features: Callable[[torch.Tensor, torch.Tensor], float] | None = None
-    names_network: bool = False  # in metrics.json it stands beside the name of the network that it depends on
+    names_network: bool = False  # its entry in metrics.json also names the network that it depends on
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorizationMetric(Row):
-    """A number of images that are copies of training images."""
+    """A metric that counts copies of training images."""
 
-    measure: Callable[[dict[str, torch.Tensor]], float | int]  # of what `TrainingNeighbors.search` has found
-    by_features: bool = False  # so it depends on the feature network
+    measure: Callable[[dict[str, torch.Tensor]], float | int]  # takes the result of `TrainingNeighbors.search`
+    by_features: bool = False  # it depends on the feature network
 
 
 SINGULAR = (
-    "covariances are singular and Frechet distances biased upwards; compare them at this n and these features only"
+    "covariances are singular and Frechet distances too high; compare them only at this n and with these features"
 )
 METRICS = (
     Metric(
         key="frechet_distance", title="Fréchet distance", short="Frechet", better="lower", decimals=2,
-        note="How far the features of two sets lie apart, each set taken as a Gaussian cloud. It shrinks as n grows: "
+        note="The distance between the features of two sets, each described as a Gaussian. It shrinks as n grows, so "
         "compare it only at the same n and with the same feature network.",
         measure=lambda compared: compared.frechet_distance,
         is_swept=True, caution=SINGULAR, headline="Fréchet distance, n = {n}", hub_type="frechet_distance",
     ),
     Metric(
         key="kid", title="KID", short="KID", better="lower", decimals=5,
-        note="The same question asked with a kernel, without that bias: about 0 where two sets can't be told apart. "
-        "What stands after ± is its spread over random subsets.",
+        note="Another distance between the features, without that bias: it is about 0 for two sets that can't be told "
+        "apart. The number after ± is its spread over random subsets.",
         measure=lambda compared: kernel_distance(compared.features, compared.reference),
         has_spread=True, is_swept=True, hub_type="kid",
     ),
     Metric(
         key="precision", title="Precision", short="precision", better="higher", decimals=3,
-        note="The share of a set's images that fall among the held-out ones; low where many look like no photograph.",
+        note="The share of the set's images that lie among the held-out images. It is low if many look unlike "
+        "photographs.",
         measure=lambda compared: compared.neighborhoods["precision"], hub_type="precision",
     ),
     Metric(
         key="recall", title="Recall", short="recall", better="higher", decimals=3,
-        note="The share of held-out images that fall among the set's; low where part of the variety is missing.",
+        note="The share of held-out images that lie among the set's images. It is low if part of the variety is "
+        "missing.",
         measure=lambda compared: compared.neighborhoods["recall"], hub_type="recall",
     ),
     Metric(
         key="density", title="Density", short="density", better="higher", decimals=3,
-        note="Precision that counts how many held-out images each image is a neighbor of, so that outliers matter "
+        note="Like precision, but it counts the held-out images that each image is a neighbor of, so outliers matter "
         "less. It can exceed 1.",
         measure=lambda compared: compared.neighborhoods["density"], hub_type="density",
     ),
@@ -309,15 +312,15 @@ METRICS = (
     ),
     Metric(
         key="class_accuracy", title="Class accuracy", short="class acc.", better="higher", decimals=3, is_share=True,
-        note="How often a classifier trained on real images alone names the class that was asked for.",
+        note="How often a classifier, trained on real images alone, predicts the requested class.",
         measure=lambda compared: class_accuracy(compared.classifier, compared.features, compared.class_labels),
         is_swept=True, headline="Class accuracy", hub_type="accuracy",
     ),
     Metric(
         key="mifid", title="MiFID", short="MiFID", better="lower", decimals=2,
         note="The Fréchet distance with a penalty for copies: it is divided by the mean cosine distance to the "
-        "nearest training image where that is below 0.1. Real images and reconstructions are held against training "
-        "images other than their own. Where even real images are penalized, the data are too alike for it to show "
+        "nearest training image if that is below 0.1. Real images and reconstructions are compared with training "
+        "images other than their own. If even real images get a penalty, the data are too similar for it to show "
         "copies.",
         measure=lambda compared: informed_distance(compared.frechet_distance, compared.features, compared.training),
         caution=SINGULAR, hub_type="mifid",
@@ -351,7 +354,7 @@ RECONSTRUCTION_METRICS = (
         (batch.class_logits.argmax(dim=1).cpu() == batch.class_labels).float(),
         hub_type="accuracy", hub_title="Accuracy of the classifier head",
     ),
-    ReconstructionMetric(  # in the terminal alone
+    ReconstructionMetric(  # without a title: shown only in the terminal
         key="frechet_distance", title="", short="Frechet distance to themselves", decimals=2,
         of_features=frechet_distance,
     ),
@@ -379,7 +382,7 @@ MEMORIZATION_METRICS = (
 
 
 def measure_set(compared: Comparison, swept_only: bool = False) -> dict[str, float | int | None]:
-    """The entry of one set of images: how many they are, and each metric, or those alone that a sweep measures."""
+    """The entry of one set of images: its size, and every metric, or only those of a sweep."""
     entry = {"n": len(compared.features), "n_reference": len(compared.reference)}
     for metric in METRICS:
         if metric.is_swept or not swept_only:
@@ -392,23 +395,23 @@ def measure_set(compared: Comparison, swept_only: bool = False) -> dict[str, flo
 
 
 def measure_reconstructed(batch: ReconstructedBatch) -> dict[str, torch.Tensor]:
-    """Each metric that takes images, `(B,)`, but for those that these images or this autoencoder don't have."""
+    """Every metric that is computed from images, `(B,)`, except those that this autoencoder doesn't have."""
     values = {metric.key: metric.of_images(batch) for metric in RECONSTRUCTION_METRICS if metric.of_images}
     return {key: value.cpu() for key, value in values.items() if value is not None}
 
 
 def memorization_rates(found: dict[str, torch.Tensor]) -> dict[str, float | int]:
-    """The entry of those images for which `TrainingNeighbors.search` has found this."""
+    """The memorization entry of a set of images, from the result of `TrainingNeighbors.search`."""
     return {"n": len(found["is_copy"])} | {metric.key: metric.measure(found) for metric in MEMORIZATION_METRICS}
 
 
 def smallest_n(entries: Iterable[dict]) -> int:
-    """Of the sets in these entries and of what they are compared with."""
+    """The size of the smallest set of images in these entries, reference sets included."""
     return min(entry[size] for entry in entries for size in ("n", "n_reference"))
 
 
 def cautions(n: int, num_features: int) -> list[str]:
-    """What the metrics that few images bias say of this smallest set; nothing where it is large enough."""
+    """Warnings about metrics that are biased because the smallest set has only n images. Empty if n is enough."""
     if n > num_features:
         return []
     reasons = dict.fromkeys(metric.caution for metric in METRICS if metric.caution)
@@ -416,10 +419,10 @@ def cautions(n: int, num_features: int) -> list[str]:
 
 
 def protocol_remarks(n: int) -> list[str]:
-    """How the metrics are computed that others compute otherwise, with a smallest set of this size."""
+    """Explanations of the metrics that others compute differently; n is the size of the smallest set."""
     return [
-        f"KID is the mean over {KID_SUBSETS} random subsets of at most {kid_subset_size(n)} images, its spread their "
-        "deviation; the classifier has seen none of the images in this table",
-        "precision, recall, density and coverage: every feature is first brought to the held-out images' mean 0 and "
-        "deviation 1, so they don't compare with figures elsewhere; memorization: each image as it is and mirrored",
+        f"KID is the mean over {KID_SUBSETS} random subsets of at most {kid_subset_size(n)} images, and its spread is "
+        "their standard deviation; the classifier has seen none of the images in this table",
+        "precision, recall, density and coverage use features standardized by the held-out images, so they can't be "
+        "compared with figures elsewhere; memorization is searched for in each image and in its mirror image",
     ]

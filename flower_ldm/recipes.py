@@ -1,4 +1,4 @@
-"""The flags of both training scripts with their traits, recipes in YAML, and the command that trains a run again."""
+"""The flags of both training scripts with their traits, YAML recipes, and the command that repeats a training."""
 
 import argparse
 import difflib
@@ -20,7 +20,7 @@ from .files import SpellingLoader, parse_yaml, path_or_hub_id, path_text, withou
 from .flags import NOT_NEGATIVE, POSITIVE, SEED, SHARE, Flag, FlagParser, as_it_is
 from .pipelines.pipeline_flower_ldm import GUIDANCE_SCALE
 
-# diffusers' schedules that these flags can describe.
+# The schedules of diffusers that need no more than these flags.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 STAGES = ("autoencoder", "latent_diffusion")
 SWITCH = argparse.BooleanOptionalAction
@@ -30,11 +30,11 @@ SWITCH = argparse.BooleanOptionalAction
 
 
 def training_parser(stage: str, description: str = "") -> FlagParser:
-    """The flags of the script that trains this stage, one of `STAGES`."""
+    """The parser of the script that trains this stage, one of `STAGES`."""
     parser = FlagParser(description=description)
     parser.flag(
         "--config", type=path_text, may_change=True, is_read=True, in_command=False,
-        help="YAML recipe with sections common, autoencoder, latent_diffusion; flags given here win",
+        help="YAML recipe with sections common, autoencoder, latent_diffusion; flags on the command line win",
     )  # fmt: skip
     DataOptions.add_flags(parser, resolution=64)
     add_run_flags(parser)
@@ -49,12 +49,12 @@ def training_parser(stage: str, description: str = "") -> FlagParser:
 
 
 def add_run_flags(parser: FlagParser) -> None:
-    """Where a run goes and how it computes."""
+    """The output folder, and how the run computes."""
     flag = parser.flag
     flag("--dataloader_num_workers", type=int, default=2, bounds=NOT_NEGATIVE, may_change=True, public=as_it_is)
     flag("--output_dir", type=path_text, may_change=True, help="results/autoencoder or results/flower-ldm unless set")
     flag("--overwrite_output_dir", action=SWITCH, default=False, may_change=True, in_command=False, marks_run=True,
-         help="replace the run that is there")  # fmt: skip
+         help="delete the run in --output_dir and start a new one")  # fmt: skip
     flag("--seed", type=int, default=0, bounds=SEED, public=as_it_is)
     flag("--mixed_precision", choices=["no", "fp16", "bf16", "auto"], may_change=True, public=as_it_is,
          help="auto: bf16 where the device has instructions for it, else no; unset: accelerate's")  # fmt: skip
@@ -64,7 +64,7 @@ def add_run_flags(parser: FlagParser) -> None:
 
 
 def add_optimization_flags(parser: FlagParser) -> None:
-    """Batches, updates, learning rate, and the model's own config."""
+    """Batches, updates, learning rate, and the config of the model."""
     flag = parser.flag
     flag("--train_batch_size", type=int, default=64, bounds=POSITIVE, may_change=True, public=as_it_is,
          help="per process and micro-batch")  # fmt: skip
@@ -79,7 +79,7 @@ def add_optimization_flags(parser: FlagParser) -> None:
     flag("--max_grad_norm", type=float, default=1.0, bounds=POSITIVE, public=as_it_is)
     flag("--ema_decay", type=float, default=0.999, bounds=SHARE, public=as_it_is, marks_run=True)
     flag("--model_config", type=path_text, may_change=True, is_read=True,
-         help="JSON file with arguments of the model's class")  # fmt: skip
+         help="JSON file with arguments for the class of the model")  # fmt: skip
 
 
 def add_checkpoint_flags(parser: FlagParser) -> None:
@@ -87,14 +87,14 @@ def add_checkpoint_flags(parser: FlagParser) -> None:
     flag = parser.flag
     flag("--checkpointing_steps", type=int, default=1000, bounds=POSITIVE, may_change=True, public=as_it_is)
     flag("--checkpoints_total_limit", type=int, bounds=POSITIVE, may_change=True, public=as_it_is, marks_run=True,
-         help="keep only the newest; unset: all")  # fmt: skip
+         help="keep only this many of the newest; unset: keep all")  # fmt: skip
     flag("--resume_from_checkpoint", "--checkpoint_path", type=path_text, may_change=True, is_read=True,
-         in_command=False, help="latest, or a checkpoint folder")  # fmt: skip
+         in_command=False, help="latest, or the folder of a checkpoint")  # fmt: skip
     flag("--validation_steps", "--visualize_every", type=int, default=1000, bounds=POSITIVE, may_change=True,
          public=as_it_is)  # fmt: skip
     flag("--logging_steps", type=int, default=50, bounds=POSITIVE, may_change=True, public=as_it_is)
     flag("--final_pictures", action=SWITCH, default=True, may_change=True, public=as_it_is, marks_run=True,
-         help="at the end: maps of the latents, denoising paths, animations")  # fmt: skip
+         help="at the end, save maps of the latents, denoising paths and animations")  # fmt: skip
     flag("--report_to", default="tensorboard", may_change=True, help="tensorboard, wandb, trackio, all or none")
 
 
@@ -102,84 +102,84 @@ def add_hub_flags(parser: FlagParser) -> None:
     """The upload at the end of a run."""
     flag = parser.flag
     flag("--push_to_hub", action=SWITCH, default=False, may_change=True,
-         help="upload the model, its code and pictures at the end")  # fmt: skip
+         help="at the end, upload the model, its code and its pictures")  # fmt: skip
     flag("--hub_model_id", may_change=True,
          help="user/name, or a name in your own namespace; unset: the name of --output_dir")  # fmt: skip
     flag("--hub_private_repo", action=SWITCH, default=False, may_change=True,
-         help="make the repository private, where it is new")  # fmt: skip
+         help="create the Hub repository as a private one")  # fmt: skip
 
 
 def add_autoencoder_flags(parser: FlagParser) -> None:
-    """Stage 1's own. At weight 0 of what needs them, VGG16, the discriminator and the head are never built."""
+    """The flags of stage 1 alone. VGG16, the discriminator or the head isn't built if its losses have weight 0."""
     parser.set_defaults(output_dir="results/autoencoder")
     flag = parser.flag
     flag("--pixel_weight", type=float, default=1.0, bounds=NOT_NEGATIVE, public=as_it_is)
     flag("--perceptual_weight", type=float, default=0.5, bounds=NOT_NEGATIVE, public=as_it_is)
     flag("--kl_weight", type=float, default=1e-4, bounds=NOT_NEGATIVE, public=as_it_is,
-         help="of nats per latent element")  # fmt: skip
+         help="weight of the KL loss, in nats per latent element")  # fmt: skip
     flag("--adversarial_weight", type=float, default=0.1, bounds=NOT_NEGATIVE, public=as_it_is)
     flag("--classification_weight", type=float, default=0.01, bounds=NOT_NEGATIVE, public=as_it_is)
     flag("--center_weight", type=float, default=0.01, bounds=NOT_NEGATIVE, public=as_it_is)
     flag("--repulsion_weight", type=float, default=0.01, bounds=NOT_NEGATIVE, public=as_it_is)
-    # how the losses are used
+    # the course of the losses
     flag("--adaptive_weight", action=SWITCH, default=True, public=as_it_is,
-         help="balance the adversarial loss by gradient norms before its weight")  # fmt: skip
+         help="balance the adversarial loss by gradient norms before its weight applies")  # fmt: skip
     flag("--adaptive_weight_steps", type=int, default=16, bounds=POSITIVE, public=as_it_is,
-         help="updates between two measurements of that balance")  # fmt: skip
+         help="updates between two measurements of this balance")  # fmt: skip
     flag("--disc_start", type=int, default=1000, bounds=NOT_NEGATIVE, public=as_it_is,
          help="update at which the discriminator starts")  # fmt: skip
     flag("--loss_ramp_steps", type=int, default=500, bounds=NOT_NEGATIVE, public=as_it_is,
-         help="updates over which a loss other than pixel and KL rises")  # fmt: skip
+         help="updates over which each loss other than pixel and KL rises to its weight")  # fmt: skip
     flag("--disc_learning_rate", type=float, default=3e-4, bounds=POSITIVE, public=as_it_is)
     flag("--perceptual_every", type=int, default=1, bounds=POSITIVE, public=as_it_is,
-         help="every how many-th image of a batch VGG16 sees")  # fmt: skip
+         help="show VGG16 only every N-th image of a batch")  # fmt: skip
     flag("--vgg_weights", type=path_text, may_change=True, is_read=True,
-         help="a local file with torchvision's VGG16")  # fmt: skip
+         help="local file with torchvision's weights of VGG16")  # fmt: skip
 
 
 def add_latent_diffusion_flags(parser: FlagParser) -> None:
-    """Stage 2's own."""
+    """The flags of stage 2 alone."""
     parser.set_defaults(output_dir="results/flower-ldm", train_batch_size=128)
     flag = parser.flag
     flag("--autoencoder", type=path_or_hub_id, default="results/autoencoder", may_change=True, is_read=True,
-         help="stage 1's output folder, or a Hub id")  # fmt: skip
+         help="output folder of stage 1, or a Hub id")  # fmt: skip
     flag("--latent_cache_dir", type=path_text, may_change=True, is_read=True,
-         help="in --output_dir unless set; share it between runs on the same latents")  # fmt: skip
+         help="folder of cached latents, to share them between runs; unset: in --output_dir")  # fmt: skip
     # the diffusion
     flag("--prediction_type", choices=PREDICTION_TYPES, default="v_prediction", public=as_it_is)
     flag("--beta_schedule", choices=BETA_SCHEDULES, default="squaredcos_cap_v2", public=as_it_is)
     flag("--zero_terminal_snr", action=SWITCH, default=False, public=as_it_is,
          help="the last timestep is pure noise")  # fmt: skip
     flag("--snr_gamma", type=float, default=5.0, bounds=NOT_NEGATIVE, public=as_it_is,
-         help="min-SNR loss weights; 0: all timesteps weigh alike")  # fmt: skip
+         help="gamma of the min-SNR loss weights; 0: all timesteps weigh the same")  # fmt: skip
     flag("--label_dropout", type=float, default=0.1, bounds=SHARE, public=as_it_is,
          help="share of labels dropped, for classifier-free guidance")  # fmt: skip
     # previews
     flag("--guidance_scale", type=float, default=GUIDANCE_SCALE, may_change=True, public=as_it_is,
-         help="of the previews, and kept in the pipeline as its default; 1 means off")  # fmt: skip
+         help="guidance of the previews, and the default of the saved pipeline; 1 means off")  # fmt: skip
 
 
-# --- what holds of a run's flags -------------------------------------------------------------------------------------
+# --- the flags of a run ----------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def training_flags() -> dict[str, Flag]:
-    """Every flag of both scripts, by its name in `args.yaml`."""
+    """All flags of both scripts, by their names in `args.yaml`."""
     return {name: flag for stage in STAGES for name, flag in training_parser(stage).flags.items()}
 
 
 def flag_of(name: str) -> Flag:
-    """The traits of a flag in some `args.yaml`; of one that neither script has, those of a flag without traits."""
+    """The traits of a flag in an `args.yaml`. A flag that neither script has gets the default traits."""
     return training_flags().get(name, Flag())
 
 
 def marks_of_a_run() -> frozenset[str]:
-    """Flags that every run keeps in its `args.yaml`; no other program has all of them."""
+    """The flags that every run has in its `args.yaml`, and that no other program has together."""
     return frozenset(name for name, flag in training_flags().items() if flag.marks_run)
 
 
 def public_flags(args: dict) -> dict:
-    """What everybody may see of a run's flags."""
+    """The flags of a run that everybody may see, with their public values."""
     shown = {}
     for name, value in args.items():
         if public := flag_of(name).public:
@@ -188,84 +188,87 @@ def public_flags(args: dict) -> dict:
 
 
 def shared_defaults() -> dict[str, object]:
-    """The defaults that both scripts have in common, by flag."""
+    """The flags that have the same default in both scripts, and these defaults."""
     first, second = map(training_parser, STAGES)
     shared = first.flags.keys() & second.flags.keys()
     return {name: first.get_default(name) for name in shared if first.get_default(name) == second.get_default(name)}
 
 
 def training_command(args: dict, script: str) -> str:
-    """The command line that gives these flags, each quoted for a shell.
+    """The command line that sets these flags, quoted for a shell.
 
-    A flag is left out where both scripts have its value by default. So is what belongs to one folder's history, and
-    the recipe: all that it said is among the flags.
+    Three kinds of flags are left out: those whose value is the default of both scripts, those that concern one
+    folder's history, and `--config`, because the recipe's values are among the flags.
     """
     defaults = shared_defaults()
-    words = [f"python {script}"]
+    arguments = [f"python {script}"]
     for name, value in args.items():
         unset = value is None or value == []
         if unset or not flag_of(name).in_command or (name in defaults and value == defaults[name]):
             continue
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+            arguments.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
-            words.append(" ".join([f"--{name}", *(shlex.quote(str(item)) for item in value)]))
+            arguments.append(" ".join([f"--{name}", *(shlex.quote(str(item)) for item in value)]))
         elif str(value).startswith("-"):
-            words.append(shlex.quote(f"--{name}={value}"))
+            arguments.append(shlex.quote(f"--{name}={value}"))
         else:
-            words.append(f"--{name} {shlex.quote(str(value))}")
-    return join_on_lines(words)
+            arguments.append(f"--{name} {shlex.quote(str(value))}")
+    return join_on_lines(arguments)
 
 
 def fold_command(command: str | list) -> str:
-    """A command line, or its words, on lines that fit the page: a flag and its values stay together."""
+    """Break a command line, or its list of words, into lines of the page's width. A flag keeps its values."""
     try:
         words = shlex.split(command) if isinstance(command, str) else list(map(str, command))
-    except ValueError:  # no line for a shell
+    except ValueError:  # not a valid shell command
         return str(command)
     flags = [index for index, word in enumerate(words) if word.startswith("--")]
     bounds = [0, *flags, len(words)]
     return join_on_lines([shlex.join(words[start:end]) for start, end in itertools.pairwise(bounds)])
 
 
-def join_on_lines(words: list[str], width: int = 80) -> str:
-    """Words on lines of about `width`, joined by backslashes."""
-    lines = [words[0]]
-    for word in words[1:]:
-        if len(lines) == 1 or len(lines[-1]) + len(word) > width:
-            lines.append(f"    {word}")
+def join_on_lines(arguments: list[str], width: int = 80) -> str:
+    """Join arguments to lines of about `width` characters, with backslashes between the lines."""
+    lines = [arguments[0]]
+    for argument in arguments[1:]:
+        if len(lines) == 1 or len(lines[-1]) + len(argument) > width:
+            lines.append(f"    {argument}")
         else:
-            lines[-1] += f" {word}"
+            lines[-1] += f" {argument}"
     return " \\\n".join(lines)
 
 
-# --- flags over recipe over defaults ---------------------------------------------------------------------------------
+# --- the command line, the recipe and the defaults -------------------------------------------------------------------
 
 
 def parse_arguments(stage: str, argv: list[str] | None = None, description: str = "") -> argparse.Namespace:
-    """The flags of the script that trains this stage: those given over those of the recipe over the defaults.
+    """Parse the flags of a stage's script. The command line wins over the recipe, the recipe over the defaults.
 
     Raises:
-        InputError: for an unknown flag or recipe key, or a value that can't be right.
+        InputError: a flag or a key of the recipe is unknown, or a value is not allowed.
     """
     parser = training_parser(stage, description)
     argv = sys.argv[1:] if argv is None else argv
     recipe = parser.parse_known_args(argv)[0].config
     args = parser.parse_args((read_recipe(parser, Path(recipe), stage) if recipe else []) + argv)
     if is_given(argv, parser, "num_train_epochs") and not is_given(argv, parser, "max_train_steps"):
-        args.max_train_steps = None  # the recipe's, which would win over the flag
+        args.max_train_steps = None  # else the recipe's would win over the flag
     check_trackers(args.report_to)
     return args
 
 
 def is_given(argv: list[str], parser: FlagParser, name: str) -> bool:
-    """Whether a flag is among the words of the command line, by any of its spellings."""
+    """Whether the command line has a flag, in any of its spellings."""
     actions = parser._option_string_actions
     return any(word in actions and actions[word].dest == name for word in (word.partition("=")[0] for word in argv))
 
 
 def check_trackers(report_to: str) -> None:
-    """Refuse a tracker that accelerate doesn't know, or would leave out in silence because it isn't installed."""
+    """Raise `InputError` for a tracker that accelerate doesn't know, or that isn't installed.
+
+    accelerate itself would silently leave it out.
+    """
     installed = [str(tracker) for tracker in get_available_trackers()]
     if report_to not in ("all", "none", *installed):
         raise InputError(
@@ -279,16 +282,16 @@ SECTIONS = ("common", *STAGES)
 
 
 def read_recipe(parser: FlagParser, path: Path, section: str) -> list[str]:
-    """A recipe's sections `common` and `section` as the command-line words they stand for.
+    """Read the sections `common` and `section` of a recipe as command-line arguments.
 
-    Values keep their spelling, since YAML would read 010 as 8, 1.10 as 1.1 and yes as true: the flags know their
-    types. Its `model_config` is a path relative to the recipe.
+    Values keep their spelling, because YAML would read 010 as 8, 1.10 as 1.1 and yes as true. The flags convert them
+    to their own types. A `model_config` is a path relative to the recipe.
 
     Raises:
-        InputError: for what is no recipe, an unknown key, what is written twice, and what no flag takes.
+        InputError: the file is not a recipe, a key is unknown or occurs twice, or no flag accepts a value.
     """
     if not os.path.isfile(path):
-        raise InputError(f"--config {path} is no file")
+        raise InputError(f"--config {path} is not a file")
     try:
         recipe = parse_yaml(path.read_bytes(), yaml.compose, SpellingLoader)
     except OSError as error:
@@ -301,21 +304,21 @@ def read_recipe(parser: FlagParser, path: Path, section: str) -> list[str]:
         if action.dest not in ("config", "help") and not option.startswith("--no-")
     }
     sections = entries(path, recipe, "the recipe", SECTIONS)
-    for name, node in sections.items():  # the other script's flags are its own to know
+    for name, node in sections.items():  # the keys of the other script's section are checked by that script
         entries(path, node, f"section '{name}'", None)
-    found: dict[str, tuple[str, yaml.Node]] = {}  # key and value by the flag, which may have two spellings
-    for name in ("common", section):  # the second one wins
+    found: dict[str, tuple[str, yaml.Node]] = {}  # (key, value) by flag; a flag may have two spellings
+    for name in ("common", section):  # the second section wins
         own = entries(path, sections.get(name), f"section '{name}'", flags)
         by_flag = {flags[key].dest: (key, value) for key, value in own.items()}
         if len(by_flag) < len(own):
             twice = [key for key in own if (key, own[key]) not in by_flag.values()]
             raise InputError(f"{path}: '{twice[0]}' and '{by_flag[flags[twice[0]].dest][0]}' are one flag: keep one")
         found |= by_flag
-    return [word for key, value in found.values() for word in command_words(path, flags[key], key, value)]
+    return [item for key, value in found.values() for item in entry_arguments(path, flags[key], key, value)]
 
 
 def entries(path: Path, node: yaml.Node | None, name: str, known: Container[str] | None) -> dict[str, yaml.Node]:
-    """The keys of one level of a recipe, and their values; none where it is left empty."""
+    """The keys and values of one level of a recipe. An empty level has none."""
     if node is None or is_unset(node):
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -338,12 +341,12 @@ def entries(path: Path, node: yaml.Node | None, name: str, known: Container[str]
 
 
 def is_unset(node: yaml.Node) -> bool:
-    """Whether a value is left empty, or `null`, without quotes."""
+    """Whether a value is empty or `null`, and not in quotes."""
     return isinstance(node, yaml.ScalarNode) and node.style is None and node.value.lower() in ("", "~", "null")
 
 
-def command_words(path: Path, flag: argparse.Action, key: str, node: yaml.Node) -> list[str]:
-    """One entry of a recipe as the words of a command line; none where it is unset."""
+def entry_arguments(path: Path, flag: argparse.Action, key: str, node: yaml.Node) -> list[str]:
+    """One entry of a recipe as command-line arguments. An unset entry gives none."""
     where = f"{path}, line {node.start_mark.line + 1}: '{key}'"
     is_list = isinstance(node, yaml.SequenceNode)
     for item in node.value if is_list else [node]:
@@ -362,9 +365,9 @@ def command_words(path: Path, flag: argparse.Action, key: str, node: yaml.Node) 
         items = [item.value for item in node.value]
         if flag.nargs is None:
             raise InputError(f"{where} takes one value, not a list")
-        if wrong := [item for item in items if not item or item.startswith("-")]:  # it would end the list, as a flag
-            raise InputError(f"{where} can't hold {wrong[0]!r}; a class has an index, too")
+        if wrong := [item for item in items if not item or item.startswith("-")]:  # argparse would take it for a flag
+            raise InputError(f"{where} can't hold {wrong[0]!r}; a class can be named by its index")
         return [f"--{key}", *items]
-    # A recipe and its model travel together: the path is seen from the recipe, not from where one stands.
+    # The path is relative to the recipe, not to the working directory, so that the two files can be moved together.
     value = str(path.parent / os.path.expanduser(node.value)) if key == "model_config" else node.value
     return [f"--{key}={value}"]

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that ends with the run, or with its process, however that ends."""
+"""A lock that allows one run at a time in a folder. It ends with the run, or with the process in any case."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ HELD: dict[Path, int] = {}  # this process's open lock files, by path; closing o
 
 @contextmanager
 def locks_released() -> Iterator[None]:
-    """Around a run: release the locks that it takes, so that the same process can start another run there."""
+    """At the end of this context, release the locks taken within it. The process can then start another run there."""
     before = set(HELD)
     try:
         yield
@@ -30,12 +30,13 @@ def locks_released() -> Iterator[None]:
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep other processes' runs out of a folder, until `locks_released` or this process ends. The file stays, empty.
+    """Keep runs of other processes out of a folder, until `locks_released` or this process ends.
 
-    It is a record lock, which the data loader's workers don't inherit: they may outlive a killed run by seconds.
+    It is a record lock, so the data loader's workers, which may outlive a killed run by seconds, don't inherit it. The
+    empty lock file stays in the folder.
 
     Raises:
-        InputError: another run is at work there, or something else has the lock file's name.
+        InputError: another run uses the folder, or the lock file's name belongs to something else.
     """
     path = folder.resolve() / LOCK
     if path in HELD and path.exists() and os.path.samestat(os.fstat(HELD[path]), path.stat()):
@@ -46,15 +47,15 @@ def lock_folder(folder: Path) -> None:
         raise InputError(f"--output_dir {folder}: its {LOCK} can't be opened ({one_line(error)})") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise InputError(f"--output_dir {folder}: its {LOCK} is no file; remove it")
+        raise InputError(f"--output_dir {folder}: its {LOCK} is not a file; remove it")
     HELD[path] = handle
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system, or a system, without locks
-            print(f"{folder} can't be locked ({one_line(error)}): start no second run there while this one is at work")
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # the system or the file system has no locks
+            print(f"{folder} can't be locked ({one_line(error)}): start no second run there while this one runs")
             return
         os.close(HELD.pop(path))
         raise InputError(

@@ -1,4 +1,4 @@
-"""A run's folder: what our scripts write into it, and whether a folder is a run of ours and holds nothing else."""
+"""The folder of a run: the files that our scripts write there, and tests whether a folder holds a run and no more."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from .formatting import is_finite, number
 from .recipes import marks_of_a_run, training_flags
 from .run_lock import LOCK
 
-# A card with this line was written by a run; one without is somebody's own.
+# A run wrote the card if it has this line; otherwise it belongs to the user, and is never overwritten.
 CARD_MARK = "<!-- Written by flower_ldm. Take this line out, and your changes will not be overwritten. -->"
 
 
@@ -32,17 +32,17 @@ CARD_MARK = "<!-- Written by flower_ldm. Take this line out, and your changes wi
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file, or one of several alike, that a run or its evaluation writes into the run's folder.
+    """A kind of file that a run or its evaluation writes into the run's folder.
 
     Attributes:
-        name: where it lies in the folder. A star stands for what tells several apart, such as the class or the
-            update, and never for a folder; <step> for the digits of an update.
-        alt: of a picture, the text for those who can't see it; a star as in the name.
-        caption: of a picture, what a reader sees below it; a star as in the name.
-        stage: the stage that writes it, as in `Run.stage`; `None` where both do.
-        shows_photographs: whether photographs of the data set, or reconstructions of them, can be seen in it. Such a
-            picture is in no card and not on the Hub.
-        on_hub: whether a push uploads it.
+        name: path in the folder. A star stands for the part that differs between files of this kind, such as the class
+            or the update, but never for a folder. <step> stands for the digits of an update.
+        alt: alternative text of a picture, for readers who can't see it; with the star of the name.
+        caption: text below a picture; with the star of the name.
+        stage: the stage that writes it, as in `Run.stage`; `None` for both.
+        shows_photographs: the picture shows photographs of the data set, or their reconstructions. Then it appears
+            neither in the card nor on the Hub.
+        on_hub: a push uploads it.
     """
 
     name: str
@@ -53,17 +53,17 @@ class Artifact:
     on_hub: bool = False
 
     def path(self, folder: str | Path, which: str | int = "") -> Path:
-        """The file in a folder. `which` takes the star's place, the number of an update as eight digits."""
+        """The file's path in a folder. `which` replaces the star; the number of an update gets eight digits."""
         return Path(folder) / self.name.replace("*", f"{which:08d}" if isinstance(which, int) else which)
 
     def found(self, folder: Path) -> list[tuple[str, Path]]:
-        """Whatever is called so in a folder, by name: what stands in the star's place, and the path."""
+        """The files of this kind in a folder, sorted: the part that the star stands for, and the path."""
         before, _, after = self.name.partition("*")
         names = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.glob(self.name))]
         return [(name.removeprefix(before).removesuffix(after), path) for name, path in names]
 
     def texts(self, which: str = "") -> tuple[str, str]:
-        """Alternative text and caption. `which` takes the star's place, as people say it."""
+        """Alternative text and caption. `which` replaces the star, worded for people."""
         return self.alt.replace("*", which), self.caption.replace("*", which)
 
 
@@ -73,13 +73,13 @@ METRICS_FILE = Artifact("metrics.json", on_hub=True)
 CARD_FILE = Artifact("README.md", on_hub=True)
 PAGE_FILE = Artifact("report.html", shows_photographs=True)
 
-# Models, by diffusers' names. The weights by all that they may have: a latent cache may lie in the same folder, and
-# holds the photographs.
+# Models, with diffusers' names. The patterns of the weights must not match a latent cache: it may lie in the same
+# folder, and photographs can be decoded from it.
 MODEL_CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model.safetensors.index*.json")
 AUTOENCODER_FILES = (MODEL_CONFIG, *WEIGHTS, "autoencoder_flower.py")
 UNET_FILES = (MODEL_CONFIG, *WEIGHTS, "unet_flower.py")
-BEST = "best"  # the folder of stage 1's best weights
+BEST = "best"  # folder of stage 1's best weights
 PIPELINE_INDEX = Artifact("model_index.json", stage="latent_diffusion", on_hub=True)
 SCHEDULER_CONFIG = Artifact("scheduler/scheduler_config.json", stage="latent_diffusion", on_hub=True)
 MODELS = (
@@ -99,7 +99,7 @@ RECONSTRUCTION_GRIDS = Artifact(
     stage="autoencoder", shows_photographs=True,
 )  # fmt: skip
 LATENT_MAP = Artifact("latent_space_*.png", "Latents by *, colored by class", on_hub=True)
-LATENT_MAPS = {  # what takes the star's place: the name of the method, the caption
+LATENT_MAPS = {  # the star of LATENT_MAP: (name of the method, caption)
     "tsne": ("t-SNE", "t-SNE: neighbors stay neighbors; distances between clouds mean little."),
     "pca": ("PCA", "PCA: the two directions along which the latents vary most; distances are true to scale."),
 }
@@ -133,7 +133,7 @@ EVALUATION_SWEEP = Artifact(
     "evaluation_sweep.png", "Metrics over guidance and steps", stage="latent_diffusion", on_hub=True
 )
 NEAREST_NEIGHBORS = Artifact(
-    "nearest_neighbours.png",  # British in this name alone: users know the file by it
+    "nearest_neighbours.png",  # British spelling, because users know the file by this name
     "Samples beside the training images nearest to them",
     "The most suspicious samples, each beside the training images nearest to it.",
     stage="latent_diffusion", shows_photographs=True,
@@ -143,10 +143,10 @@ PICTURES = (
     DENOISING_PATH, ANIMATION, FILM, INTERPOLATION, GUIDANCE_SWEEP, EVALUATION_SWEEP, NEAREST_NEIGHBORS,
 )  # fmt: skip
 
-# Folders; those that end in a hyphen are followed by an update or, of drawn samples, by a digest.
+# Folders. After a hyphen follows an update or, for the samples of an evaluation, a digest.
 LATENT_CACHE, EVALUATION_CACHE, DRAWN_SAMPLES, LOGS = "latent_cache", "evaluation_cache", "samples-", "logs"
-CHECKPOINT, ASIDE = "checkpoint-", "-aside-"  # checkpoint-<step>-aside-<number> was in the way of a checkpoint
-UNFINISHED = "unfinished-"  # a checkpoint that is being written or removed; likewise the export of a model:
+CHECKPOINT, ASIDE = "checkpoint-", "-aside-"  # checkpoint-<step>-aside-<number> is an old one of the same step
+UNFINISHED = "unfinished-"  # a checkpoint that is being written or removed; and, for the export of a model:
 UNFINISHED_BEST, UNFINISHED_EXPORT = "unfinished-best", "unfinished-export"
 WORKING_FILES = (
     LOCK, f"{LATENT_CACHE}/*.safetensors", f"{EVALUATION_CACHE}/*.safetensors",
@@ -158,54 +158,54 @@ WORKING_FILES = (
       for name in ("*.json", "*.safetensors", "*.py")),
 )  # fmt: skip
 
-# Whatever a run and its evaluation may leave, finished or killed.
+# All files that a run and its evaluation may leave, finished or killed.
 ARTIFACTS = (ARGS_FILE, LOG_FILE, METRICS_FILE, CARD_FILE, PAGE_FILE, *MODELS, *PICTURES,
              *map(Artifact, WORKING_FILES))  # fmt: skip
 RUN_FILES = tuple(artifact.name for artifact in ARTIFACTS)
 RUN_FOLDERS = {name.rsplit("/", depth)[0] for name in RUN_FILES for depth in range(1, name.count("/") + 1)}
 OF_A_STEP = re.compile(f"^(?:({CHECKPOINT})[0-9]+(?:{ASIDE}[0-9]+)?|({UNFINISHED})[0-9]+)(?=/|$)")
-# A killed process leaves what it hadn't moved to its place: `files.write_whole`'s, and safetensors' own.
+# Temporary files that a killed process may leave, of `files.write_whole` and of safetensors.
 TORN = re.compile(r"(.*\.\d+\.tmp|.+/\.tmp[A-Za-z0-9]{6})")
 LEFT_BY_DESKTOPS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def public_files(stage: str) -> tuple[str, ...]:
-    """The names of what a push uploads of a run of this stage, with their stars."""
+    """The names of the files that a push of this stage uploads, with their stars."""
     return tuple(artifact.name for artifact in ARTIFACTS if artifact.on_hub and artifact.stage in (None, stage))
 
 
-# --- whose a folder is -----------------------------------------------------------------------------------------------
+# --- what belongs to a run -------------------------------------------------------------------------------------------
 
 
 def is_run(folder: Path) -> bool:
-    """Whether one of our scripts has begun a run in this folder."""
+    """Whether one of our scripts has started a run in this folder."""
     return (read_args(folder) or {}).keys() >= marks_of_a_run()
 
 
 def contents(folder: Path) -> tuple[list[Path], list[str]]:
-    """What of a run's folder our scripts have written, what lies in a folder before it; and the names of all else.
+    """The paths in a run's folder that our scripts have written, and the names of everything else.
 
-    Symbolic links are not followed.
+    Files come before the folder that they lie in. Symbolic links are not followed.
     """
     ours, foreign = [], []
 
-    def look(inside: Path) -> None:
+    def visit(inside: Path) -> None:
         for path in sorted(inside.iterdir()):
             name = path.relative_to(folder).as_posix()
             is_folder = path.is_dir() and not path.is_symlink()
             if is_folder and fits(name, RUN_FOLDERS):
-                look(path)
+                visit(path)
             elif is_folder or not (is_of_run(path, name) or (path.is_symlink() and fits(name, RUN_FOLDERS))):
                 foreign.append(name)
                 continue
             ours.append(path)
 
-    look(folder)
+    visit(folder)
     return ours, foreign
 
 
 def is_of_run(path: Path, name: str) -> bool:
-    """Whether a file, by its name within a run's folder, is one that our scripts write."""
+    """Whether our scripts write a file of this name, which is relative to the run's folder."""
     if name == CARD_FILE.name:
         try:
             return is_regular(path) and CARD_MARK in path.read_text("utf-8")
@@ -217,53 +217,54 @@ def is_of_run(path: Path, name: str) -> bool:
 
 
 def fits(name: str, patterns: tuple[str, ...] | set[str]) -> bool:
-    """Whether a name fits one of the patterns; a star stands for part of one name, never for a folder."""
+    """Whether a name matches one of the patterns. A star never matches a slash."""
     name = OF_A_STEP.sub(lambda found: f"{found[1] or found[2]}<step>", name)
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def remove(folder: Path, unfinished_only: bool) -> None:
-    """Take out of a run's folder what our scripts have written, or of that what a killed run had not finished.
+    """Remove the files of our scripts from a run's folder, or only those that a killed run had not finished.
 
-    What says whose the folder is stays: `args.yaml`, and the lock.
+    `args.yaml`, which marks the folder as a run's, and the lock file stay.
     """
     for path in contents(folder)[0]:
         name = path.relative_to(folder).as_posix()
         if name in (ARGS_FILE.name, LOCK) or (unfinished_only and not is_unfinished(name)):
             continue
-        if unfinished_only and path.is_symlink():  # somebody's
+        if unfinished_only and path.is_symlink():  # the user's
             continue
         if path.is_dir() and not path.is_symlink():
-            with suppress(OSError) if unfinished_only else nullcontext():  # where something of somebody else is in it
+            with suppress(OSError) if unfinished_only else nullcontext():  # a file of the user is in it
                 path.rmdir()
         else:
             path.unlink()
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether what is called so within a run's folder is what a killed run was writing."""
+    """Whether a file of this name is one that a killed run was still writing."""
     return name.startswith(UNFINISHED) or TORN.fullmatch(name) is not None
 
 
 def whose_else(folder: Path) -> str | None:
-    """Why a folder must never be emptied, whatever it holds; `None` where nothing speaks against it."""
+    """The reason why a folder must never be emptied, or `None`. The reason completes the sentence "<folder> ..."."""
     folder = folder.resolve()
-    for what, path in {"the current folder": Path.cwd(), "your home folder": Path(os.path.expanduser("~"))}.items():
+    for title, path in {"the current folder": Path.cwd(), "your home folder": Path(os.path.expanduser("~"))}.items():
         if path.resolve() == folder:
-            return f"is {what}"
+            return f"is {title}"
         if path.resolve().is_relative_to(folder):
-            return f"holds {what}"
+            return f"holds {title}"
     return "is where a disk is mounted" if os.path.ismount(folder) else None
 
 
-# --- what a run says -------------------------------------------------------------------------------------------------
+# --- reading a run ---------------------------------------------------------------------------------------------------
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a `log.jsonl`, in order of steps; of a step logged twice, the later line.
+    """The lines of a `log.jsonl`, in order of steps. If a step was logged twice, the later line counts.
 
-    Where a resumed run goes back to a step, what stood there and beyond is no longer part of the run: it may have had
-    another learning rate. What is no object with a step, such as a killed run's last words, is passed over.
+    When a resumed run goes back to a step, the old lines of that step and all later ones are dropped: they may belong
+    to another learning rate. Lines that are not objects with a step are skipped, such as the torn last one of a killed
+    run.
     """
     lines = {}
     for text in path.read_bytes().split(b"\n"):
@@ -275,30 +276,30 @@ def read_log(path: Path) -> list[dict]:
             if lines and line["step"] < next(reversed(lines))[0]:
                 while lines and next(reversed(lines))[0] >= line["step"]:
                     lines.popitem()
-            lines[line["step"], "steps_per_second" not in line] = line  # held-out values stand behind training losses
+            lines[line["step"], "steps_per_second" not in line] = line  # held-out values come after training losses
     return [lines[key] for key in sorted(lines)]
 
 
-# By the file: each key that is read, and what its value must be, or `None` where it isn't known. The keys of args.yaml
-# are the flags. A file with another value is refused; of "anything" a reader leaves out what it can't show. More keys
-# than these are no mistake.
-METRICS_KEYS = {  # all that is written, too: see `write_metrics`
-    # how and on what
+# For each file, the keys that are read and the kinds of their values. A value of another kind is an error; for
+# "anything", readers leave out values that they can't show. Additional keys are allowed. The keys of args.yaml are the
+# flags.
+METRICS_KEYS = {  # `write_metrics` writes no others
+    # the run
     "step": "a number", "training_seconds": "a number", "num_images": "a number",
     "dataset": "a text", "splits": "a list of names", "vgg_weights": "a text",
     "device": "a text", "versions": "a mapping", "mixed_precision": "a text", "num_processes": "a number",
-    # stage 1, held out
+    # stage 1, on held-out images
     "psnr": "anything", "ssim": "anything", "psnr_of_mean_squared_error": "anything", "mean_squared_error": "anything",
     "val_pixel_loss": "anything", "val_perceptual_loss": "anything", "val_accuracy": "anything",
-    # stage 2, held out
+    # stage 2, on held-out images
     "val_loss": "anything", "val_unweighted_loss": "anything",
     "evaluation": "a mapping",
 }  # fmt: skip
-EVALUATION_KEYS = {  # likewise, under "evaluation"
+EVALUATION_KEYS = {  # the same for the entry "evaluation"
     "pipeline": "anything", "dataset": "anything", "resolution": "anything", "num_classes": "anything",
     "splits": "a mapping", "features": "a mapping", "classifier": "anything", "sampling": "a mapping",
     "reconstruction": "a mapping", "against_held_out": "a mapping",
-    "memorisation": "a mapping",  # British in this name alone: programs of users read it
+    "memorisation": "a mapping",  # British spelling, because users' programs read this key
     "sweep": "a list of mappings of numbers", "remarks": "a list of names", "versions": "a mapping",
     "seconds": "anything", "command": "a text or a list of names",
 }  # fmt: skip
@@ -312,9 +313,10 @@ CONFIG_KEYS = {
 
 @dataclass
 class Run:
-    """What a run's folder says: which stage, its flags, log, metrics and models, each empty where the file is missing.
+    """The contents of a run's folder: stage, flags, log, metrics and models. If a file is missing, its field is empty.
 
-    `configs` and `num_parameters` are by component: "autoencoder" and, of stage 2, "denoiser".
+    The keys of `configs` and `num_parameters` are components: "autoencoder" and, for stage 2, "denoiser". `configs`
+    also has "scheduler".
     """
 
     folder: Path
@@ -340,10 +342,10 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read all that a page shows, except for the pictures. What it gives has the types that the tables of keys say.
+    """Read everything that the report shows, except for the pictures. All values have the kinds of the tables above.
 
     Raises:
-        InputError: where `folder` is no run of either stage, or one of its files can't be read.
+        InputError: `folder` is not a run of either stage, or one of its files can't be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name the --output_dir of a training run")
@@ -370,10 +372,10 @@ def read_run(folder: Path) -> Run:
 
 
 def read_flags(folder: Path) -> dict:
-    """The flags of a run, each a number, a text, or a list of such; empty where there is no `args.yaml`.
+    """The flags of a run: numbers, texts, or lists of them. Empty if there is no `args.yaml`.
 
     Raises:
-        InputError: where the file can't be read, or holds something else.
+        InputError: the file can't be read, or holds something else.
     """
     path = ARGS_FILE.path(folder)
     args = read_mapping(path, {name: flag.kind for name, flag in training_flags().items()})
@@ -386,7 +388,7 @@ def read_flags(folder: Path) -> dict:
 
 
 def read_args(folder: Path) -> dict[str, object] | None:
-    """The same of a folder that may be anybody's, or damaged: `None` where `args.yaml` isn't a run's, or is a link."""
+    """As `read_flags`, for a folder that may not be a run: `None` if `args.yaml` is missing, invalid or a link."""
     try:
         return read_flags(folder) if is_regular(ARGS_FILE.path(folder)) else None
     except InputError:
@@ -394,12 +396,15 @@ def read_args(folder: Path) -> dict[str, object] | None:
 
 
 def read_mapping(path: Path, keys: dict[str, str]) -> dict:
-    """A JSON or YAML file that holds one mapping; empty where there is no such file.
+    """Read a JSON or YAML file that holds one mapping. Empty if there is no such file.
+
+    Args:
+        keys: the kind that the value of each key must have, one of `TYPES`.
 
     Raises:
-        InputError: where it can't be read, or a value in it isn't what `keys` says.
+        InputError: the file can't be read, or a value has another kind.
     """
-    if not os.path.isfile(path):  # of a name too long for a file neither
+    if not os.path.isfile(path):  # unlike `Path.is_file`, False for a name that is too long
         return {}
     try:
         text = path.read_text("utf-8")
@@ -438,7 +443,7 @@ def _is_list_of_names(value: object) -> bool:
 
 
 def _is_point(value: object) -> bool:
-    """Of a sweep: what was measured at one guidance scale and number of steps."""
+    """Whether the value is one point of a sweep: the numbers at one guidance scale and number of steps."""
     return isinstance(value, dict) and all(one is None or _is_number(one) for one in value.values())
 
 
@@ -474,19 +479,19 @@ def _read_log(folder: Path) -> list[dict]:
 
 
 def is_bin(value: object) -> bool:
-    """A range of timesteps and the mean loss there, `None` where there was none."""
+    """Whether the value is [first timestep, last timestep, mean loss]. The loss may be `None`."""
     return isinstance(value, list) and len(value) == 3 and is_finite(value[0]) and is_finite(value[1])
 
 
 def nested(mapping: dict, *names: str) -> dict:
-    """A mapping within mappings; empty where there is none."""
+    """The mapping at `names` within nested mappings. Empty if there is none."""
     for name in names:
         mapping = mapping.get(name) if isinstance(mapping, dict) else None
     return mapping if isinstance(mapping, dict) else {}
 
 
 def _count_parameters(folder: Path) -> int:
-    """Numbers in a model's safetensors files, from their headers alone; 0 where there are none."""
+    """The number of parameters in a model's safetensors files, read from their headers. 0 without such files."""
     count = 0
     for path in filter(Path.is_file, folder.glob(WEIGHTS[0])):
         try:
@@ -501,23 +506,23 @@ def _count_parameters(folder: Path) -> int:
 
 
 def write_metrics(path: Path, metrics: dict, others: dict | None = None) -> None:
-    """Write what was measured; a reader sees the old file or the new one.
+    """Write a `metrics.json`. A reader sees the old file or the new one, whole.
 
     Args:
-        others: more entries that the file keeps, whatever they are; `metrics` wins.
+        others: other entries to keep in the file, unchecked. `metrics` wins over them.
 
     Raises:
-        KeyError: for a key that `METRICS_KEYS`, or under "evaluation" `EVALUATION_KEYS`, doesn't declare.
-        DiskError: where it can't be written.
+        KeyError: a key is not declared in `METRICS_KEYS` or, under "evaluation", in `EVALUATION_KEYS`.
+        DiskError: the file can't be written.
     """
     unknown = metrics.keys() - METRICS_KEYS.keys() | nested(metrics, "evaluation").keys() - EVALUATION_KEYS.keys()
     if unknown:
-        raise KeyError(f"declare in runs.py what this is in {METRICS_FILE.name}: {', '.join(sorted(unknown))}")
+        raise KeyError(f"declare these keys of {METRICS_FILE.name} in runs.py: {', '.join(sorted(unknown))}")
     text = json.dumps((others or {}) | metrics, indent=2) + "\n"
     write_whole(path, lambda unfinished: unfinished.write_text(text))
 
 
 def versions() -> dict[str, str]:
-    """Of this package, and of what the result of a run depends on most."""
+    """The versions of this package, of Python and of the libraries that affect a run's results most."""
     packages = {package.__name__: package.__version__ for package in (torch, diffusers, accelerate)}
     return {"flower_ldm": __version__, "python": platform.python_version(), **packages}

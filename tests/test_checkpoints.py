@@ -306,7 +306,7 @@ def test_a_file_is_no_folder(output_dir, words):
 def test_a_folder_in_which_nothing_may_be_written(output_dir, monkeypatch):
     output_dir.parent.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: path != output_dir.parent)  # nothing is forbidden to root
-    with pytest.raises(InputError, match=f"nothing may be written to {output_dir.parent}; name another"):
+    with pytest.raises(InputError, match=f"{output_dir.parent} is not writable; name another"):
         checkpoints.check_output_dir(parse(f"--output_dir={output_dir}"))
 
 

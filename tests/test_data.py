@@ -300,8 +300,8 @@ def gray_images(root: Path, *folders: str, count: int = 2, name: str = "{}.png")
          " --val_splits Test"),
         (["training/ash", "validation/ash"], "add --train_splits training --val_splits validation"),
         (["TRAIN/ash"], "TRAIN hold folders and no images: add --train_splits TRAIN"),
-        (["photos/ash", "photos/elm"], "no images in photos, but folders: name the one whose folders hold images, such"
-         " as --data_dir {root}/photos"),
+        (["photos/ash", "photos/elm"], "no images in photos, only folders: name the folder that holds the"
+         " class folders, such as --data_dir {root}/photos"),
         (["flowers-102/jpg"], "it holds flowers-102/: pass --dataset flowers102"),
         (["train/ash", "Test/ash"], "'Test' may be the held-out split: add --val_splits Test, or --val_splits none"),
     ],

@@ -176,7 +176,7 @@ def test_network_that_cannot_be_had_is_an_error_that_names_others(name, tmp_path
 
 def test_bad_networks_are_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("no network")
-    with pytest.raises(InputError, match="notes.txt is no TorchScript file") as error:
+    with pytest.raises(InputError, match="notes.txt is not a TorchScript file") as error:
         load_feature_network(str(tmp_path / "notes.txt"))
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="--features resnet: choose efficientnet-lite0, inception, dinov2, clip, or"):

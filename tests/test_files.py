@@ -23,7 +23,7 @@ from flower_ldm.files import DiskError, parse_yaml, path_text, refusals_of_disk,
         (errno.EACCES, "Permission denied; allow writing there"),
         (errno.EROFS, "Read-only file system; allow writing there"),
         (errno.EEXIST, "File exists; take away what is in its place"),
-        (errno.EIO, "Input/output error; see that the disk is well"),
+        (errno.EIO, "Input/output error; check the disk"),
     ],
 )
 def test_a_refusal_says_what_why_and_how_to_go_on(number, said):
@@ -104,7 +104,7 @@ def test_yaml_is_read_in_one_place_only():
 
 @pytest.mark.parametrize(("path", "why"), [("x" * 5000, "too long"), ("\ud800", "no file can have such a name")])
 def test_a_path_that_cannot_be_looked_at_is_one_line(path, why):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"^.{{1,100}} can't be looked at: .*{why}"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^.{{1,100}} can't be accessed: .*{why}"):
         path_text(path)
 
 
@@ -119,5 +119,5 @@ def test_a_path_may_lead_nowhere_yet_but_not_where_one_may_not_look(tmp_path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "stat", refuse)  # root may look anywhere
-        with pytest.raises(argparse.ArgumentTypeError, match="/closed/x can't be looked at: Permission denied"):
+        with pytest.raises(argparse.ArgumentTypeError, match="/closed/x can't be accessed: Permission denied"):
             path_text("/closed/x")

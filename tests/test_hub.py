@@ -211,7 +211,7 @@ def test_without_a_token_no_training_starts(hub_server, monkeypatch, stage_flags
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     for script, flags in zip((train_autoencoder, train_latent_diffusion), stage_flags, strict=True):
-        with pytest.raises(InputError, match=r"--push_to_hub needs a token of the Hub: run `hf auth login`"):
+        with pytest.raises(InputError, match=r"--push_to_hub needs a Hub token: run `hf auth login`"):
             script.main([*flags, "--push_to_hub"])
     assert not (tmp_path / "autoencoder").exists() and not hub_server.requests
 
@@ -235,11 +235,11 @@ def test_a_repository_of_somebody_else_starts_no_training(hub_server, stage_flag
 def test_a_public_repository_is_not_taken_for_a_private_one(finished_runs, hub_server, stage_flags, tmp_path):
     hub.push_run(finished_runs.autoencoder, "flowers")
     words = [*stage_flags[0], "--push_to_hub", "--hub_model_id", "flowers", "--hub_private_repo"]
-    with pytest.raises(InputError, match="^--hub_private_repo: gardener/flowers is there already and public"):
+    with pytest.raises(InputError, match="^--hub_private_repo: gardener/flowers exists already and is public"):
         train_autoencoder.main(words)
     assert not (tmp_path / "autoencoder").exists()
     before = dict(hub_server.repositories["gardener/flowers"].files)
-    with pytest.raises(InputError, match="gardener/flowers is there already and public"):
+    with pytest.raises(InputError, match="gardener/flowers exists already and is public"):
         hub.push_run(finished_runs.autoencoder, "flowers", private=True)
     assert hub_server.repositories["gardener/flowers"].files == before
 
@@ -307,7 +307,7 @@ def test_a_pipe_is_no_picture(finished_runs, hub_server, tmp_path, name):
     shutil.copytree(finished_runs.flower_ldm, run, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
-    with pytest.raises(InputError, match=f"/{name} is no regular file"):
+    with pytest.raises(InputError, match=f"/{name} is not a regular file"):
         hub.main([str(run), "--hub_model_id", "flowers"])
     assert not hub_server.requests
 
@@ -337,15 +337,15 @@ def test_a_signal_during_the_upload_ends_it_with_the_line_that_says_how_to_go_on
 
     hub_server.interrupt = end
     args = train_autoencoder.parse_args([*finished_runs.stage1, "--push_to_hub", "--hub_model_id", "flowers"])
-    with pytest.raises(InputError, match="broke off: KeyboardInterrupt; .*finish by: python -m flower_ldm.hub"):
+    with pytest.raises(InputError, match="failed: KeyboardInterrupt; .*to upload it, run: python -m flower_ldm.hub"):
         hub.push_results(Accelerator(), args)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hub_model_id", "a/b/c"], "--hub_model_id a/b/c is no repository's name"),
-        (["--output_dir", "results/what is this"], "--hub_model_id what is this is no repository's name"),
+        (["--hub_model_id", "a/b/c"], "--hub_model_id a/b/c is not a valid repository name"),
+        (["--output_dir", "results/what is this"], "--hub_model_id what is this is not a valid repository name"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused_at_once(flags, message, hub_server):
@@ -361,11 +361,11 @@ def test_offline_is_refused_at_once(hub_server, monkeypatch):
 
 
 def test_only_a_finished_run_can_be_pushed(tmp_path, hub_server):
-    with pytest.raises(InputError, match="is no finished run of flower_ldm: it has no metrics.json"):
+    with pytest.raises(InputError, match="is not a finished run of flower_ldm: it has no metrics.json"):
         hub.main([str(tmp_path)])
     (tmp_path / "args.yaml").write_text("- not a mapping")
     (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(InputError, match="is no finished run of flower_ldm"):
+    with pytest.raises(InputError, match="is not a finished run of flower_ldm"):
         hub.main([str(tmp_path)])
     assert not hub_server.requests
 
@@ -522,7 +522,7 @@ def test_training_pushes_a_model_that_loads_anywhere_and_nothing_leaks(image_fol
 @pytest.mark.slow
 def test_training_whose_upload_breaks_off_is_complete_on_disk(hub_server, run_script, stage_flags, tmp_path):
     hub_server.interrupt = lambda request: -1 if "/commit/" in request.path else None
-    with pytest.raises(InputError, match="the upload to gardener/flowers broke off: .*finish by: ") as error:
+    with pytest.raises(InputError, match="the upload to gardener/flowers failed: .*to upload it, run: ") as error:
         run_script(train_autoencoder.main, [*stage_flags[0], "--push_to_hub", "--hub_model_id", "flowers"])
     folder, repository = tmp_path / "autoencoder", hub_server.repositories["gardener/flowers"]
     assert (folder / "report.html").is_file() and (folder / "checkpoint-6").is_dir()
@@ -558,7 +558,7 @@ def test_upload_broken_off_at_each_request_can_be_finished(finished_runs, hub_se
                 sent if belongs_to_an_upload(request) and next(count) >= number else None
             )
             api = HfApi(broken.url, TOKEN)
-            with pytest.raises(InputError, match="broke off: .*finish by: python -m flower_ldm.hub") as caught:
+            with pytest.raises(InputError, match="failed: .*to upload it, run: python -m flower_ldm.hub") as caught:
                 hub.push_run(run, "flowers", api=api)
             broken.interrupt = lambda request: None
             repository = broken.repositories.get("gardener/flowers")

@@ -123,7 +123,7 @@ def test_what_a_recipe_cannot_be(recipe, text, said):
 
 
 def test_missing_recipe():
-    assert complaint("--config", "nowhere.yaml") == "--config nowhere.yaml is no file"
+    assert complaint("--config", "nowhere.yaml") == "--config nowhere.yaml is not a file"
 
 
 @pytest.mark.parametrize(
@@ -400,14 +400,14 @@ def test_the_folder_of_a_run_may_be_at_home(monkeypatch, tmp_path, command):
 
 
 def test_paths_that_cannot_be_meant():
-    assert complaint("--output_dir=").endswith("'' is no path: name one, or leave the flag out")
+    assert complaint("--output_dir=").endswith("'' is not a path: name one, or leave the flag out")
     line = complaint("--data_dir", "~nobody-of-this-name/x")
     assert line.endswith("there is no such home folder; a file of this name is ./~nobody-of-this-name/x")
-    assert "can't be looked at: File name too long" in complaint("--resume_from_checkpoint", "x" * 300)
+    assert "can't be accessed: File name too long" in complaint("--resume_from_checkpoint", "x" * 300)
 
 
 def test_a_path_of_half_a_character_cannot_be_meant(recipe):
-    assert "can't be looked at: no file can have such a name" in complaint(*recipe(r'common: {output_dir: "\ud800"}'))
+    assert "can't be accessed: no file can have such a name" in complaint(*recipe(r'common: {output_dir: "\ud800"}'))
 
 
 @pytest.mark.parametrize("text", ["[" * 500_000, "common: {classes: " + "[" * 500_000, "- " * 100_000, "{a: " * 5000])

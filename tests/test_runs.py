@@ -90,7 +90,7 @@ def test_what_is_written_is_declared_and_what_is_declared_is_written(finished_ru
 
 @pytest.mark.parametrize("metrics", [{"step": 1, "sharpness": 2.0}, {"step": 1, "evaluation": {"sharpness": 2.0}}])
 def test_a_key_that_nobody_declared_is_not_written(tmp_path, metrics):
-    with pytest.raises(KeyError, match="declare in runs.py what this is in metrics.json: sharpness"):
+    with pytest.raises(KeyError, match="declare these keys of metrics.json in runs.py: sharpness"):
         runs.write_metrics(tmp_path / "metrics.json", metrics)
     assert list(tmp_path.iterdir()) == []
     runs.write_metrics(tmp_path / "metrics.json", {"step": 1}, others={"step": 0, "sharpness": 2.0})
