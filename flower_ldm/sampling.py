@@ -177,23 +177,23 @@ class Sampler:
         missing = [number for number in range(num_samples) if number not in images]
         self.pipe.set_progress_bar_config(**bar_options(desc="denoising", leave=False))
         with progress_bar(total=num_samples, initial=len(images), desc="sampling", unit=" images") as progress:
-            for start in range(0, len(missing), self.batch_size):
-                numbers = missing[start : start + self.batch_size]
-                started = time.perf_counter()
-                try:
+            try:
+                for start in range(0, len(missing), self.batch_size):
+                    numbers = missing[start : start + self.batch_size]
+                    started = time.perf_counter()
                     batch = self._draw_batch(numbers, options)
-                except KeyboardInterrupt:
-                    progress.close()
-                    kept = f"{len(images)} of {num_samples} images are kept in {folder}"
-                    print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
-                    raise SystemExit(130) from None
-                spent = time.perf_counter() - started
-                tensors = {"images": torch.from_numpy(batch), "numbers": torch.tensor(numbers)}
-                path = folder / f"{numbers[0]:06d}-{numbers[-1]:06d}.safetensors"
-                write_tensors(path, tensors, key, CACHE_REFUSED, seconds=str(spent))
-                images |= dict(zip(numbers, batch, strict=True))
-                seconds += spent
-                progress.update(len(numbers))
+                    spent = time.perf_counter() - started
+                    tensors = {"images": torch.from_numpy(batch), "numbers": torch.tensor(numbers)}
+                    path = folder / f"{numbers[0]:06d}-{numbers[-1]:06d}.safetensors"
+                    write_tensors(path, tensors, key, CACHE_REFUSED, seconds=str(spent))
+                    images |= dict(zip(numbers, batch, strict=True))
+                    seconds += spent
+                    progress.update(len(numbers))
+            except KeyboardInterrupt:  # in the middle of drawing or of writing
+                progress.close()
+                kept = f"{len(self._kept(folder, key, num_samples)[0])} of {num_samples} images are kept in {folder}"
+                print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
+                raise SystemExit(130) from None
         return np.stack([images[number] for number in range(num_samples)]), seconds
 
     def _draw_batch(self, numbers: list[int], options: dict) -> np.ndarray:
