@@ -22,7 +22,7 @@ from .errors import InputError, one_line
 
 HIGHEST_PSNR = 100.0  # in dB
 VGG16_CONV_LAYERS = (0, 2, 5, 7, 10, 12, 14)  # torchvision's indices up to relu3_3
-VGG16_TAPS = (3, 8, 15)  # relu1_2, relu2_2, relu3_3 (Johnson et al. 2016)
+VGG16_TAPS = {3: "relu1_2", 8: "relu2_2", 15: "relu3_3"}  # Johnson et al. 2016
 
 
 def pixel_loss(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from .errors import InputError
+from .pipelines.pipeline_flower_ldm import PREDICTION_TYPES
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # An SNR below this counts as this. Min-SNR weights vanish with the SNR, which is 2e-9 at the end of the cosine
 # schedule: the noisiest steps, from which sampling starts, would never be trained.

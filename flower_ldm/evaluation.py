@@ -28,7 +28,7 @@ from sklearn.pipeline import Pipeline
 from torch import nn
 
 from . import FlowerLDMPipeline, runs
-from .autoencoder_losses import PerceptualLoss
+from .autoencoder_losses import VGG16_TAPS, PerceptualLoss
 from .data import DataOptions, ImageDataset, to_uint8
 from .errors import InputError, exit_on_input_error
 from .features import (
@@ -72,7 +72,7 @@ from .metrics import (
     train_classifier,
 )
 from .model_card import write_model_card
-from .pipelines.pipeline_flower_ldm import SCHEDULERS
+from .pipelines.pipeline_flower_ldm import NUM_INFERENCE_STEPS, SCHEDULERS
 from .progress_bars import progress_bar
 from .report import write_report
 from .sampling import SCHEDULER_HELP, Sampler, check_sampling, load_pipeline, sample_labels
@@ -102,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # how samples are drawn
     flag("--num_samples", type=int, default=1020, help="number of samples, spread evenly over the classes")
     flag("--seed", type=int, default=0, help="sample i is drawn with the seed SEED + i")
-    flag("--num_inference_steps", "--steps", type=int, default=25)
+    flag("--num_inference_steps", "--steps", type=int, default=NUM_INFERENCE_STEPS)
     flag("--guidance_scale", type=float, help="1 means off; unset: the pipeline's default")
     flag("--guidance_interval", type=float, nargs=2, metavar=("BEGIN", "END"),
          help="fractions of the trajectory; 0 is pure noise; unset: the pipeline's default")  # fmt: skip
@@ -323,7 +323,10 @@ def measure_reconstruction(
         elif metric.of_images:
             value = means.get(metric.key)
             if metric.names_network and value is not None:
-                value = {"name": f"VGG16 relu1_2, relu2_2, relu3_3 ({Path(args.vgg_weights).name})", "value": value}
+                value = {
+                    "name": f"VGG16 {', '.join(VGG16_TAPS.values())} ({Path(args.vgg_weights).name})",
+                    "value": value,
+                }
             entry[metric.key] = value
     return entry
 
@@ -383,8 +386,8 @@ def evaluate(
             "device": str(pipe.device), "dtype": args.dtype,
         },
         "reconstruction": reconstruction,
-        "against_held_out": against_held_out,
-        "memorisation": {image_set.key: memorization_rates(found[image_set]) for image_set in SEARCHED_SETS},
+        runs.AGAINST_HELD_OUT: against_held_out,
+        runs.MEMORIZATION: {image_set.key: memorization_rates(found[image_set]) for image_set in SEARCHED_SETS},
         **({"sweep": sweep} if sweep else {}),
         "remarks": remarks_on(args, against_held_out, real),
     }  # fmt: skip
@@ -452,11 +455,11 @@ def remarks_on(args: argparse.Namespace, against_held_out: dict[str, dict], real
 
 def table(evaluation: dict) -> str:
     """The evaluation as text for a terminal."""
-    n = smallest_n(evaluation["against_held_out"].values())
+    n = smallest_n(evaluation[runs.AGAINST_HELD_OUT].values())
     biased = cautions(n, evaluation["features"]["num_features"])
     lines = [*comparison_lines(evaluation, mark="*" if biased else " "), "", reconstruction_line(evaluation)]
     for image_set in SEARCHED_SETS:
-        entry = evaluation["memorisation"][image_set.key]
+        entry = evaluation[runs.MEMORIZATION][image_set.key]
         rates = [
             f"{entry[metric.key]:{'.2%' if metric.is_share else ','}} {metric.short}"
             for metric in MEMORIZATION_METRICS
@@ -474,7 +477,7 @@ def table(evaluation: dict) -> str:
 
 def comparison_lines(evaluation: dict, mark: str) -> list[str]:
     """A table with a line for each set of images. `mark` follows each number that few images bias."""
-    features, sets = evaluation["features"], evaluation["against_held_out"]
+    features, sets = evaluation["features"], evaluation[runs.AGAINST_HELD_OUT]
     head = [f"{metric.short:>{_width(metric)}}{' ' if metric.caution else ''}" for metric in METRICS]
     lines = [
         "",

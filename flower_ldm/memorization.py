@@ -16,6 +16,9 @@ from .errors import InputError
 from .progress_bars import progress_bar
 
 MEMORIZED_RATIO = 1 / 3
+RULE = (
+    "An image counts as memorized if its nearest training image is at most a third as far away as the second nearest."
+)
 PIXEL_SPACE = 64  # side in pixels of the images that are compared
 ROWS_AT_A_TIME = 1024  # rows of a distance matrix in memory
 IMAGES_AT_A_TIME = 64  # full-size float32 images in memory; 1,000 of 128 x 128 pixels take 200 MB a copy

@@ -319,9 +319,9 @@ METRICS = (
     Metric(
         key="mifid", title="MiFID", short="MiFID", better="lower", decimals=2,
         note="The Fréchet distance with a penalty for copies: it is divided by the mean cosine distance to the "
-        "nearest training image if that is below 0.1. Real images and reconstructions are compared with training "
-        "images other than their own. If even real images get a penalty, the data are too similar for it to show "
-        "copies.",
+        f"nearest training image if that is below {COPIED_DISTANCE}. Real images and reconstructions are compared "
+        "with training images other than their own. If even real images get a penalty, the data are too similar for "
+        "it to show copies.",
         measure=lambda compared: informed_distance(compared.frechet_distance, compared.features, compared.training),
         caution=SINGULAR, hub_type="mifid",
     ),

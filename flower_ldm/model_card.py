@@ -18,6 +18,7 @@ from .data import DATASET_TITLES, public_dataset
 from .errors import InputError, one_line
 from .files import hub_id, write_whole
 from .formatting import duration, is_finite, joined, number, percent
+from .memorization import RULE
 from .metrics import (
     FEATURE_RATE,
     HELD_OUT,
@@ -27,6 +28,7 @@ from .metrics import (
     SAMPLES,
     ReconstructionMetric,
 )
+from .pipelines.pipeline_flower_ldm import SCHEDULERS
 from .recipes import public_flags, training_command
 from .report import (
     facts,
@@ -37,12 +39,14 @@ from .report import (
     training_seconds,
 )
 from .runs import (
+    AGAINST_HELD_OUT,
     ARGS_FILE,
     AUTOENCODER_LOSSES,
     CARD_FILE,
     CARD_MARK,
     CLASS_GRID,
     DIFFUSION_LOSS,
+    MEMORIZATION,
     MODEL_CONFIG,
     Artifact,
     Run,
@@ -158,7 +162,8 @@ def usage(run: Run, repo_id: str) -> str:
         has_code = "auto_map" in run.configs["autoencoder"]
     else:
         variable, kind, library = "pipe", "FlowerLDMPipeline", "DiffusionPipeline"
-        lines = [f"images = pipe({_labels(run)}, num_images_per_label=4).images", 'images[0].save("image.png")']
+        lines = [f"images = pipe({_labels(run)}, num_images_per_label=4{_guidance(run)}).images",
+                 'images[0].save("image.png")']  # fmt: skip
         has_code = True
     blocks = [
         "## Use it",
@@ -176,6 +181,13 @@ def usage(run: Run, repo_id: str) -> str:
         title = f"The {number(len(names))} classes, by name or by index from 0" if len(names) > 1 else "The class"
         blocks.append(f"<details><summary>{title}</summary>\n\n{plain(', '.join(names))}\n\n</details>")
     return "\n\n".join(filter(None, blocks))
+
+
+def _guidance(run: Run) -> str:
+    """The guidance scale as an argument, for a pipeline of an earlier version, whose config has none."""
+    scales = nested(run.evaluation, "sampling").get("guidance_scale"), run.args.get("guidance_scale")
+    scale = next(filter(is_finite, scales), None)
+    return "" if scale is None or "guidance_scale" in run.configs["pipeline"] else f", guidance_scale={scale}"
 
 
 def _labels(run: Run) -> str:
@@ -238,8 +250,7 @@ def measured(run: Run) -> str:
         blocks.append("\n".join(f"- {plain(remark)}" for remark in evaluation.get("remarks") or []))
     if table := memorization_table(evaluation):
         blocks.append(
-            "**Memorization.** An image counts as memorized if its nearest training image is less than a third as far "
-            "away as the second nearest. Distances are measured in feature and in pixel space. Held-out images can't "
+            f"**Memorization.** {RULE} Distances are measured in feature and in pixel space. Held-out images can't "
             "be memorized, so their share is due to chance."
         )
         head = [name.lower() for name in table["head"]]
@@ -305,7 +316,7 @@ def limitations(run: Run) -> str:
         text += " and of the kind that it was trained on. Others, above all faces and text, come out blurred or wrong."
     else:
         text += " and the classes that it was trained on. It can draw no text and no other subject."
-        copied = nested(run.evaluation, "memorisation", SAMPLES.key)
+        copied = nested(run.evaluation, MEMORIZATION, SAMPLES.key)
         rate = copied.get(FEATURE_RATE.key)
         text += (
             f" Of {number(copied.get('n'))} samples, {percent(rate)} were memorized training images "
@@ -404,7 +415,13 @@ def _evaluation_command(run: Run, sampling: dict) -> str:
     """The evaluation's command, from the settings that it recorded: its own command line contains paths."""
     flags = {name: sampling.get(name) for name in ("num_samples", "seed", "num_inference_steps", "guidance_scale")}
     flags["features"] = nested(run.evaluation, "features").get("name")
+    used = {facts.scheduler_class.__name__: name for name, facts in SCHEDULERS.items()}.get(sampling.get("scheduler"))
+    if sampling.get("scheduler") != run.configs["scheduler"].get("_class_name"):
+        flags["scheduler"] = used
     settings = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None)
+    interval = sampling.get("guidance_interval")
+    if isinstance(interval, list) and all(map(is_finite, interval)) and interval != [0, 1]:
+        settings += f" --guidance_interval {' '.join(map(str, interval))}"
     return f"python -m flower_ldm.evaluation --pipeline results/flower-ldm \\\n    {settings}"
 
 
@@ -447,14 +464,14 @@ def eval_results(run: Run) -> list[EvalResult]:
     features = {"features": network.get("name"), "num_features": network.get("num_features")}
     drawn = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "seed")
     sampling = {name: nested(evaluation, "sampling").get(name) for name in drawn}
-    samples = nested(evaluation, "against_held_out", SAMPLES.key)
+    samples = nested(evaluation, AGAINST_HELD_OUT, SAMPLES.key)
     args = {"n": samples.get("n"), "n_reference": samples.get("n_reference")} | features | sampling
     rows = [
         (metric, samples[metric.key], args | ({"std": samples.get(metric.spread_key)} if metric.has_spread else {}))
         for metric in METRICS
         if metric.hub_type and is_finite(samples.get(metric.key))
     ]
-    copied, chance = (nested(evaluation, "memorisation", one.key) for one in (SAMPLES, HELD_OUT))
+    copied, chance = (nested(evaluation, MEMORIZATION, one.key) for one in (SAMPLES, HELD_OUT))
     for metric in MEMORIZATION_METRICS:
         if metric.hub_type and is_finite(copied.get(metric.key)):
             args = {"n": copied.get("n"), "held_out": chance.get(metric.key)}

@@ -27,6 +27,7 @@ from .errors import OneLineParser, exit_on_input_error
 from .files import file_path, file_safe_name, write_whole
 from .formatting import count_of_parameters, duration, is_finite, joined, number, percent
 from .images import open_image
+from .memorization import RULE
 from .metrics import (
     COMPARED_SETS,
     MEMORIZATION_METRICS,
@@ -40,6 +41,7 @@ from .metrics import (
 from .recipes import fold_command, training_command
 from .report_curves import sweep_charts, timestep_chart, training_curves
 from .runs import (
+    AGAINST_HELD_OUT,
     ANIMATION,
     CLASS_GRID,
     DENOISING_PATH,
@@ -48,6 +50,7 @@ from .runs import (
     INTERPOLATION,
     LATENT_MAP,
     LATENT_MAPS,
+    MEMORIZATION,
     NEAREST_NEIGHBORS,
     PAGE_FILE,
     RECONSTRUCTION_GRIDS,
@@ -126,8 +129,8 @@ def class_count(run: Run) -> int | None:
 
 def headline(run: Run) -> list[tuple[str, str]]:
     """Up to four figures for the first screen, each with its name."""
-    samples = nested(run.evaluation, "against_held_out", SAMPLES.key)
-    copied = nested(run.evaluation, "memorisation", SAMPLES.key)
+    samples = nested(run.evaluation, AGAINST_HELD_OUT, SAMPLES.key)
+    copied = nested(run.evaluation, MEMORIZATION, SAMPLES.key)
     values = [(metric, samples.get(metric.key)) for metric in METRICS]
     values += [(metric, copied.get(metric.key)) for metric in MEMORIZATION_METRICS]
     values += [(metric, run.metrics.get(metric.stage1_key)) for metric in RECONSTRUCTION_METRICS]
@@ -387,7 +390,7 @@ def animations(run: Run, album: Album) -> list[dict]:
 
 def metrics_table(evaluation: dict) -> dict | None:
     """Metrics in rows, sets of images in columns. `None` if nothing was compared."""
-    entries = {one: entry for one in COMPARED_SETS if (entry := nested(evaluation, "against_held_out", one.key))}
+    entries = {one: entry for one in COMPARED_SETS if (entry := nested(evaluation, AGAINST_HELD_OUT, one.key))}
     if not entries:
         return None
     known = [metric for metric in METRICS if any(is_finite(entry.get(metric.key)) for entry in entries.values())]
@@ -466,7 +469,7 @@ def memorization_table(evaluation: dict) -> dict | None:
     """
     rows = []
     for image_set in SEARCHED_SETS:
-        if entry := nested(evaluation, "memorisation", image_set.key):
+        if entry := nested(evaluation, MEMORIZATION, image_set.key):
             rates = [shown(metric, entry.get(metric.key), metric.decimals) for metric in MEMORIZATION_METRICS]
             rows.append((image_set.title, [number(entry.get("n")), *rates]))
     return {"head": ["", "n", *(metric.title for metric in MEMORIZATION_METRICS)], "rows": rows} if rows else None
@@ -539,7 +542,7 @@ def page_sections(run: Run, album: Album) -> dict[str, object]:
             "plot": single.get(EVALUATION_SWEEP),
             "grid": single[GUIDANCE_SWEEP],
         },
-        "memorisation": {"table": memorization_table(evaluation), "picture": single[NEAREST_NEIGHBORS]},
+        MEMORIZATION: {"table": memorization_table(evaluation), "picture": single[NEAREST_NEIGHBORS]},
         "commands": commands(run),
         "versions": versions(run),
     }
@@ -571,6 +574,7 @@ def render(run: Run) -> str:
         summary=summary(run),
         hero=hero,
         headline=headline(run),
+        memorization_rule=RULE,
         planned=number(planned) if planned else "",
         last_step=number(run.last_step or 0),
         sections=page_sections(run, album),

@@ -295,11 +295,13 @@ METRICS_KEYS = {  # `write_metrics` writes no others
     "val_loss": "anything", "val_unweighted_loss": "anything",
     "evaluation": "a mapping",
 }  # fmt: skip
+AGAINST_HELD_OUT = "against_held_out"
+MEMORIZATION = "memorisation"  # British spelling, because users' programs read this key
 EVALUATION_KEYS = {  # the same for the entry "evaluation"
     "pipeline": "anything", "dataset": "anything", "resolution": "anything", "num_classes": "anything",
     "splits": "a mapping", "features": "a mapping", "classifier": "anything", "sampling": "a mapping",
-    "reconstruction": "a mapping", "against_held_out": "a mapping",
-    "memorisation": "a mapping",  # British spelling, because users' programs read this key
+    "reconstruction": "a mapping", AGAINST_HELD_OUT: "a mapping",
+    MEMORIZATION: "a mapping",
     "sweep": "a list of mappings of numbers", "remarks": "a list of names", "versions": "a mapping",
     "seconds": "anything", "command": "a text or a list of names",
 }  # fmt: skip
@@ -316,7 +318,7 @@ class Run:
     """The contents of a run's folder: stage, flags, log, metrics and models. If a file is missing, its field is empty.
 
     The keys of `configs` and `num_parameters` are components: "autoencoder" and, for stage 2, "denoiser". `configs`
-    also has "scheduler".
+    of stage 2 also has "scheduler" and "pipeline".
     """
 
     folder: Path
@@ -367,6 +369,7 @@ def read_run(folder: Path) -> Run:
     configs = {name: read_mapping(path / MODEL_CONFIG, CONFIG_KEYS) for name, path in models.items()}
     if stage == "latent_diffusion":
         configs["scheduler"] = read_mapping(SCHEDULER_CONFIG.path(folder), CONFIG_KEYS)
+        configs["pipeline"] = index
     num_parameters = {name: _count_parameters(path) for name, path in models.items()}
     return Run(folder, stage, args, log, metrics, configs, num_parameters, class_names)
 

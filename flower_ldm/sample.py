@@ -16,7 +16,7 @@ from .errors import InputError, OneLineParser, exit_on_input_error, one_line, re
 from .files import file_path, file_safe_name, fresh_folder, path_text, write_whole
 from .images import MAX_IMAGE_PIXELS, open_image
 from .lettering import drawable, pillow_font, wrapped
-from .pipelines.pipeline_flower_ldm import SCHEDULERS, upright_srgb
+from .pipelines.pipeline_flower_ldm import NUM_INFERENCE_STEPS, SCHEDULERS, STRENGTH, upright_srgb
 from .progress_bars import bar_options, progress_bar
 from .sampling import SCHEDULER_HELP, check_sampling, load_pipeline
 
@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=4, help="per label")
     parser.add_argument("--seed", type=int, default=0, help="image i, counted over all labels, has the seed SEED + i")
     # how it is drawn
-    parser.add_argument("--num_inference_steps", "--steps", type=int, default=25)
+    parser.add_argument("--num_inference_steps", "--steps", type=int, default=NUM_INFERENCE_STEPS)
     parser.add_argument("--guidance_scale", type=float, help="1 means off; unset: the pipeline's own")
     parser.add_argument(
         "--guidance_interval", type=float, nargs=2, metavar=("BEGIN", "END"),
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # image to image and inpainting
     parser.add_argument("--image", type=file_path, help="picture to start from, cropped to its center")
     parser.add_argument(
-        "--strength", type=float, default=0.8, help="how much --image changes: above 0 (hardly) to 1 (completely)"
+        "--strength", type=float, default=STRENGTH, help="how much --image changes: above 0 (hardly) to 1 (completely)"
     )
     parser.add_argument(
         "--mask", type=file_path, help="picture of the image's size: white is redrawn, black or transparent is kept"

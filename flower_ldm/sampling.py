@@ -191,8 +191,9 @@ class Sampler:
                     progress.update(len(numbers))
             except KeyboardInterrupt:  # in the middle of drawing or of writing
                 progress.close()
-                kept = f"{len(self._kept(folder, key, num_samples)[0])} of {num_samples} images are kept in {folder}"
-                print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
+                kept = len(self._read_cache(folder, key, num_samples)[0])
+                cached = f"{kept} of {num_samples} images are kept in {folder}"
+                print(f"stopped: {cached}; run the same command again to continue", file=sys.stderr)
                 raise SystemExit(130) from None
         return np.stack([images[number] for number in range(num_samples)]), seconds
 

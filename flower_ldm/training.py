@@ -511,8 +511,11 @@ def append_lines(path: Path, lines: list[str]) -> None:
 def stop_signals() -> tuple[int, ...]:
     """The signals that ask a process to stop: of Ctrl-C, of a scheduler, of a terminal that is closed.
 
-    `nohup` lets a process ignore the last one.
+    `nohup` lets a process ignore the last one. Outside of the main thread there are none, since Python lets no other
+    thread handle signals.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return ()
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
     heeded = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
     return (signal.SIGINT, signal.SIGTERM, *([hangup] if heeded else []))
@@ -527,7 +530,7 @@ def process_as_found() -> Iterator[None]:
     # accelerate keeps its settings here for the life of a process, and refuses to change them.
     shared = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     found = [dict(values) for values in shared]
-    handlers = {number: signal.getsignal(number) for number in stop_signals()} if in_main_thread() else {}
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
     for values in shared:
         values.clear()
     try:
@@ -541,18 +544,13 @@ def process_as_found() -> Iterator[None]:
             values.update(before)
 
 
-def in_main_thread() -> bool:
-    """Whether this is the main thread, the only one that Python lets handle signals."""
-    return threading.current_thread() is threading.main_thread()
-
-
 class StopSignal:
     """Remembers a signal to stop, so that the run saves a checkpoint before it ends. A second one ends it at once."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.number = 0
-        self.numbers = stop_signals() if in_main_thread() else ()
+        self.numbers = stop_signals()
         for number in self.numbers:
             signal.signal(number, self._remember)
 

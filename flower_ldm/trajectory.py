@@ -22,6 +22,7 @@ from . import FlowerLDMPipeline
 from .files import write_whole
 from .latent_maps import LatentPlane
 from .lettering import drawable, pillow_font, save_figure
+from .pipelines.pipeline_flower_ldm import NUM_INFERENCE_STEPS
 from .sampling import decode, draw, same_seed, seeded_noise
 
 PANEL = 192  # width and height of an image in an animation, in pixels
@@ -59,7 +60,11 @@ class Trajectory:
 
 
 def record_trajectory(
-    pipeline: FlowerLDMPipeline, label: int | str, seed: int = 0, num_inference_steps: int = 25, **options
+    pipeline: FlowerLDMPipeline,
+    label: int | str,
+    seed: int = 0,
+    num_inference_steps: int = NUM_INFERENCE_STEPS,
+    **options,
 ) -> Trajectory:
     """Draw one image of a class and keep every state on its way.
 

@@ -24,7 +24,8 @@ from .flags import FlagParser
 from .formatting import is_finite
 from .latent_maps import LatentPlane, LatentSet, encode_for_map, named_classes, save_latent_maps
 from .lettering import drawable, save_figure, wrapped
-from .memorization import TrainingNeighbors, memorized
+from .memorization import MEMORIZED_RATIO, TrainingNeighbors, memorized
+from .pipelines.pipeline_flower_ldm import NUM_INFERENCE_STEPS
 from .progress_bars import bar_options, progress_bar
 from .runs import (
     ANIMATION,
@@ -172,7 +173,7 @@ def save_nearest_neighbors(
             if copied:
                 caption.set(color="#c1272d", fontweight="bold")
         axis.set_title(
-            f"Most likely copies in {space} space. Memorized (ratio of distances at most 0.33): "
+            f"Most likely copies in {space} space. Memorized (ratio of distances at most {MEMORIZED_RATIO:.2f}): "
             f"{memorized(distances).sum()} of {len(samples):,} samples",
             fontsize=10,
         )
@@ -252,7 +253,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     DataOptions.add_flags_of_run(parser, f"; {NO_IMAGES}: only pictures that need no images")
     # how it is drawn
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_inference_steps", "--steps", type=int, default=25)
+    parser.add_argument("--num_inference_steps", "--steps", type=int, default=NUM_INFERENCE_STEPS)
     parser.add_argument("--guidance_scale", type=float, help="1 means off; unset: the pipeline's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -56,6 +56,8 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # Measured with the CPU recipe of Oxford 102 Flowers, 25 steps, n = 256. Scales 1, 2, 3 and 4 have Frechet distances of
 # 399, 380, 374 and 385, and KIDs of 0.433, 0.380, 0.336 and 0.328.
 GUIDANCE_SCALE = 3.0
+NUM_INFERENCE_STEPS = 25
+STRENGTH = 0.8  # of drawing over an image
 
 
 class SchedulerFacts(NamedTuple):
@@ -287,7 +289,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         num_images_per_label: int = 1,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -297,7 +299,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_rescale: float = 0.0,
         image: Any = None,
-        strength: float = 0.8,
+        strength: float = STRENGTH,
         mask_image: Any = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw `num_images_per_label` images of each label, label by label.

@@ -195,7 +195,7 @@ def test_a_checkpoint_that_was_set_aside_is_the_runs_own(output_dir, earlier_run
     checkpoints.make_room(output_dir / "checkpoint-5")
     assert (output_dir / "checkpoint-5-aside-1" / "model.safetensors").is_file()
     (output_dir / "checkpoint-5-aside-1" / "notes.txt").write_text("dear flower")
-    with pytest.raises(InputError, match="no run of ours has written: 'checkpoint-5-aside-1/notes.txt'"):
+    with pytest.raises(InputError, match="no training run has written: 'checkpoint-5-aside-1/notes.txt'"):
         claim(output_dir, "--overwrite_output_dir")
     (output_dir / "checkpoint-5-aside-1" / "notes.txt").unlink()
     claim(output_dir, "--resume_from_checkpoint=latest")

@@ -71,13 +71,14 @@ def test_an_interrupted_training_gives_the_process_back(stage_flags, tmp_path, m
         pass
 
 
-def test_another_thread_will_do(stage_flags, tmp_path):
-    """Python lets only the main thread handle signals."""
+def test_another_thread_will_do(stage_flags, tmp_path, hub_server):
+    """Python lets only the main thread handle signals: neither the training nor the upload at its end asks for them."""
     errors = []
+    push = ["--push_to_hub", "--hub_model_id", "me/flowers"]
 
     def train() -> None:
         try:
-            train_autoencoder.main([*stage_flags[0], "--max_train_steps", "2", "--dataloader_num_workers", "1"])
+            train_autoencoder.main([*stage_flags[0], "--max_train_steps", "2", "--dataloader_num_workers", "1", *push])
         except BaseException as error:
             errors.append(error)
 
@@ -85,3 +86,4 @@ def test_another_thread_will_do(stage_flags, tmp_path):
     thread.start()
     thread.join()
     assert errors == [] and (tmp_path / "autoencoder" / "metrics.json").is_file()
+    assert "config.json" in hub_server.repositories["me/flowers"].files

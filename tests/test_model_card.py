@@ -308,3 +308,22 @@ def test_folder_that_is_no_run(tmp_path):
     with pytest.raises(InputError, match="is no training run"):
         write_model_card(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_card_of_an_earlier_pipeline_says_the_guidance_that_its_config_lacks(runs):
+    """Else a stranger would draw with the default of a later version."""
+    folder = runs["flower_ldm"]
+    assert "guidance_scale" not in blocks(write_model_card(folder).read_text(), "python")[0]
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["guidance_scale"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert "guidance_scale=2.5" in blocks(write_model_card(folder).read_text(), "python")[0]
+
+
+def test_the_evaluations_command_draws_the_same_samples(runs):
+    folder = runs["flower_ldm"]
+    evaluation = evaluation_of(folder)
+    evaluation["sampling"] |= {"guidance_interval": [0.1, 0.8], "scheduler": "DDIMScheduler"}
+    change(folder, "metrics.json", evaluation=evaluation)
+    command = blocks(write_model_card(folder).read_text(), "sh")[-1]
+    assert "--scheduler ddim" in command and "--guidance_interval 0.1 0.8" in command
