@@ -72,7 +72,7 @@ def test_an_interrupted_training_gives_the_process_back(stage_flags, tmp_path, m
 
 
 def test_another_thread_will_do(stage_flags, tmp_path, hub_server):
-    """Python lets only the main thread handle signals: neither the training nor the upload at its end asks for them."""
+    """Python lets only the main thread handle signals. Neither training nor upload asks another one for them."""
     errors = []
     push = ["--push_to_hub", "--hub_model_id", "me/flowers"]
 
