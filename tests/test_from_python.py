@@ -74,7 +74,7 @@ def test_an_interrupted_training_gives_the_process_back(stage_flags, tmp_path, m
 def test_another_thread_will_do(stage_flags, tmp_path, hub_server):
     """Python lets only the main thread handle signals. Neither training nor upload asks another one for them."""
     errors = []
-    push = ["--push_to_hub", "--hub_model_id", "me/flowers"]
+    push = ["--push_to_hub", "--hub_model_id", "gardener/flowers"]
 
     def train() -> None:
         try:
@@ -86,4 +86,4 @@ def test_another_thread_will_do(stage_flags, tmp_path, hub_server):
     thread.start()
     thread.join()
     assert errors == [] and (tmp_path / "autoencoder" / "metrics.json").is_file()
-    assert "config.json" in hub_server.repositories["me/flowers"].files
+    assert "config.json" in hub_server.repositories["gardener/flowers"].files
