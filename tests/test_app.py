@@ -448,7 +448,7 @@ def test_space_needs_no_package(tmp_path):
     code = "import sys; sys.modules['flower_ldm'] = None; sys.path.insert(0, '.'); import app"
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "space", env=environment, capture_output=True,
                            text=True)  # fmt: skip
-    assert ended.returncode == 2 and f"--pipeline someone/flowers --revision {COMMIT} is no folder" in ended.stderr
+    assert ended.returncode == 2 and f"--pipeline someone/flowers --revision {COMMIT} is not a folder" in ended.stderr
 
 
 @pytest.mark.slow
