@@ -305,7 +305,7 @@ EVALUATION_KEYS = {  # the same for the entry "evaluation"
     "sweep": "a list of mappings of numbers", "remarks": "a list of names", "versions": "a mapping",
     "seconds": "anything", "command": "a text or a list of names",
 }  # fmt: skip
-INDEX_KEYS = {"id2label": "a mapping of labels to names"}
+INDEX_KEYS = {"id2label": "a mapping of labels to names", "_diffusers_version": "a text"}
 CONFIG_KEYS = {
     "in_channels": "a number", "latent_channels": "a number", "num_classes": "a number",
     "_class_name": "a text", "_diffusers_version": "a text", "prediction_type": "a text", "beta_schedule": "a text",

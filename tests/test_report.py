@@ -344,6 +344,7 @@ DAMAGED = [  # a file of the run, where in it, and what stands there; then what 
     ("unet/config.json", "_class_name", ["a"], "_class_name must be a text, not a list"),
     ("vae/config.json", "num_classes", "four", "num_classes must be a number, not a text"),
     ("scheduler/scheduler_config.json", "_diffusers_version", [1], "_diffusers_version must be a text, not a list"),
+    ("model_index.json", "_diffusers_version", 0.0, "_diffusers_version must be a text, not a number"),
 ]  # fmt: skip
 
 
