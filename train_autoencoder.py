@@ -337,8 +337,7 @@ def build_autoencoder(accelerator: Accelerator, args: Namespace, num_classes: in
     vae = vae.to(accelerator.device, memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    if args.torch_compile:
-        vae.compile(dynamic=False)
+    training.compile_model(args, vae, accelerator.device)
     return vae
 
 
@@ -355,11 +354,9 @@ def build_networks(
 ) -> tuple[Networks, Optimizers]:
     """All trained networks and loss networks, on their device and prepared, with the optimizers."""
     centers = discriminator = adaptive_weight = disc_optimizer = None
-    parameters = list(vae.parameters())
     if args.center_weight > 0 or args.repulsion_weight > 0:
         centers = CenterLoss(vae.config.num_classes, vae.config.head_channels)
-        parameters += centers.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = training.build_optimizer(args, vae, [] if centers is None else centers.parameters())
     lr_scheduler = training.build_lr_scheduler(args, optimizer)
     vae, optimizer = accelerator.prepare(vae, optimizer)
     if centers is not None:
@@ -448,7 +445,8 @@ def train(args: Namespace) -> None:
             if accelerator.sync_gradients:
                 # Only this optimizer's: the discriminator's fp16 gradients of earlier micro-batches would be lost.
                 accelerator.unscale_gradients(optimizer)
-                grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 if accelerator.scaler is None:  # fp16's scaler meets infinite gradients by itself
                     log.update(progress.global_step + 1, {"grad_norm": grad_norm})
             optimizer.step()

@@ -42,6 +42,7 @@ from flower_ldm.diffusion import (
     drop_labels,
     make_noise_scheduler,
     min_snr_weights,
+    sample_lognormal_timesteps,
     sample_timesteps,
 )
 from flower_ldm.errors import InputError, exit_on_input_error, one_line
@@ -77,11 +78,15 @@ class DenoisingStep(NamedTuple):
 
 
 def denoising_step(
-    args: Namespace, unet: nn.Module, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor], null_label: int
-) -> DenoisingStep:
+    args: Namespace, unet: nn.Module, noise_scheduler: DDPMScheduler, batch: dict[str, torch.Tensor], null_label: int,
+    timestep_density: str,
+) -> DenoisingStep:  # fmt: skip
     """One micro-batch through the denoiser: noise the latents, predict, compare."""
     latents, noise, uniforms = batch["latents"], batch["noise"], batch["uniforms"]  # (B, C, h, w) twice, (B, 2)
-    timesteps = sample_timesteps(uniforms[:, 0], noise_scheduler.config.num_train_timesteps)
+    if timestep_density == "lognormal":
+        timesteps = sample_lognormal_timesteps(noise_scheduler, uniforms[:, 0], args.density_mean, args.density_std)
+    else:
+        timesteps = sample_timesteps(uniforms[:, 0], noise_scheduler.config.num_train_timesteps)
     class_labels = drop_labels(batch["class_labels"], uniforms[:, 1], args.label_dropout, null_label)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     prediction = unet(noisy_latents, timesteps, class_labels).sample
@@ -98,11 +103,14 @@ def denoising_step(
 def validate(
     accelerator: Accelerator, args: Namespace, unet: nn.Module, noise_scheduler: DDPMScheduler, batches: DataLoader
 ) -> dict[str, float]:
-    """The held-out loss, weighted and unweighted. Every validation has the same noise and timesteps."""
+    """The held-out loss, weighted and unweighted. Every validation has the same noise and timesteps.
+
+    The timesteps are uniform, whatever the training's density, so that runs can be compared.
+    """
     rows = []
     for batch in batches:
         with accelerator.autocast():
-            step = denoising_step(args, unet, noise_scheduler, batch, unet.null_label)
+            step = denoising_step(args, unet, noise_scheduler, batch, unet.null_label, "uniform")
         rows.append(accelerator.gather_for_metrics(torch.stack([step.losses, step.unweighted_losses], dim=1)))
     loss, unweighted_loss = torch.cat(rows).mean(dim=0).tolist()
     return {"val_loss": loss, "val_unweighted_loss": unweighted_loss}
@@ -218,8 +226,7 @@ def build_denoiser(
     ).to(accelerator.device)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if args.torch_compile:
-        unet.compile(dynamic=False)
+    training.compile_model(args, unet, accelerator.device)
     return unet
 
 
@@ -311,9 +318,7 @@ def train(args: Namespace) -> None:
         vae, unet, noise_scheduler, class_names,
         guidance_scale=args.guidance_scale, takes_guidance=args.label_dropout > 0,
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    optimizer = training.build_optimizer(args, unet)
     lr_scheduler = training.build_lr_scheduler(args, optimizer)
     model, optimizer = accelerator.prepare(unet, optimizer)
     identity = training.run_identity(accelerator, args, train_images, unet)
@@ -335,7 +340,9 @@ def train(args: Namespace) -> None:
 
     for batch in train_batches:
         with accelerator.accumulate(model):
-            losses, unweighted_losses, timesteps = denoising_step(args, model, noise_scheduler, batch, unet.null_label)
+            losses, unweighted_losses, timesteps = denoising_step(
+                args, model, noise_scheduler, batch, unet.null_label, args.timestep_density
+            )
             loss = losses.mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:

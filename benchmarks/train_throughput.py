@@ -264,7 +264,8 @@ class AutoencoderTraining:
             self.accelerator, args, networks, self.batch, global_step
         )
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if networks.discriminator is not None:
@@ -384,10 +385,7 @@ class DenoiserTraining:
     def prepare(self, model: nn.Module) -> tuple[nn.Module, Optimizer]:
         """The model on its device and its optimizer, both prepared."""
         model = model.to(self.device, memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
-        return self.accelerator.prepare(model, optimizer)
+        return self.accelerator.prepare(model, training.build_optimizer(self.args, model))
 
     def cached_batches(self, folder: Path) -> Iterator[dict]:
         """The script's own data path: a cache file with latents of synthetic flowers, its workers and its order."""
@@ -405,7 +403,7 @@ class DenoiserTraining:
     def update(self, model: nn.Module, optimizer: Optimizer, batch: dict[str, torch.Tensor]) -> None:
         """One update of any denoiser, as in the script's loop, without the moving average."""
         losses, _, _ = train_latent_diffusion.denoising_step(
-            self.args, model, self.noise_scheduler, batch, NUM_CLASSES
+            self.args, model, self.noise_scheduler, batch, NUM_CLASSES, self.args.timestep_density
         )
         self.accelerator.backward(losses.mean())
         self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)

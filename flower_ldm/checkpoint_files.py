@@ -63,11 +63,13 @@ def checked_state(saved: object, owner: object, name: str) -> object:
     own = owner.state_dict()
     if not isinstance(owner, torch.optim.Optimizer):
         return checked(saved, own, name)
-    # The options are this run's. AdamW has moments of a parameter from its first gradient on.
-    parameters = [parameter for group in owner.param_groups for parameter in group["params"]]
+    # The options are this run's. A parameter has moments from its first gradient on.
+    groups = [(parameter, group) for group in owner.param_groups for parameter in group["params"]]
     moments = {
-        index: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        for index, parameter in enumerate(parameters)
+        index: {"momentum": parameter}
+        if group.get("orthogonalize")  # Muon's
+        else {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for index, (parameter, group) in enumerate(groups)
         if index in saved["state"]
     }
     return own | {"state": checked(saved["state"], moments, name)}

@@ -17,6 +17,7 @@ from .errors import InputError
 from .pipelines.pipeline_flower_ldm import PREDICTION_TYPES
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TIMESTEP_DENSITIES = ("uniform", "lognormal")
 # An SNR below this counts as this. Min-SNR weights vanish with the SNR, which is 2e-9 at the end of the cosine
 # schedule: the noisiest steps, from which sampling starts, would never be trained.
 SNR_FLOOR = 0.01
@@ -79,6 +80,33 @@ def sample_timesteps(uniforms: torch.Tensor, num_train_timesteps: int) -> torch.
     return timesteps.clamp(max=num_train_timesteps - 1)  # a float64 just below 1 becomes 1 in float32
 
 
+def sample_lognormal_timesteps(
+    scheduler: DDPMScheduler, uniforms: torch.Tensor, mean: float, std: float
+) -> torch.Tensor:
+    """Map `uniforms` `(B,)` in [0, 1) to timesteps `(B,)` int64 whose noise-to-signal ratio is log-normal.
+
+    The ratio sigma/alpha is the noise level of EDM (Karras et al. 2022, table 1, "Training"). There the velocity's
+    squared error has the weight of its loss exactly, so all timesteps weigh the same: `mean` and `std` alone say which
+    noise levels matter.
+
+    Args:
+        mean, std: of the ratio's natural logarithm.
+    """
+    alphas_cumprod = on_device_of(uniforms, scheduler)
+    log_ratios = ((1 - alphas_cumprod) / alphas_cumprod).log() / 2  # (T,), rising
+    wanted = mean + std * torch.special.ndtri(uniforms)
+    return torch.searchsorted(log_ratios, wanted).clamp(max=len(log_ratios) - 1)
+
+
+def on_device_of(tensor: torch.Tensor, scheduler: DDPMScheduler) -> torch.Tensor:
+    """The scheduler's `alphas_cumprod` `(T,)` on the device of a tensor.
+
+    The copy makes the host wait, so the scheduler keeps it, as `add_noise` does too. Later steps copy nothing.
+    """
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(tensor.device)
+    return scheduler.alphas_cumprod
+
+
 def drop_labels(
     class_labels: torch.Tensor, uniforms: torch.Tensor, label_dropout: float, null_label: int
 ) -> torch.Tensor:
@@ -119,8 +147,7 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: fl
     """
     if gamma is None:
         return torch.ones_like(timesteps, dtype=torch.float32)
-    # The copy makes the host wait, so the scheduler keeps it, as `add_noise` does too. Later steps copy nothing.
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)
+    on_device_of(timesteps, scheduler)
     snr = compute_snr(scheduler, timesteps).clamp(min=SNR_FLOOR)
     weights = snr.clamp(max=gamma)
     prediction_type = scheduler.config.prediction_type

@@ -14,7 +14,7 @@ import yaml
 from accelerate.tracking import get_available_trackers
 
 from .data import DataOptions
-from .diffusion import BETA_SCHEDULES, PREDICTION_TYPES
+from .diffusion import BETA_SCHEDULES, PREDICTION_TYPES, TIMESTEP_DENSITIES
 from .errors import InputError, one_line
 from .files import SpellingLoader, parse_yaml, path_or_hub_id, path_text, without_paths
 from .flags import NOT_NEGATIVE, POSITIVE, SEED, SHARE, Flag, FlagParser, as_it_is
@@ -23,6 +23,7 @@ from .pipelines.pipeline_flower_ldm import GUIDANCE_SCALE
 # The schedules of diffusers that need no more than these flags.
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 STAGES = ("autoencoder", "latent_diffusion")
+OPTIMIZERS = ("adamw", "muon")
 SWITCH = argparse.BooleanOptionalAction
 
 
@@ -76,6 +77,8 @@ def add_optimization_flags(parser: FlagParser) -> None:
     flag("--learning_rate", type=float, default=3e-4, bounds=POSITIVE, may_change=True, public=as_it_is)
     flag("--lr_scheduler", choices=LR_SCHEDULES, default="cosine", public=as_it_is)
     flag("--lr_warmup_steps", type=int, default=100, bounds=NOT_NEGATIVE, public=as_it_is, help="optimizer updates")
+    flag("--optimizer", choices=OPTIMIZERS, default="adamw", public=as_it_is,
+         help="muon: Muon for the matrices of the hidden layers, AdamW for all other parameters")  # fmt: skip
     flag("--max_grad_norm", type=float, default=1.0, bounds=POSITIVE, public=as_it_is)
     flag("--ema_decay", type=float, default=0.999, bounds=SHARE, public=as_it_is, marks_run=True)
     flag("--model_config", type=path_text, may_change=True, is_read=True,
@@ -152,6 +155,12 @@ def add_latent_diffusion_flags(parser: FlagParser) -> None:
          help="the last timestep is pure noise")  # fmt: skip
     flag("--snr_gamma", type=float, default=5.0, bounds=NOT_NEGATIVE, public=as_it_is,
          help="gamma of the min-SNR loss weights; 0: all timesteps weigh the same")  # fmt: skip
+    flag("--timestep_density", choices=TIMESTEP_DENSITIES, default="uniform", public=as_it_is,
+         help="lognormal: the noise-to-signal ratio of training's timesteps is log-normal, as in EDM2")  # fmt: skip
+    flag("--density_mean", type=float, default=-0.4, public=as_it_is,
+         help="mean of the ratio's natural logarithm, for --timestep_density lognormal")  # fmt: skip
+    flag("--density_std", type=float, default=1.0, bounds=POSITIVE, public=as_it_is,
+         help="standard deviation of the ratio's natural logarithm")  # fmt: skip
     flag("--label_dropout", type=float, default=0.1, bounds=SHARE, public=as_it_is,
          help="share of labels dropped, for classifier-free guidance")  # fmt: skip
     # previews

@@ -20,6 +20,7 @@ from torch import nn
 from . import FlowerLDMPipeline
 from .errors import InputError, one_line, refusals_of_input
 from .files import CACHE_REFUSED, UnusableCacheError, read_tensors, tensors_digest, write_tensors
+from .memory import keep_freed_memory
 from .pipelines.pipeline_flower_ldm import SCHEDULERS
 from .progress_bars import bar_options, is_terminal, progress_bar
 from .runs import DRAWN_SAMPLES, MODEL_CONFIG, PIPELINE_INDEX, WEIGHTS
@@ -55,6 +56,8 @@ def load_pipeline(
             pipe.to(getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise InputError(f"--device {device} can't be used: {str(error).splitlines()[0]}") from error
+    if pipe.device.type == "cpu":
+        keep_freed_memory()
     return pipe
 
 

@@ -11,9 +11,10 @@ import platform
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,6 +46,8 @@ from .data import DataOptions, ImageDataset, TrainingSampler, keep_batch
 from .errors import InputError, one_line
 from .files import refusals_of_disk
 from .images import open_image
+from .memory import keep_freed_memory
+from .optimizers import Muon, hidden_matrices
 from .progress_bars import progress_bar
 from .run_lock import locks_released
 from .runs import LOGS, versions
@@ -93,6 +96,28 @@ def build_model(model_class: type[nn.Module], path: str | None, **set_by_run: ob
         raise InputError(f"{source}{model_class.__name__} can't be built: {one_line(error)}") from error
 
 
+def compile_model(args: argparse.Namespace, model: nn.Module, device: torch.device) -> None:
+    """Compile a model with `--torch_compile`.
+
+    Raises:
+        InputError: the CPU's code can't be compiled here.
+    """
+    if not args.torch_compile:
+        return
+    if device.type == "cpu" and (missing := missing_for_compilation()):
+        raise InputError(f"--torch_compile needs {missing}: install it, or add --no-torch_compile")
+    model.compile(dynamic=False)
+
+
+def missing_for_compilation() -> str | None:
+    """What this machine lacks to compile a model for its CPU; `None` where it has all."""
+    if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "clang++", "cl"]))):
+        return "a C++ compiler, such as g++"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's header files, such as Debian's python3-dev"
+    return None
+
+
 def choose_precision(mixed_precision: str | None) -> str | None:
     """What `--mixed_precision` means on this machine; `None` leaves the choice to accelerate.
 
@@ -101,9 +126,11 @@ def choose_precision(mixed_precision: str | None) -> str | None:
             times as long for matrix products in bfloat16 as in float32.
     """
     chosen = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        bf16_is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16" if bf16_is_native else "no") if mixed_precision == "auto" else mixed_precision
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    if mixed_precision == "auto":
+        return "bf16" if has_bfloat16("cuda" if on_gpu else "cpu") else "no"
+    if on_gpu:
+        return mixed_precision
     if chosen == "fp16":
         raise InputError("--mixed_precision fp16 needs a GPU; on a CPU use auto or no")
     if chosen == "bf16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -111,9 +138,14 @@ def choose_precision(mixed_precision: str | None) -> str | None:
             "--mixed_precision bf16: this CPU has no instructions for it and would take hundreds of times as long as "
             "without; use auto or no"
         )
-    if mixed_precision == "auto":
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
     return mixed_precision
+
+
+def has_bfloat16(device_type: str) -> bool:
+    """Whether devices of this type compute bfloat16 by instructions of their own, and don't emulate it."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Accelerator:
@@ -136,6 +168,8 @@ def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Ac
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ],
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     set_seed(args.seed)
@@ -268,6 +302,26 @@ def end_with_parent() -> None:
 def validation_batches(accelerator: Accelerator, args: argparse.Namespace, dataset: Dataset) -> DataLoader:
     """The held-out split in order, shared out over the processes."""
     return accelerator.prepare_data_loader(DataLoader(dataset, args.train_batch_size, collate_fn=keep_batch))
+
+
+def build_optimizer(
+    args: argparse.Namespace, model: nn.Module, more: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer that `--optimizer` names, of a model and `more` parameters.
+
+    Muon takes the matrices of the model's `hidden_layers`, AdamW all other parameters. A stock model has no such
+    attribute, and AdamW takes all of it.
+    """
+    options = {"lr": args.learning_rate, "betas": (0.9, 0.99), "weight_decay": 0.01}
+    parameters = [*model.parameters(), *more]
+    hidden_layers = getattr(model, "hidden_layers", ())
+    if args.optimizer == "adamw" or not hidden_layers:
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    matrices = [weight for layers in hidden_layers for weight in hidden_matrices(layers)]
+    known = set(matrices)
+    others = [parameter for parameter in parameters if parameter not in known]
+    dtype = torch.bfloat16 if has_bfloat16(matrices[0].device.type) else torch.float32
+    return Muon(matrices, others, dtype=dtype, **options)
 
 
 def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> LRScheduler:

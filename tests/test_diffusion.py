@@ -15,6 +15,7 @@ from flower_ldm.diffusion import (
     drop_labels,
     make_noise_scheduler,
     min_snr_weights,
+    sample_lognormal_timesteps,
     sample_timesteps,
 )
 from flower_ldm.errors import InputError
@@ -80,6 +81,26 @@ def test_a_uniform_rounded_up_to_one_stays_in_range():
     uniforms = torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64).float()
     assert uniforms[1] == 1
     assert sample_timesteps(uniforms, 1000).tolist() == [0, 999]
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize(("mean", "std"), [(-0.4, 1.0), (0.5, 0.6)])
+def test_lognormal_timesteps_have_the_density_of_edm(beta_schedule, mean, std):
+    """Of the logarithm of sigma/alpha, of which every schedule has values enough around the mean."""
+    scheduler = make_noise_scheduler("v_prediction", beta_schedule, zero_terminal_snr=False)
+    uniforms = (torch.arange(20_000) + 0.5) / 20_000
+    timesteps = sample_lognormal_timesteps(scheduler, uniforms, mean, std)
+    log_ratios = -snr_by_hand(scheduler)[timesteps].log() / 2
+    assert log_ratios.mean().item() == pytest.approx(mean, abs=0.02)
+    assert log_ratios.std().item() == pytest.approx(std, abs=0.02)
+
+
+def test_lognormal_timesteps_stay_in_range():
+    for zero_terminal_snr in (False, True):
+        scheduler = make_noise_scheduler("v_prediction", "squaredcos_cap_v2", zero_terminal_snr)
+        timesteps = sample_lognormal_timesteps(scheduler, torch.tensor([0.0, 0.5, 1 - 2**-24, 1.0]), 0.0, 9.0)
+        assert timesteps.dtype == torch.int64 and timesteps[0] == 0 and timesteps[-1] == 999
+        assert (timesteps.diff() >= 0).all()
 
 
 def test_labels_are_dropped_at_the_given_rate():

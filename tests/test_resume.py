@@ -155,6 +155,18 @@ def test_a_run_in_two_parts_is_the_same_bit_for_bit(run, tmp_path, stage):
     assert [path.name for path in rest.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_with_muon_in_two_parts_is_the_same_bit_for_bit(flags, run, tmp_path, stage):
+    flags[stage] += ["--optimizer", "muon"]
+    whole = run(stage, tmp_path / "whole")
+    rest = run(stage, tmp_path / "rest", "--resume_from_checkpoint", str(whole / "checkpoint-4"))
+    assert_same_end(whole, rest, stage, step=6)
+    kept = [set(state) for state in contents(whole / "checkpoint-4")["optimizer"]["state"].values()]
+    assert {"momentum"} in kept and {"step", "exp_avg", "exp_avg_sq"} in kept
+    with pytest.raises(InputError, match="--optimizer is adamw, but .* was made with muon"):
+        run(stage, tmp_path / "other", "--resume_from_checkpoint", str(whole / "checkpoint-4"), "--optimizer", "adamw")
+
+
 # Signals
 
 

@@ -6,8 +6,12 @@ import io
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 import types
 from pathlib import Path
@@ -22,6 +26,8 @@ from flower_ldm.data import DataOptions
 from flower_ldm.errors import InputError
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
 from flower_ldm.training import Clock, LossLog
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Models from a file
 
@@ -347,3 +353,57 @@ def test_workers_that_are_started_anew_deliver_the_same_batches(flowers, monkeyp
         batches.append(list(loader))
     for one, two in zip(*batches, strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# Compilation and memory
+
+
+@pytest.mark.parametrize(
+    ("tools", "headers", "said"),
+    [((), True, "needs a C\\+\\+ compiler"), (("g++",), False, "needs Python's header files"), (("g++",), True, None)],
+)
+def test_a_cpu_without_what_compilation_needs_is_one_line(monkeypatch, tmp_path, tools, headers, said):
+    for tool in tools:
+        (tmp_path / tool).touch(mode=0o755)
+    if headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    model, args = torch.nn.Linear(2, 2), argparse.Namespace(torch_compile=True)
+    if said is None:
+        training.compile_model(args, model, torch.device("cpu"))
+        assert model._compiled_call_impl is not None
+        return
+    with pytest.raises(InputError, match=f"--torch_compile {said}.*: install it, or add --no-torch_compile"):
+        training.compile_model(args, model, torch.device("cpu"))
+    training.compile_model(argparse.Namespace(torch_compile=False), model, torch.device("cpu"))
+    assert model._compiled_call_impl is None
+
+
+MEMORY_PROGRAM = """
+    import resource, torch
+    from flower_ldm.memory import keep_freed_memory
+
+    def new_pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.ones(2**23)  # 32 MiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    new_pages()
+    default = new_pages()
+    keep_freed_memory()
+    new_pages()
+    print(default, new_pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_used_again():
+    """Large tensors get the pages of earlier ones. By default the system makes new ones each time."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY_PROGRAM)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment).stdout
+    default, kept = map(int, output.split())
+    assert kept < default / 10

@@ -279,6 +279,11 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Pixels a side that one latent position stands for."""
         return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
 
+    @property
+    def hidden_layers(self) -> tuple[nn.Module, ...]:
+        """All between first and last layer, of the encoder and of the decoder. Muon may train their matrices."""
+        return (self.encoder.layers, self.decoder.layers)
+
     @apply_forward_hook
     def encode(
         self, images: torch.Tensor, return_dict: bool = True

@@ -224,6 +224,11 @@ class FlowerUNet2DModel(ModelMixin, ConfigMixin):
         """The label that stands for "no class": the last row of the class embedding."""
         return self.config.num_classes
 
+    @property
+    def hidden_layers(self) -> tuple[nn.Module, ...]:
+        """All between the first layer and the last. Muon may train their matrices."""
+        return (self.blocks,)
+
     def _check_config(self) -> None:
         config = self.config
         sizes = config.sample_size if isinstance(config.sample_size, (tuple, list)) else (config.sample_size,) * 2
