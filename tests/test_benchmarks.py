@@ -159,3 +159,67 @@ def test_everything_from_the_command_line_in_another_folder(tiny, tmp_path):
         assert any(line.startswith(name) and f"{gib:.2f} GiB" in line for line in output.splitlines())
     for name in ("stage1", "stage2"):
         assert results[name]["title"] in output
+
+
+# Ablations and the contest with stock parts
+
+
+@pytest.fixture
+def tiny_recipe(tiny, tmp_path: Path) -> Path:
+    """The tiny models' recipe, with synthetic images and all that a whole training needs."""
+    path = tmp_path / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["common"] |= {"dataset": "synthetic", "classes": [0, 1, 2, 3], "images_per_class": 12, "seed": 0}
+    recipe["common"] |= {"resolution": 32, "mixed_precision": "no", "dataloader_num_workers": 0}
+    schedule = {"max_train_steps": 100, "lr_warmup_steps": 10, "train_batch_size": 4, "ema_decay": 0.9}
+    recipe["autoencoder"] |= schedule | {"perceptual_weight": 0, "disc_start": 50, "perceptual_every": 1}
+    recipe["latent_diffusion"] |= schedule
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def run_benchmark(script: str, *words: object) -> str:
+    command = [sys.executable, SCRIPT.with_name(script), *words]
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_ablation_trains_arms_that_differ_in_one_thing_and_goes_on_where_it_was(tiny_recipe, tmp_path):
+    ablations = {
+        "recipe": "recipe.yaml", "seconds": {"autoencoder": 3, "latent_diffusion": 3}, "num_samples": 8,
+        "guidance_scales": [1.0, 2.0], "dtype": "float32",
+        "arms": [
+            {"name": "baseline", "latent_diffusion": {"snr_gamma": 5.0}},
+            {"name": "wide", "base": "baseline", "latent_diffusion_model": {"hidden_size": 24}},
+        ],
+    }  # fmt: skip
+    (tmp_path / "arms.yaml").write_text(yaml.safe_dump(ablations))
+    words = ["--ablations", tmp_path / "arms.yaml", "--output_dir", tmp_path / "out"]
+    first = run_benchmark("ablate.py", *words)
+    runs = {name: tmp_path / "out" / f"{name}-0" for name in ("baseline", "wide")}
+    args = {name: yaml.safe_load((run / "args.yaml").read_text()) for name, run in runs.items()}
+    different = {key for key in args["wide"] if args["wide"][key] != args["baseline"][key]}
+    assert different <= {"model_config", "output_dir", "max_train_steps", "lr_warmup_steps", "checkpointing_steps"}
+    widths = [json.loads((run / "unet/config.json").read_text())["hidden_size"] for run in runs.values()]
+    assert widths == [16, 24] and args["wide"]["snr_gamma"] == 5.0
+    assert len(list((tmp_path / "out").glob("autoencoder-*/"))) == 1  # both share it
+    for run in runs.values():
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["step"] > 1 and len(metrics["evaluation"]["sweep"]) == 2
+    before = {run: (run / "args.yaml").stat().st_mtime_ns for run in runs.values()}
+    again = run_benchmark("ablate.py", *words)
+    assert before == {run: (run / "args.yaml").stat().st_mtime_ns for run in runs.values()}
+    rows = [line for line in first.splitlines() if line.startswith("| wide")]
+    assert rows and rows[-1] in again
+
+
+@pytest.mark.slow
+def test_contest_gives_each_contender_its_rates_and_judges_all_alike(tiny_recipe, tmp_path):
+    words = ["--config", tiny_recipe, "--contenders", "ours", "dit", "jit", "--minutes", 0.05]
+    words += ["--tuning_minutes", 0.02, "--num_samples", 8, "--slice", 1, "--output_dir", tmp_path / "out"]
+    printed = run_benchmark("time_to_quality.py", *words)
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ") and "---" not in line]
+    found = {(row[0].removeprefix("| "), row[1].partition(",")[0]) for row in rows[1:]}
+    dit, jit = "stock AutoencoderKL + DiTTransformer2DModel", "pixel transformer, predicts the image"
+    assert found == {("flower_ldm", "seed 0")} | {(name, how) for name in (dit, jit) for how in ("published", "tuned")}
+    assert (tmp_path / "out" / "time_to_quality.png").stat().st_size > 10_000
