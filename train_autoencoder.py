@@ -99,8 +99,11 @@ def autoencoder_step(
     """One micro-batch through the autoencoder and its losses."""
     images, class_labels = batch["images"], batch["class_labels"]
     ramp = loss_ramp(global_step, 0, args.loss_ramp_steps)
+    noise, noise_levels = batch["noise"], None
+    if args.latent_noise > 0:  # its level comes from the last channel
+        noise, noise_levels = noise[:, :-1], args.latent_noise * noise[:, -1, 0, 0].abs()
     with accelerator.autocast():
-        output = networks.vae(images, noise=batch["noise"])
+        output = networks.vae(images, noise=noise, noise_levels=noise_levels)
         losses = {"pixel_loss": pixel_loss(output.sample, images), "kl_loss": kl_loss(output.posterior)}
         loss = args.pixel_weight * losses["pixel_loss"]
         if networks.perceptual is not None:
@@ -341,6 +344,12 @@ def build_autoencoder(accelerator: Accelerator, args: Namespace, num_classes: in
     return vae
 
 
+def noise_shape(args: Namespace, vae: FlowerAutoencoderKL) -> tuple[int, int, int]:
+    """The shape of the noise that goes with an image: that of its latents, with `--latent_noise` one channel more."""
+    size = args.resolution // vae.downsample_factor
+    return vae.config.latent_channels + (args.latent_noise > 0), size, size
+
+
 class Optimizers(NamedTuple):
     """The optimizers, prepared, and the schedule of the autoencoder's learning rate."""
 
@@ -414,8 +423,7 @@ def train(args: Namespace) -> None:
     args.max_train_steps = last_step = training.total_steps(accelerator, args, len(train_images))
 
     vae = build_autoencoder(accelerator, args, train_images.num_classes)
-    latent_size = args.resolution // vae.downsample_factor
-    train_images.carry_noise((vae.config.latent_channels, latent_size, latent_size))
+    train_images.carry_noise(noise_shape(args, vae))
     ema = training.build_ema(vae, args.ema_decay)
     networks, optimizers = build_networks(accelerator, args, vae, perceptual)
     optimizer, disc_optimizer, lr_scheduler = optimizers

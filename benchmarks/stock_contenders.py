@@ -196,6 +196,7 @@ def script_flags(options: argparse.Namespace) -> list[str]:
 def train_stock_autoencoder(options: argparse.Namespace) -> dict:
     """Stage 1 with a stock `AutoencoderKL` and our losses but those of the head, which it lacks."""
     flags = [*script_flags(options), "--classification_weight=0", "--center_weight=0", "--repulsion_weight=0"]
+    flags.append("--latent_noise=0")
     flags += [f"--disc_start={options.steps // 2}", f"--loss_ramp_steps={max(1, options.steps // 8)}"]
     flags += [f"--vgg_weights={options.vgg_weights}"] if options.vgg_weights else []
     args = train_autoencoder.parse_args(flags)

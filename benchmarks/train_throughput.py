@@ -228,7 +228,7 @@ class StockAutoencoder(nn.Module):
             sample_size=sample_size,
         )
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> FlowerAutoencoderOutput:
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, noise_levels: None = None) -> FlowerAutoencoderOutput:
         """Reconstruct, with noise of its own: its latents may have another size than ours."""
         posterior = self.vae.encode(images).latent_dist
         return FlowerAutoencoderOutput(sample=self.vae.decode(posterior.sample()).sample, posterior=posterior)
@@ -248,12 +248,11 @@ class AutoencoderTraining:
         self.networks, (self.optimizer, self.disc_optimizer, _) = train_autoencoder.build_networks(
             self.accelerator, args, self.vae, perceptual
         )
-        batch_size, latent_size = args.train_batch_size, args.resolution // self.vae.downsample_factor
-        latents = (batch_size, self.vae.config.latent_channels, latent_size, latent_size)
+        batch_size = args.train_batch_size
         self.batch = {
             "images": 2 * torch.rand(batch_size, 3, args.resolution, args.resolution, device=self.device) - 1,
             "class_labels": torch.randint(NUM_CLASSES, (batch_size,), device=self.device),
-            "noise": torch.randn(latents, device=self.device),
+            "noise": torch.randn(batch_size, *train_autoencoder.noise_shape(args, self.vae), device=self.device),
         }
 
     def update(

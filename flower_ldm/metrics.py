@@ -297,7 +297,7 @@ METRICS = (
         key="recall", title="Recall", short="recall", better="higher", decimals=3,
         note="The share of held-out images that lie among the set's images. It is low if part of the variety is "
         "missing.",
-        measure=lambda compared: compared.neighborhoods["recall"], hub_type="recall",
+        measure=lambda compared: compared.neighborhoods["recall"], is_swept=True, hub_type="recall",
     ),
     Metric(
         key="density", title="Density", short="density", better="higher", decimals=3,

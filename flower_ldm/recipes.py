@@ -124,6 +124,9 @@ def add_autoencoder_flags(parser: FlagParser) -> None:
     flag("--classification_weight", type=float, default=0.01, bounds=NOT_NEGATIVE, public=as_it_is)
     flag("--center_weight", type=float, default=0.01, bounds=NOT_NEGATIVE, public=as_it_is)
     flag("--repulsion_weight", type=float, default=0.01, bounds=NOT_NEGATIVE, public=as_it_is)
+    flag("--latent_noise", type=float, default=0.0, bounds=NOT_NEGATIVE, public=as_it_is,
+         help="noise on the latents that the decoder sees; an image's level is half-normal with this scale, relative "
+         "to the latents")  # fmt: skip
     # the course of the losses
     flag("--adaptive_weight", action=SWITCH, default=True, public=as_it_is,
          help="balance the adversarial loss by gradient norms before its weight applies")  # fmt: skip

@@ -197,6 +197,19 @@ def test_forward_decodes_a_sample_of_the_posterior(vae, images, noise):
     assert not torch.allclose(output.sample, vae(images).sample)
 
 
+def test_noise_levels_are_relative_to_the_latents(vae, images, noise):
+    """The sum of the posterior's noise and of the further noise has the sum of their variances."""
+    posterior = vae.encode(images).latent_dist
+    levels = torch.arange(len(images)) / 2
+    variance = posterior.var + (levels * posterior.mean.std()).square().view(-1, 1, 1, 1)
+    expected = vae.decode(posterior.mean + variance.sqrt() * noise).sample
+    output = vae(images, noise=noise, noise_levels=levels)
+    torch.testing.assert_close(output.sample, expected)
+    torch.testing.assert_close(output.sample[0], vae(images, noise=noise).sample[0])
+    output.sample.square().mean().backward()  # the encoder can't avoid it by larger latents
+    assert vae.encoder.conv_in.weight.grad.isfinite().all()
+
+
 def test_forward_without_noise_decodes_the_mean(vae, images):
     expected = vae.decode(vae.encode(images).latent_dist.mean).sample
     assert torch.equal(vae(images).sample, expected)

@@ -280,7 +280,7 @@ def test_sweep_has_every_point(evaluated):
     assert points == [(1, 1), (3, 1), (1, 2), (3, 2)]
     for point in evaluation["sweep"]:
         assert list(point) == ["guidance_scale", "num_inference_steps", "n", "frechet_distance", "kid", "kid_std",
-                               "class_accuracy", "seconds"]  # fmt: skip
+                               "recall", "class_accuracy", "seconds"]  # fmt: skip
         assert point["n"] == 12
     folders = list((folder / "evaluation_cache").glob("samples-*"))
     assert len(folders) == 4  # the point with the settings of the main samples took those
@@ -467,10 +467,10 @@ def test_as_a_command_bad_input_is_exit_code_2(tmp_path, monkeypatch, capsys):
 def test_sweep_over_steps_alone_and_with_one_class(tmp_path):
     sweep = [
         {"guidance_scale": 2.0, "num_inference_steps": steps, "n": 10, "frechet_distance": 5.0 / steps, "kid": 0.1,
-         "kid_std": 0.01, "class_accuracy": None, "seconds": 1.0}
+         "kid_std": 0.01, "recall": 0.5, "class_accuracy": None, "seconds": 1.0}
         for steps in (5, 10, 25)
     ]  # fmt: skip
-    known = {name: {"n": 10, "frechet_distance": 0.1, "kid": 0.0, "class_accuracy": None}
+    known = {name: {"n": 10, "frechet_distance": 0.1, "kid": 0.0, "recall": 0.6, "class_accuracy": None}
              for name in ("real", "reconstructions")}  # fmt: skip
     save_sweep(sweep, known, tmp_path / "sweep.png")
     assert np.asarray(Image.open(tmp_path / "sweep.png")).std() > 10

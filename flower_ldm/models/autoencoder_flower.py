@@ -314,7 +314,11 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         return torch.cat([module(row) for row in batch.split(1)])
 
     def forward(
-        self, images: torch.Tensor, noise: torch.Tensor | None = None, return_dict: bool = True
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        noise_levels: torch.Tensor | None = None,
+        return_dict: bool = True,
     ) -> FlowerAutoencoderOutput | tuple:
         """Reconstruct from a sample of the posterior, and classify from its mean.
 
@@ -322,10 +326,19 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
             images: `(B, 3, H, W)` in [-1, 1].
             noise: `(B, Z, h, w)` standard normal, which makes the sample: mean + std * noise (reparameterization,
                 Kingma & Welling 2014, eq. 4). Without it the mean is decoded.
+            noise_levels: `(B,)`, the standard deviations of further noise, relative to that of the batch's latents.
+                A decoder that has seen it draws well from the inexact latents of a denoiser (Zheng et al. 2025, "RAE",
+                section 4.3).
             return_dict: `False` gives a plain tuple of the output's four fields.
         """
         posterior = self.encode(images).latent_dist
-        raw_latents = posterior.mean if noise is None else torch.addcmul(posterior.mean, posterior.std, noise)
+        raw_latents = posterior.mean
+        if noise is not None:
+            std = posterior.std
+            if noise_levels is not None:  # the sum of both noises is normal too
+                spread = posterior.mean.detach().float().std()
+                std = (std.square() + (spread * noise_levels).square()[:, None, None, None]).sqrt()
+            raw_latents = torch.addcmul(posterior.mean, std, noise)
         sample = self.decode(raw_latents).sample                                          # (B, 3, H, W)
         features, logits = (None, None) if self.head is None else self.head(posterior.mean)
         if not return_dict:
