@@ -47,6 +47,7 @@ from flower_ldm.diffusion import (
 from flower_ldm.discriminator import PatchDiscriminator
 from flower_ldm.errors import OneLineParser, exit_on_input_error
 from flower_ldm.files import file_path, path_text
+from flower_ldm.models.autoencoder_flower import FlowerAutoencoderOutput
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "flowers102_64_cpu.yaml"
 LABEL_DROPOUT = 0.1  # for guidance; none of the published settings has any
@@ -246,7 +247,7 @@ def held_out_fidelity(accelerator, args, model: StockAutoencoder, perceptual: Pe
 
     def reconstruct(batch: torch.Tensor):
         posterior = model.vae.encode(batch).latent_dist
-        return train_autoencoder.FlowerAutoencoderOutput(model.vae.decode(posterior.mean).sample, posterior)
+        return FlowerAutoencoderOutput(model.vae.decode(posterior.mean).sample, posterior)
 
     batches = training.validation_batches(accelerator, args, images)
     return train_autoencoder.validate(accelerator, args, reconstruct, perceptual, batches)

@@ -40,7 +40,7 @@ from flower_ldm.sampling import Sampler, load_pipeline, sample_labels
 
 OURS = "ours"
 RECIPE = ablate.ROOT / "configs" / "flowers102_64_cpu.yaml"
-CALIBRATION_STEPS = 8
+CALIBRATION_STEPS, FEWEST_STEPS = 8, 4
 STAGE_1_SHARE = 0.5  # of the minutes of a contender with an autoencoder
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 4.0)
 SHOWN = ("kid", "frechet_distance", "class_accuracy", "recall")  # of the metrics
@@ -87,13 +87,14 @@ class Training:
     process: subprocess.Popen | None = field(default=None, repr=False)
 
     def plan(self, seconds: float, seconds_per_update: float, batch_size: int) -> int:
-        """The number of updates in so many seconds."""
+        """The number of updates in so many seconds, at least a few."""
         self.items_per_second = batch_size / seconds_per_update
-        return round(seconds / seconds_per_update)
+        return max(FEWEST_STEPS, round(seconds / seconds_per_update))
 
     @property
     def is_done(self) -> bool:
-        return runs.METRICS_FILE.path(self.folder).is_file()
+        """Whether its process has ended. A process that has written its metrics may still draw."""
+        return (self.folder / COSTS).is_file()
 
     @property
     def can_run(self) -> bool:
@@ -122,7 +123,7 @@ class Training:
             time.sleep(0.5)
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGSTOP)
-        elif self.process.returncode or not self.is_done:
+        elif self.process.returncode:
             raise InputError(f"{self.name} has ended with exit code {self.process.returncode}: see {self.folder}.log")
         else:
             costs = {"peak_gib": self.peak_kib / 2**20, "items_per_second": self.items_per_second}
@@ -192,26 +193,28 @@ def measured_rate(options: argparse.Namespace, name: str, command: list) -> dict
     return json.loads(path.read_text())
 
 
-def our_trainings(options: argparse.Namespace, minutes: float, seed: int) -> list[Training]:
-    """Both stages of the recipe, with as many updates as the minutes allow."""
-    trainings: list[Training] = []
-    for stage, share in zip(recipes.STAGES, (STAGE_1_SHARE, 1 - STAGE_1_SHARE), strict=True):
-        flags, model = ablate.recipe_settings(options.config, stage)
-        folder = options.output_dir / f"{OURS}-{stage}-{seed}-{minutes:g}min"
-        seconds = 60 * minutes * share
-        if stage == recipes.STAGES[1]:
-            flags["autoencoder"] = trainings[0].folder.resolve()
-        flags = ablate.run_flags(stage, flags | {"seed": seed}, model, folder, options)
-        training = Training(f"{OURS}, {stage}", folder, *trainings)
-        if not training.is_done:
-            rate_file = options.output_dir / f"calibration-{OURS}-{stage}.json"
-            if not rate_file.is_file():
-                measured = ablate.seconds_per_update(stage, flags, options.output_dir / "calibration")
-                rate_file.write_text(json.dumps(measured))
-            steps = training.plan(seconds, json.loads(rate_file.read_text()), flags["train_batch_size"])
-            training.command = ablate.stage_command(stage, ablate.scaled(flags, steps), folder)
-        trainings.append(training)
-    return trainings
+def our_training(
+    options: argparse.Namespace, minutes: float, seed: int, autoencoder: Training | None = None
+) -> Training:
+    """A stage of the recipe, the second where there is an autoencoder, with as many updates as the minutes allow."""
+    stage = recipes.STAGES[0 if autoencoder is None else 1]
+    flags, model = ablate.recipe_settings(options.config, stage)
+    folder = options.output_dir / f"{OURS}-{stage}-{seed}-{minutes:g}min"
+    training = Training(f"{OURS}, {stage}, seed {seed}", folder, autoencoder)
+    if training.is_done:
+        return training
+    flags |= {"seed": seed}
+    if autoencoder is not None:
+        flags["autoencoder"] = autoencoder.folder.resolve()
+    flags = ablate.run_flags(stage, flags, model, folder, options)
+    rate_file = options.output_dir / f"calibration-{OURS}-{stage}.json"
+    if not rate_file.is_file():
+        measured = ablate.seconds_per_update(stage, flags, options.output_dir / "calibration")
+        rate_file.write_text(json.dumps(measured))
+    seconds = 60 * minutes * (STAGE_1_SHARE if autoencoder is None else 1 - STAGE_1_SHARE)
+    steps = training.plan(seconds, json.loads(rate_file.read_text()), flags["train_batch_size"])
+    training.command = ablate.stage_command(stage, ablate.scaled(flags, steps), folder)
+    return training
 
 
 # --- quality ---------------------------------------------------------------------------------------------------------
@@ -299,29 +302,24 @@ def held_out_loss(training: Training) -> float:
 
 def run_contest(options: argparse.Namespace, judge: Judge, best: dict[str, float], minutes: float) -> list[dict]:
     """All trainings of so many minutes, in turns, then their quality."""
-    pairs: list[tuple[str, str, Training]] = []  # (contender, settings, last training)
-    trainings: list[Training] = []
-    if OURS in options.contenders:
-        for seed in options.seeds:
-            both = our_trainings(options, minutes, seed)
-            trainings += both
-            pairs.append((OURS, f"seed {seed}", both[-1]))
+    seeds = options.seeds if OURS in options.contenders else []
+    ours = {seed: our_training(options, minutes, seed) for seed in seeds}
     settings = {"published": {name: one.learning_rates[0] for name, one in CONTENDERS.items()}, "tuned": best}
     settings["published"][AUTOENCODER] = AUTOENCODER_LEARNING_RATES[0]
-    if best.get(AUTOENCODER):  # a denoiser's folder names its autoencoder's rate, so these must end first
-        for which in settings:
-            training = stock_training(options, AUTOENCODER, settings[which][AUTOENCODER], minutes)
-            trainings.append(training)
-            settings[which] = settings[which] | {"training": training}
-    take_turns(trainings, options.slice)
-    denoisers = []
+    stock: dict[str, Training] = {}  # the autoencoders, by their settings
+    if AUTOENCODER in best:
+        stock = {
+            which: stock_training(options, AUTOENCODER, rates[AUTOENCODER], minutes)
+            for which, rates in settings.items()
+        }
+    take_turns([*ours.values(), *stock.values()], options.slice)
+    pairs = [(OURS, f"seed {seed}", our_training(options, minutes, seed, vae)) for seed, vae in ours.items()]
     for which, rates in settings.items():
         for name in (name for name in options.contenders if name != OURS):
-            needs = None if CONTENDERS[name].in_pixels else rates["training"]
+            needs = None if CONTENDERS[name].in_pixels else stock[which]
             training = stock_training(options, name, rates[name], minutes, needs)
-            denoisers.append(training)
             pairs.append((name, f"{which}, {rates[name]:g}", training))
-    take_turns(denoisers, options.slice)
+    take_turns(list({training.folder: training for _, _, training in pairs}.values()), options.slice)
     return [
         {
             "contender": name, "settings": which, "minutes": minutes, **costs_of(training),
