@@ -48,6 +48,7 @@ from flower_ldm.files import replace_files, tensors_digest
 from flower_ldm.latent_maps import encode_for_map, save_latent_maps
 from flower_ldm.model_card import write_model_card
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderKL
+from flower_ldm.optimizers import parameters_of
 from flower_ldm.progress_bars import progress_bar
 from flower_ldm.report import write_report
 from flower_ldm.visualization import AUTOENCODER_CURVES, save_loss_curves, save_reconstructions, vae_encoder
@@ -240,9 +241,9 @@ def drop_torn_best(best_dir: Path) -> None:
 
 @torch.inference_mode()
 def measure_latents(
-    accelerator: Accelerator, vae: FlowerAutoencoderKL, dataset: ImageDataset, batch_size: int
-) -> None:
-    """Measure mean and standard deviation of the training split's raw latents, per channel, for the model's config.
+    accelerator: Accelerator, vae: nn.Module, dataset: ImageDataset, batch_size: int
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the training split's raw latents, per channel, for the model's config.
 
     The variance is that of the posterior means plus the mean posterior variance.
     """
@@ -256,7 +257,7 @@ def measure_latents(
         moments = torch.stack([values.mean(dim=(0, 2, 3)) for values in (mean, mean.square(), variance)])
         sums += len(keys) / len(dataset) * moments
     variance = sums[1] - sums[0].square() + sums[2]
-    vae.set_latents_statistics(sums[0].tolist(), variance.sqrt().tolist())
+    return sums[0].tolist(), variance.sqrt().tolist()
 
 
 # --- the end of a run ------------------------------------------------------------------------------------------------
@@ -268,9 +269,9 @@ def save_results(
 ) -> None:  # fmt: skip
     """Measure the latents, then write the autoencoder with its present weights, `best/` and the metrics."""
     output_dir = Path(args.output_dir)
-    measure_latents(accelerator, vae, train_images, args.train_batch_size)
+    vae.set_latents_statistics(*measure_latents(accelerator, vae, train_images, args.train_batch_size))
     best = FlowerAutoencoderKL.from_pretrained(output_dir / runs.BEST).to(accelerator.device).eval()
-    measure_latents(accelerator, best, train_images, args.train_batch_size)
+    best.set_latents_statistics(*measure_latents(accelerator, best, train_images, args.train_batch_size))
     replace_files(output_dir, output_dir / runs.UNFINISHED_EXPORT, vae.save_pretrained, index=runs.MODEL_CONFIG)
     replace_files(output_dir / runs.BEST, output_dir / runs.UNFINISHED_BEST, best.save_pretrained)
     runs.write_metrics(runs.METRICS_FILE.path(output_dir), results)
@@ -340,7 +341,7 @@ def build_autoencoder(accelerator: Accelerator, args: Namespace, num_classes: in
     vae = vae.to(accelerator.device, memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    training.compile_model(args, vae, accelerator.device)
+    training.compile_model(args, vae)
     return vae
 
 
@@ -453,8 +454,7 @@ def train(args: Namespace) -> None:
             if accelerator.sync_gradients:
                 # Only this optimizer's: the discriminator's fp16 gradients of earlier micro-batches would be lost.
                 accelerator.unscale_gradients(optimizer)
-                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), args.max_grad_norm)
                 if accelerator.scaler is None:  # fp16's scaler meets infinite gradients by itself
                     log.update(progress.global_step + 1, {"grad_norm": grad_norm})
             optimizer.step()

@@ -226,7 +226,7 @@ def build_denoiser(
     ).to(accelerator.device)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    training.compile_model(args, unet, accelerator.device)
+    training.compile_model(args, unet)
     return unet
 
 

@@ -3,8 +3,8 @@
     python benchmarks/stock_contenders.py autoencoder --steps 600 --learning_rate 3e-4 --output_dir DIR
     python benchmarks/stock_contenders.py dit --autoencoder DIR --steps 2000 --learning_rate 1e-4 --output_dir DIR2
 
-Data, augmentation, latent cache, precision, label dropout and moving average are those of our scripts, so that only
-the model, its loss, its noise and its optimizer differ. The results are `ema.safetensors` and `metrics.json`.
+Data, augmentation, latent cache, precision, compilation and label dropout are those of our scripts, so that only the
+model, its loss, its noise and its optimizer differ. The results are `ema.safetensors` and `metrics.json`.
 
 Shapes: B batch, C channels, H W height and width of latents or pixels.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -34,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_autoencoder
 import train_latent_diffusion
-from benchmarks.train_throughput import StockAutoencoder
+from benchmarks.train_throughput import DEFAULT_RECIPE, StockAutoencoder, update_autoencoder
 from flower_ldm import FlowerLDMPipeline, FlowerUNet2DModel, runs, training
 from flower_ldm.autoencoder_losses import PerceptualLoss
+from flower_ldm.data import ImageDataset
 from flower_ldm.diffusion import (
     diffusion_target,
     drop_labels,
@@ -44,12 +46,10 @@ from flower_ldm.diffusion import (
     sample_lognormal_timesteps,
     sample_timesteps,
 )
-from flower_ldm.discriminator import PatchDiscriminator
 from flower_ldm.errors import OneLineParser, exit_on_input_error
 from flower_ldm.files import file_path, path_text
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderOutput
 
-RECIPE = Path(__file__).resolve().parent.parent / "configs" / "flowers102_64_cpu.yaml"
 LABEL_DROPOUT = 0.1  # for guidance; none of the published settings has any
 LATENT_CHANNELS = 16  # as many as ours
 AUTOENCODER = "autoencoder"
@@ -179,7 +179,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--output_dir", type=file_path, required=True)
     flag("--autoencoder", type=path_text, help="folder of the trained autoencoder, for a denoiser on latents")
     flag("--latent_cache_dir", type=path_text)
-    flag("--config", type=path_text, default=str(RECIPE), help="recipe of the data and of stage 1's losses")
+    flag("--config", type=path_text, default=str(DEFAULT_RECIPE), help="recipe of the data and of stage 1's losses")
     flag("--data_dir", type=path_text)
     flag("--vgg_weights", type=path_text)
     flag("--seed", type=int, default=0)
@@ -206,66 +206,36 @@ def train_stock_autoencoder(options: argparse.Namespace) -> dict:
     model = StockAutoencoder(LATENT_CHANNELS, args.resolution).to(memory_format=torch.channels_last)
     size = args.resolution // 8
     train_images.carry_noise((LATENT_CHANNELS, size, size))
-    optimizer = training.build_optimizer(args, model)
-    lr_scheduler = training.build_lr_scheduler(args, optimizer)
-    discriminator = PatchDiscriminator().to(memory_format=torch.channels_last)
-    disc_optimizer = torch.optim.AdamW(
-        discriminator.parameters(), lr=args.disc_learning_rate, betas=(0.5, 0.9), weight_decay=0.0, fused=True
-    )
     perceptual = train_autoencoder.load_perceptual_loss(accelerator, args)
-    if perceptual is not None:
-        perceptual = perceptual.to(memory_format=torch.channels_last)
-    adaptive_weight = train_autoencoder.AdaptiveAdversarialWeight()
-    networks = train_autoencoder.Networks(model, perceptual, discriminator, adaptive_weight, None)
+    networks, optimizers = train_autoencoder.build_networks(accelerator, args, model, perceptual)
     ema = training.build_ema(model, args.ema_decay)
     clock = Clock()
     for step, batch in enumerate(training.training_batches(accelerator, args, train_images, 0, options.steps)):
-        loss, _, reconstruction = train_autoencoder.autoencoder_step(accelerator, args, networks, batch, step)
-        accelerator.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step >= args.disc_start:
-            train_autoencoder.discriminator_step(
-                accelerator, discriminator, batch["images"], reconstruction
-            ).backward()
-            disc_optimizer.step()
-            disc_optimizer.zero_grad()
-        lr_scheduler.step()
+        update_autoencoder(accelerator, args, networks, optimizers.autoencoder, optimizers.discriminator, batch, step)
+        optimizers.lr_scheduler.step()
         ema.step(model.parameters())
         clock.tick()
     with training.ema_weights(ema, model):
         metrics = held_out_fidelity(accelerator, args, model, perceptual, val_images)
-        model.vae.register_to_config(**latents_statistics(accelerator, model.vae, train_images, args))
+        mean, std = train_autoencoder.measure_latents(accelerator, model.vae, train_images, args.train_batch_size)
+        model.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
         model.vae.save_pretrained(options.output_dir)
     return clock.metrics(args.train_batch_size) | metrics
 
 
 @torch.inference_mode()
-def held_out_fidelity(accelerator, args, model: StockAutoencoder, perceptual: PerceptualLoss | None, images) -> dict:
+def held_out_fidelity(
+    accelerator: Accelerator, args: argparse.Namespace, model: StockAutoencoder, perceptual: PerceptualLoss | None,
+    images: ImageDataset,
+) -> dict[str, float]:  # fmt: skip
     """Our validation, of a model that has another interface."""
 
-    def reconstruct(batch: torch.Tensor):
+    def reconstruct(batch: torch.Tensor) -> FlowerAutoencoderOutput:
         posterior = model.vae.encode(batch).latent_dist
         return FlowerAutoencoderOutput(model.vae.decode(posterior.mean).sample, posterior)
 
     batches = training.validation_batches(accelerator, args, images)
     return train_autoencoder.validate(accelerator, args, reconstruct, perceptual, batches)
-
-
-def latents_statistics(accelerator, vae: nn.Module, images, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Mean and deviation of each latent channel over 1,024 images, as entries of the autoencoder's config."""
-    keys = torch.linspace(0, len(images) - 1, min(len(images), 1024)).long()
-    rows = []
-    for batch_keys in keys.split(args.train_batch_size):
-        with torch.inference_mode(), accelerator.autocast():
-            posterior = vae.encode(images.__getitems__(batch_keys.tolist())["images"]).latent_dist
-        rows.append(posterior.sample().float())
-    latents = torch.cat(rows)
-    return {
-        "latents_mean": latents.mean(dim=(0, 2, 3)).tolist(), "latents_std": latents.std(dim=(0, 2, 3)).tolist(),
-        "scaling_factor": 1.0,
-    }  # fmt: skip
 
 
 def build_denoiser(contender: Contender, channels: int, size: int, num_classes: int) -> nn.Module:
@@ -295,6 +265,7 @@ def train_stock_denoiser(options: argparse.Namespace) -> dict:
     latents = train_latent_diffusion.load_latents(accelerator, args, vae, train_images)
     channels, size = latents.cache.mean.shape[2], latents.cache.mean.shape[3]
     model = build_denoiser(contender, channels, size, train_images.num_classes)
+    training.compile_model(args, model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=contender.betas, weight_decay=contender.weight_decay,
         fused=True,

@@ -28,18 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import ablate
 from benchmarks.stock_contenders import AUTOENCODER, AUTOENCODER_LEARNING_RATES, CONTENDERS, load_stock_pipeline
+from benchmarks.train_throughput import DEFAULT_RECIPE
 from flower_ldm import FlowerLDMPipeline, recipes, runs
 from flower_ldm.data import DataOptions
 from flower_ldm.errors import InputError, OneLineParser, exit_on_input_error
-from flower_ldm.evaluation import hold_back
-from flower_ldm.features import FeatureNetwork, extract_features, load_feature_network, load_or_extract_features
+from flower_ldm.evaluation import prepare_real
+from flower_ldm.features import DEFAULT_FEATURES, extract_features, load_feature_network
 from flower_ldm.files import file_path, path_text
 from flower_ldm.lettering import save_figure
-from flower_ldm.metrics import METRICS, Comparison, measure_set, train_classifier
+from flower_ldm.metrics import METRICS, measure_set
 from flower_ldm.sampling import Sampler, load_pipeline, sample_labels
 
 OURS = "ours"
-RECIPE = ablate.ROOT / "configs" / "flowers102_64_cpu.yaml"
 CALIBRATION_STEPS, FEWEST_STEPS = 8, 4
 STAGE_1_SHARE = 0.5  # of the minutes of a contender with an autoencoder
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 4.0)
@@ -57,7 +57,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--seeds", type=int, nargs="+", default=[0], help="of our recipe; the others have the first")
     flag("--num_samples", type=int, default=510, help="at each guidance scale")
     flag("--slice", type=float, default=20.0, help="seconds of each turn")
-    flag("--config", type=file_path, default=RECIPE, help="our recipe")
+    flag("--config", type=file_path, default=DEFAULT_RECIPE, help="our recipe")
     flag("--data_dir", type=path_text, help="the folder that holds the data set")
     flag("--vgg_weights", type=path_text, help="local file with torchvision's weights of VGG16")
     flag("--output_dir", type=file_path, default=Path("results/time_to_quality"))
@@ -86,9 +86,9 @@ class Training:
     peak_kib: int = 0
     process: subprocess.Popen | None = field(default=None, repr=False)
 
-    def plan(self, seconds: float, seconds_per_update: float, batch_size: int) -> int:
+    def plan(self, seconds: float, seconds_per_update: float, items_per_second: float) -> int:
         """The number of updates in so many seconds, at least a few."""
-        self.items_per_second = batch_size / seconds_per_update
+        self.items_per_second = items_per_second
         return max(FEWEST_STEPS, round(seconds / seconds_per_update))
 
     @property
@@ -178,8 +178,7 @@ def stock_training(
     training = Training(f"{name} at {rate:g}", folder, autoencoder)
     if not training.is_done:
         measured = measured_rate(options, name, command)
-        seconds_per_update = measured["seconds_per_update"]
-        steps = training.plan(seconds, seconds_per_update, seconds_per_update * measured["items_per_second"])
+        steps = training.plan(seconds, measured["seconds_per_update"], measured["items_per_second"])
         training.command = [*command, f"--steps={steps}"]
     return training
 
@@ -212,7 +211,8 @@ def our_training(
         measured = ablate.seconds_per_update(stage, flags, options.output_dir / "calibration")
         rate_file.write_text(json.dumps(measured))
     seconds = 60 * minutes * (STAGE_1_SHARE if autoencoder is None else 1 - STAGE_1_SHARE)
-    steps = training.plan(seconds, json.loads(rate_file.read_text()), flags["train_batch_size"])
+    seconds_per_update = json.loads(rate_file.read_text())
+    steps = training.plan(seconds, seconds_per_update, flags["train_batch_size"] / seconds_per_update)
     training.command = ablate.stage_command(stage, ablate.scaled(flags, steps), folder)
     return training
 
@@ -226,29 +226,22 @@ class Judge:
     def __init__(self, options: argparse.Namespace):
         flags = [f"--config={options.config}", *([f"--data_dir={options.data_dir}"] if options.data_dir else [])]
         data = DataOptions.from_args(recipes.parse_arguments(recipes.STAGES[0], flags))
-        self.train, self.held_out = data.load()
         self.cache_dir = options.output_dir / "evaluation"
         self.num_samples = options.num_samples
-        self.network: FeatureNetwork = load_feature_network("efficientnet-lite0", "cpu")
-        self.held_out_features, self.train_features = (
-            load_or_extract_features(self.network, images, self.cache_dir) for images in (self.held_out, self.train)
-        )
-        wanted = torch.bincount(sample_labels(self.num_samples, self.train.num_classes))
-        _, others = hold_back(self.train.labels, wanted)
-        self.classifier = train_classifier(self.train_features[others], self.train.labels[others])
+        self.network = load_feature_network(DEFAULT_FEATURES, "cpu")
+        self.real = prepare_real(self.network, *data.load(), self.num_samples, self.cache_dir)
 
     def measure(self, pipe: FlowerLDMPipeline) -> dict:
         """The metrics at the guidance scale of the lowest KID, and the images drawn in a second there."""
         sampler = Sampler(pipe, self.cache_dir)
-        labels = sample_labels(self.num_samples, self.train.num_classes)
+        labels = sample_labels(self.num_samples, pipe.num_classes)
         points = []
         for scale in GUIDANCE_SCALES:
             images, seconds = sampler.draw(
                 self.num_samples, guidance_scale=scale, guidance_interval=[0.0, 1.0], num_inference_steps=25
             )
             features = extract_features(self.network, images, title="features of samples")
-            comparison = Comparison(features, labels, self.held_out_features, self.train_features, self.classifier)
-            measured = measure_set(comparison)
+            measured = measure_set(self.real.compare(features, labels), swept_only=True)
             point = {name: measured[name] for name in SHOWN}
             points.append(point | {"guidance_scale": scale, "images_per_second": self.num_samples / seconds})
         parameters = sum(weight.numel() for model in (pipe.vae, pipe.unet) for weight in model.parameters())
@@ -262,7 +255,7 @@ class Judge:
             if name == OURS:
                 pipe = load_pipeline(str(training.folder), None, "cpu", "bfloat16")
             else:
-                sizes = self.train.resolution, self.train.num_classes
+                sizes = self.real.train.resolution, self.real.train.num_classes
                 pipe = load_stock_pipeline(name, training.folder, autoencoder, *sizes)
                 pipe = pipe.to(torch.bfloat16)
             path.write_text(json.dumps(self.measure(pipe)))

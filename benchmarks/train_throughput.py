@@ -47,6 +47,7 @@ from flower_ldm.errors import OneLineParser, exit_on_input_error
 from flower_ldm.files import file_path, path_text
 from flower_ldm.latent_cache import LatentDataset, load_or_build_latent_cache
 from flower_ldm.models.autoencoder_flower import FlowerAutoencoderOutput
+from flower_ldm.optimizers import parameters_of
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "flowers102_64_cpu.yaml"
 NUM_CLASSES = 102
@@ -181,6 +182,7 @@ def script_arguments(
     """The arguments of a training script, from the recipe and our options."""
     flags = ["--config", options.config, f"--train_batch_size={batch_size}", "--gradient_accumulation_steps=1"]
     flags += [f"--mixed_precision={options.mixed_precision}", "--report_to=none"]
+    flags.append("--torch_compile" if options.compile else "--no-torch_compile")  # whatever the recipe says
     flags.append(f"--output_dir={folder / script.__name__}")
     if model_config is not None:
         flags.append(f"--model_config={model_config}")
@@ -234,6 +236,25 @@ class StockAutoencoder(nn.Module):
         return FlowerAutoencoderOutput(sample=self.vae.decode(posterior.sample()).sample, posterior=posterior)
 
 
+def update_autoencoder(
+    accelerator: Accelerator, args: argparse.Namespace, networks: train_autoencoder.Networks, optimizer: Optimizer,
+    disc_optimizer: Optimizer | None, batch: dict[str, torch.Tensor], global_step: int,
+) -> None:  # fmt: skip
+    """One update of an autoencoder and of its discriminator, as in the script's loop."""
+    loss, _, reconstruction = train_autoencoder.autoencoder_step(accelerator, args, networks, batch, global_step)
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(parameters_of(optimizer), args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    if networks.discriminator is not None and global_step >= args.disc_start:
+        loss = train_autoencoder.discriminator_step(
+            accelerator, networks.discriminator, batch["images"], reconstruction
+        )
+        accelerator.backward(loss)
+        disc_optimizer.step()
+        disc_optimizer.zero_grad()
+
+
 class AutoencoderTraining:
     """The training of `train_autoencoder.py`, with every loss, on one batch of random images in memory."""
 
@@ -259,21 +280,7 @@ class AutoencoderTraining:
         self, args: argparse.Namespace, networks: train_autoencoder.Networks, optimizer: Optimizer, global_step: int
     ) -> None:
         """One update, as in the script's loop."""
-        loss, _, reconstruction = train_autoencoder.autoencoder_step(
-            self.accelerator, args, networks, self.batch, global_step
-        )
-        self.accelerator.backward(loss)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if networks.discriminator is not None:
-            loss = train_autoencoder.discriminator_step(
-                self.accelerator, networks.discriminator, self.batch["images"], reconstruction
-            )
-            self.accelerator.backward(loss)
-            self.disc_optimizer.step()
-            self.disc_optimizer.zero_grad()
+        update_autoencoder(self.accelerator, args, networks, optimizer, self.disc_optimizer, self.batch, global_step)
 
     def full_update(self, global_step: int) -> None:
         """One update with every loss and the moving average."""

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .files import is_regular, sync
+from .optimizers import state_layout
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -63,15 +64,8 @@ def checked_state(saved: object, owner: object, name: str) -> object:
     own = owner.state_dict()
     if not isinstance(owner, torch.optim.Optimizer):
         return checked(saved, own, name)
-    # The options are this run's. A parameter has moments from its first gradient on.
-    groups = [(parameter, group) for group in owner.param_groups for parameter in group["params"]]
-    moments = {
-        index: {"momentum": parameter}
-        if group.get("orthogonalize")  # Muon's
-        else {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        for index, (parameter, group) in enumerate(groups)
-        if index in saved["state"]
-    }
+    # The options are this run's. A parameter that had no gradient has no entry.
+    moments = {index: entry for index, entry in enumerate(state_layout(owner)) if index in saved["state"]}
     return own | {"state": checked(saved["state"], moments, name)}
 
 

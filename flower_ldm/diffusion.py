@@ -147,7 +147,7 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: fl
     """
     if gamma is None:
         return torch.ones_like(timesteps, dtype=torch.float32)
-    on_device_of(timesteps, scheduler)
+    on_device_of(timesteps, scheduler)  # where `compute_snr` then finds it
     snr = compute_snr(scheduler, timesteps).clamp(min=SNR_FLOOR)
     weights = snr.clamp(max=gamma)
     prediction_type = scheduler.config.prediction_type

@@ -286,13 +286,23 @@ class Real:
 
 
 def prepare(args: argparse.Namespace, pipe: FlowerLDMPipeline, network: FeatureNetwork) -> Real:
-    """Load the images, extract their features or read them from the cache, and train the classifier."""
-    train, held_out = load_images(args, pipe)
+    """Load the images, and prepare all that samples are compared with."""
+    return prepare_real(network, *load_images(args, pipe), args.num_samples, args.cache_dir, args.batch_size)
+
+
+def prepare_real(
+    network: FeatureNetwork, train: ImageDataset, held_out: ImageDataset, num_samples: int, cache_dir: Path,
+    batch_size: int = 64,
+) -> Real:  # fmt: skip
+    """The features of real images, extracted or read from the cache, and a classifier trained on those not compared.
+
+    Raises:
+        InputError: too few training images can be held back.
+    """
     held_out_features, train_features = (
-        load_or_extract_features(network, images, args.cache_dir, batch_size=args.batch_size)
-        for images in (held_out, train)
+        load_or_extract_features(network, images, cache_dir, batch_size=batch_size) for images in (held_out, train)
     )
-    wanted = torch.bincount(sample_labels(args.num_samples, train.num_classes), minlength=train.num_classes)
+    wanted = torch.bincount(sample_labels(num_samples, train.num_classes), minlength=train.num_classes)
     held_back, others = hold_back(train.labels, wanted)
     if len(held_back) < MIN_IMAGES:
         raise InputError(

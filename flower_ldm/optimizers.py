@@ -18,6 +18,22 @@ MOMENTUM = 0.95
 ADAMW_RMS = 0.2
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters of an optimizer, over its groups, in the order of its state."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def state_layout(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tensor]]:
+    """What AdamW or `Muon` keeps of each parameter from its first gradient on, by name: tensors of these shapes."""
+    return [
+        {"momentum": parameter}
+        if group.get("orthogonalize")
+        else {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+
 def hidden_matrices(layers: nn.Module) -> list[nn.Parameter]:
     """The weights of all linear layers and convolutions in `layers`, but those with a single row."""
     kinds = (nn.Linear, nn.Conv2d)

@@ -96,17 +96,20 @@ def build_model(model_class: type[nn.Module], path: str | None, **set_by_run: ob
         raise InputError(f"{source}{model_class.__name__} can't be built: {one_line(error)}") from error
 
 
-def compile_model(args: argparse.Namespace, model: nn.Module, device: torch.device) -> None:
-    """Compile a model with `--torch_compile`.
+def compile_model(args: argparse.Namespace, model: nn.Module) -> None:
+    """Compile a model with `--torch_compile`, for batches of one size."""
+    if args.torch_compile:
+        model.compile(dynamic=False)
+
+
+def check_compilation(args: argparse.Namespace, device: torch.device) -> None:
+    """Check that `--torch_compile` can work here.
 
     Raises:
-        InputError: the CPU's code can't be compiled here.
+        InputError: this machine lacks what the compilation of a CPU's code needs.
     """
-    if not args.torch_compile:
-        return
-    if device.type == "cpu" and (missing := missing_for_compilation()):
+    if args.torch_compile and device.type == "cpu" and (missing := missing_for_compilation()):
         raise InputError(f"--torch_compile needs {missing}: install it, or add --no-torch_compile")
-    model.compile(dynamic=False)
 
 
 def missing_for_compilation() -> str | None:
@@ -149,7 +152,11 @@ def has_bfloat16(device_type: str) -> bool:
 
 
 def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Accelerator:
-    """Make the accelerator, and seed all generators."""
+    """Make the accelerator, and seed all generators.
+
+    Raises:
+        InputError: the machine can't do what `--mixed_precision` or `--torch_compile` asks for.
+    """
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=choose_precision(args.mixed_precision),
@@ -168,6 +175,7 @@ def set_up(args: argparse.Namespace, find_unused_parameters: bool = False) -> Ac
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ],
     )
+    check_compilation(args, accelerator.device)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")

@@ -372,12 +372,14 @@ def test_a_cpu_without_what_compilation_needs_is_one_line(monkeypatch, tmp_path,
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     model, args = torch.nn.Linear(2, 2), argparse.Namespace(torch_compile=True)
     if said is None:
-        training.compile_model(args, model, torch.device("cpu"))
+        training.check_compilation(args, torch.device("cpu"))
+        training.compile_model(args, model)
         assert model._compiled_call_impl is not None
         return
     with pytest.raises(InputError, match=f"--torch_compile {said}.*: install it, or add --no-torch_compile"):
-        training.compile_model(args, model, torch.device("cpu"))
-    training.compile_model(argparse.Namespace(torch_compile=False), model, torch.device("cpu"))
+        training.check_compilation(args, torch.device("cpu"))
+    training.check_compilation(argparse.Namespace(torch_compile=False), torch.device("cpu"))
+    training.compile_model(argparse.Namespace(torch_compile=False), model)
     assert model._compiled_call_impl is None
 
 

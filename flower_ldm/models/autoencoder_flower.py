@@ -317,8 +317,8 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
         self,
         images: torch.Tensor,
         noise: torch.Tensor | None = None,
-        noise_levels: torch.Tensor | None = None,
         return_dict: bool = True,
+        noise_levels: torch.Tensor | None = None,
     ) -> FlowerAutoencoderOutput | tuple:
         """Reconstruct from a sample of the posterior, and classify from its mean.
 
@@ -326,10 +326,10 @@ class FlowerAutoencoderKL(ModelMixin, AutoencoderMixin, ConfigMixin):
             images: `(B, 3, H, W)` in [-1, 1].
             noise: `(B, Z, h, w)` standard normal, which makes the sample: mean + std * noise (reparameterization,
                 Kingma & Welling 2014, eq. 4). Without it the mean is decoded.
-            noise_levels: `(B,)`, the standard deviations of further noise, relative to that of the batch's latents.
-                A decoder that has seen it draws well from the inexact latents of a denoiser (Zheng et al. 2025, "RAE",
-                section 4.3).
             return_dict: `False` gives a plain tuple of the output's four fields.
+            noise_levels: `(B,)`, the standard deviations of further noise, relative to that of the batch's latents.
+                It is meant to make a decoder draw well from the inexact latents of a denoiser (Zheng et al. 2025,
+                "Diffusion Transformers with Representation Autoencoders").
         """
         posterior = self.encode(images).latent_dist
         raw_latents = posterior.mean
