@@ -67,7 +67,7 @@ def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
     if not is_terminal():
         diffusers.utils.logging.disable_progress_bar()  # diffusers' loading bar is always redrawn in place
     try:
-        return FlowerLDMPipeline.from_pretrained(name)
+        pipe = FlowerLDMPipeline.from_pretrained(name)
     except Exception as error:  # errors of files, network and Hub have no common base class
         reason = one_line(error, 300)
         if isinstance(error, RemoteEntryNotFoundError) and PIPELINE_INDEX.name in reason:
@@ -75,6 +75,11 @@ def _from_pretrained(flag: str, name: str) -> FlowerLDMPipeline:
         if Path(name).is_dir():
             raise InputError(f"{flag} {name} can't be loaded: {missing_file(Path(name)) or reason}") from error
         raise InputError(f"{flag} {name} is neither a folder nor a Hub id that can be loaded: {reason}") from error
+    try:
+        pipe.check_weights()
+    except ValueError as error:  # from here on nobody knows the name any more
+        raise InputError(f"{error}: {flag} {name}") from error
+    return pipe
 
 
 def missing_file(folder: Path) -> str | None:

@@ -586,6 +586,10 @@ class FlowerLDMPipeline(DiffusionPipeline):
             images = torch.where(original.mask, images, original.pixels)
         return self._to_arrays(images, output_type)
 
+    def check_weights(self) -> None:
+        """Raise `ValueError` if a weight of a model is not finite, as in a damaged file."""
+        _check_finite(vae=self.vae, unet=self.unet, guide=self.guide)
+
     def _to_arrays(self, images: torch.Tensor, output_type: str) -> Any:
         """Images `(B, 3, H, W)` in [0, 1] as PIL images or arrays `(B, H, W, 3)`. Other types get them unchanged."""
         if output_type not in ("np", "pil"):
@@ -600,7 +604,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self.decode_latents(latents, "pt", original)
         self.maybe_free_model_hooks()
         if not images.isfinite().all():
-            _check_finite(vae=self.vae, unet=self.unet, guide=self.guide)
+            self.check_weights()
             raise ValueError(
                 f"{_kind(self.scheduler)} gave numbers that are not finite in {num_inference_steps} steps: take "
                 "another number of steps, another scheduler, or a wider dtype"

@@ -135,8 +135,11 @@ def test_pictures_that_are_no_numbers_are_one_line(pipeline_folder, tmp_path):
     pipe = FlowerLDMPipeline.from_pretrained(pipeline_folder)
     next(pipe.unet.parameters()).data.fill_(torch.nan)
     pipe.save_pretrained(tmp_path / "pipeline")
-    with pytest.raises(InputError, match="^the weights of unet are damaged: patch_embed.weight holds numbers"):
+    with pytest.raises(
+        InputError, match="^the weights of unet are damaged: patch_embed.weight holds numbers"
+    ) as error:
         run(tmp_path / "pipeline", tmp_path / "out")
+    assert str(error.value).endswith(f"not finite: --pipeline {tmp_path / 'pipeline'}")
 
 
 def test_folder_without_a_pipeline(tmp_path):
