@@ -355,7 +355,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
         noise = self.prepare_noise(len(class_labels), generator, latents, device)  # (B, Z, h, w)
         latents = self.prepare_latents(noise, original, strength, timesteps)  # (B, Z, h, w)
         step_options = self.prepare_extra_step_kwargs(generator, eta)
-        self._guidance_scale, (begin, end) = self.resolve_guidance(guidance_scale, guidance_interval)
+        scale, (begin, end) = self.resolve_guidance(guidance_scale, guidance_interval)
+        self._guidance_scale = float(scale)  # torch takes no whole number beyond 64 bits
         self._num_timesteps, self._interrupt = len(timesteps), False
         num_skipped = len(self.scheduler.timesteps) - len(timesteps)
         watched = () if callback_on_step_end is None else callback_on_step_end_tensor_inputs

@@ -1009,6 +1009,12 @@ def test_a_damaged_part_is_one_clear_line_when_it_is_loaded(tmp_path, parts, dam
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
+def test_a_guidance_scale_beyond_64_bits_is_a_number_as_any_other(pipe):
+    """torch can't multiply by such a whole number, but it is finite."""
+    with pytest.raises(ValueError, match="gave numbers that are not finite"):
+        sample(pipe, guidance_scale=10**300)
+
+
 @pytest.mark.parametrize("part", ["vae", "unet"])
 def test_weights_that_are_no_numbers_are_blamed_when_images_are_not_finite(pipe, tmp_path, part):
     pipe.save_pretrained(tmp_path)
