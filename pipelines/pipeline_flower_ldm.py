@@ -355,8 +355,7 @@ class FlowerLDMPipeline(DiffusionPipeline):
         noise = self.prepare_noise(len(class_labels), generator, latents, device)  # (B, Z, h, w)
         latents = self.prepare_latents(noise, original, strength, timesteps)  # (B, Z, h, w)
         step_options = self.prepare_extra_step_kwargs(generator, eta)
-        scale, (begin, end) = self.resolve_guidance(guidance_scale, guidance_interval)
-        self._guidance_scale = float(scale)  # torch takes no whole number beyond 64 bits
+        self._guidance_scale, (begin, end) = self.resolve_guidance(guidance_scale, guidance_interval)
         self._num_timesteps, self._interrupt = len(timesteps), False
         num_skipped = len(self.scheduler.timesteps) - len(timesteps)
         watched = () if callback_on_step_end is None else callback_on_step_end_tensor_inputs
@@ -428,7 +427,8 @@ class FlowerLDMPipeline(DiffusionPipeline):
             noisy_latents = torch.cat([noisy_latents, noisy_latents])  # (2 B, Z, h, w)
             class_labels = torch.cat([class_labels, self._null_labels(class_labels)])  # (2 B,) or (2 B, K + 1)
             conditional, worse = _run(self.unet, noisy_latents, timestep, class_labels).chunk(2)
-        guided = worse + guidance_scale * (conditional - worse)
+        scale = float(guidance_scale)  # torch takes no whole number beyond 64 bits
+        guided = worse + scale * (conditional - worse)
         if guidance_rescale == 0:
             return guided
         excess = guided.std(dim=(1, 2, 3), keepdim=True) / conditional.std(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
